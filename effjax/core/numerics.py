@@ -1,0 +1,41 @@
+"""Numerical building blocks shared by every room."""
+
+import jax
+import jax.numpy as jnp
+
+from effjax.core.typing import Array, Float, Int
+
+
+def expand(x: Array, ndim: int) -> Array:
+  """`x` with leading axes of size one until it has `ndim` axes."""
+  return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def matmul(x: Float[Array, "... D"], w: Array) -> Array:
+  """x @ w in the type of `x`."""
+  return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def softcap(x: Array, cap: float | None) -> Array:
+  """cap · tanh(x / cap), or `x` when `cap` is None (Gemma 2, arXiv 2408.00118)."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def weighted_mean(values: Float[Array, "..."], weights: Float[Array, "..."] | None) -> Array:
+  """Σ w·v / Σ w; the plain mean when `weights` is None; 0 when all weights are 0."""
+  if weights is None:
+    return values.mean()
+  return (values * weights).sum() / jnp.maximum(weights.sum(), 1e-9)
+
+
+def cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Array:
+  """−log softmax(logits)[target], in nats and float32, per position.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]), 4)
+    1.3863
+  """
+  logits = logits.astype(jnp.float32)
+  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits, axis=-1) - chosen

@@ -1,0 +1,130 @@
+"""Parameter trees addressed by path.
+
+A path is the keys joined by "/", as in "segments_0/layers_0/mixer/query/kernel". A pattern is a
+regular expression that must occur in the path (`re.search`). `select`, `update` and `count` see a
+`Weight` as one leaf; `partition` and `nbytes` see the arrays inside it, so that one can train the
+two factors of a LoRA weight and leave its base alone: ".../kernel/a".
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from effjax.core.typing import PyTree
+from effjax.core.weights import Weight, is_weight
+
+Chooser = str | Callable[[str, Any], bool]
+
+
+def path_string(path) -> str:
+  """ "a/b/c" of a JAX key path."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def items(params: PyTree) -> dict[str, Any]:
+  """Path → leaf, a `Weight` being a leaf."""
+  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
+  return {path_string(path): leaf for path, leaf in leaves}
+
+
+def select(params: PyTree, pattern: Chooser) -> dict[str, Any]:
+  """The leaves whose path matches, as path → leaf.
+
+  Raises:
+    ValueError: when nothing matches.
+
+  Example:
+    >>> select({"query": {"kernel": 1}, "out": {"kernel": 2}}, "query|key")
+    {'query/kernel': 1}
+  """
+  chosen = {path: leaf for path, leaf in items(params).items() if chooses(pattern, path, leaf)}
+  if not chosen:
+    raise ValueError(f"pattern {pattern!r} matches no parameter; paths: {_some(items(params))}")
+  return chosen
+
+
+def update(params: PyTree, pattern: Chooser, change: Callable[[str, Any], Any]) -> PyTree:
+  """`params` with `change(path, leaf)` in place of each leaf that `select` would give.
+
+  Example:
+    >>> update({"a": 1, "b": 2}, "b", lambda path, leaf: leaf * 10)
+    {'a': 1, 'b': 20}
+  """
+  chosen = select(params, pattern)
+
+  def visit(path, leaf):
+    name = path_string(path)
+    return change(name, leaf) if name in chosen else leaf
+
+  return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_weight)
+
+
+def partition(params: PyTree, pattern: Chooser) -> tuple[PyTree, PyTree]:
+  """Two trees of the same structure: the matching arrays, and the rest; None elsewhere.
+
+  None is an empty subtree to JAX: gradients and optimiser states of the first tree exist only for
+  what was chosen.
+
+  Example:
+    >>> partition({"a": 1, "b": 2}, "a")
+    ({'a': 1, 'b': None}, {'a': None, 'b': 2})
+  """
+  paths = jax.tree_util.tree_leaves_with_path(params)
+  if not any(chooses(pattern, path_string(p), x) for p, x in paths):
+    raise ValueError(f"pattern {pattern!r} matches no parameter; paths: {_some(items(params))}")
+
+  def keep(wanted):
+    return lambda path, x: x if chooses(pattern, path_string(path), x) == wanted else None
+
+  tree_map = jax.tree_util.tree_map_with_path
+  return tree_map(keep(True), params), tree_map(keep(False), params)
+
+
+def merge(*trees: PyTree) -> PyTree:
+  """The inverse of `partition`: at each place the one leaf that is not None.
+
+  Example:
+    >>> merge({"a": 1, "b": None}, {"a": None, "b": 2})
+    {'a': 1, 'b': 2}
+  """
+  first = lambda *leaves: next((x for x in leaves if x is not None), None)
+  return jax.tree.map(first, *trees, is_leaf=lambda x: x is None)
+
+
+def count(params: PyTree) -> int:
+  """Logical parameters: a quantised weight counts as the matrix it stands for; shapes suffice.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> count({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
+    9
+  """
+  return sum(_size(leaf) for leaf in items(params).values())
+
+
+def nbytes(params: PyTree) -> int:
+  """Bytes held by all arrays, scales and indices included; shapes suffice.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> nbytes({"w": jnp.ones((2, 3), jnp.bfloat16)})
+    12
+  """
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
+
+
+def chooses(pattern: Chooser, path: str, leaf) -> bool:
+  """Whether a pattern or predicate selects the leaf at `path`."""
+  return bool(pattern(path, leaf) if callable(pattern) else re.search(pattern, path))
+
+
+def _size(leaf) -> int:
+  return leaf.parameters if isinstance(leaf, Weight) else math.prod(leaf.shape)
+
+
+def _some(paths, limit: int = 8) -> str:
+  names = list(paths)
+  return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")

@@ -1,0 +1,24 @@
+"""Array types and the axis legend that every signature uses.
+
+| axis | meaning               | axis | meaning           |
+|------|-----------------------|------|-------------------|
+| B    | batch                 | D    | model width       |
+| T    | query length          | F    | hidden (FFN) width|
+| S    | key length            | E    | experts           |
+| N    | heads                 | C    | expert capacity   |
+| K    | key-value heads       | V    | vocabulary        |
+| H    | head width            | L    | layers            |
+| R    | repeats of a scanned segment of layers                |
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax import Array
+from jaxtyping import Bool, Float, Int, Num, PRNGKeyArray, Shaped
+
+PyTree = Any
+Params = Mapping[str, Any]
+Key = PRNGKeyArray
+
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Num", "Params", "PyTree", "Shaped"]

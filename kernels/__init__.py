@@ -1,0 +1,1 @@
+"""Kernels, a folder per operation; imported as `effjax.kernels`."""
