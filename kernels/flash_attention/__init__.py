@@ -1,0 +1,1 @@
+"""Exact attention that never holds the T × S matrix of scores."""
