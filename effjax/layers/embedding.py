@@ -1,0 +1,43 @@
+"""Token embeddings and absolute positions."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from effjax.core.typing import Array, Float, Int
+from effjax.core.weights import linear, take, transpose
+from effjax.layers.linear import weight
+
+
+class Embed(nn.Module):
+  """A table [entries, features] under "embedding": rows by index, and logits when tied."""
+
+  entries: int
+  features: int
+  stddev: float = 0.02
+
+  def setup(self):
+    init = nn.initializers.normal(self.stddev)
+    self.table = weight(self, "embedding", init, (self.entries, self.features))
+
+  def __call__(self, indices: Int[Array, "B T"], dtype=jnp.float32) -> Float[Array, "B T D"]:
+    return take(self.table, indices).astype(dtype)
+
+  def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """x · tableᵀ: the output layer that shares the input embeddings."""
+    return linear(x, transpose(self.table))
+
+
+def sinusoidal_positions(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
+  """[sin(p·w_i) … cos(p·w_i) …], w_i = 10000^(−i/(D/2−1)) (Vaswani et al., arXiv 1706.03762).
+
+  Sines fill the first half and cosines the second, as tensor2tensor and fairseq lay them out.
+
+  Raises:
+    ValueError: for a width that is odd or below 4.
+  """
+  if width % 2 or width < 4:
+    raise ValueError(f"sinusoidal_positions: width {width}; allowed: even widths from 4")
+  half = width // 2
+  frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / (half - 1))
+  angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
+  return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
