@@ -2,5 +2,6 @@
 
 from effjax.attention import masks
 from effjax.attention.attend import attend
+from effjax.attention.multi_head import Attention, KVCache
 
-__all__ = ["attend", "masks"]
+__all__ = ["Attention", "KVCache", "attend", "masks"]

@@ -62,6 +62,32 @@ def update(params: PyTree, pattern: Chooser, change: Callable[[str, Any], Any]) 
   return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_weight)
 
 
+def matrices(params: PyTree, targets: Chooser, exclude: Chooser | None = None) -> dict[str, Any]:
+  """The matrices among what `targets` selects and `exclude` does not, as path → leaf.
+
+  A matrix is a `Weight`, or an array of at least two axes not named "bias" or "scale": under a
+  scanned segment a bias [R, F] has two axes too, and `targets="query"` means the kernel alone.
+
+  Raises:
+    ValueError: when nothing is left, or nothing of it is a matrix.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> params = {"query": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    >>> list(matrices(params, "query"))
+    ['query/kernel']
+  """
+  chosen = select(params, targets)
+  kept = {p: x for p, x in chosen.items() if exclude is None or not chooses(exclude, p, x)}
+  if not kept:
+    raise ValueError(f"exclude {exclude!r} leaves nothing of {_some(chosen)}")
+  found = {p: x for p, x in kept.items() if _is_matrix(p, x)}
+  if not found:
+    shapes = (f"{path} {tuple(leaf.shape)}" for path, leaf in kept.items())
+    raise ValueError(f"targets {targets!r} selects no matrix [..., D, F], but {_some(shapes)}")
+  return found
+
+
 def partition(params: PyTree, pattern: Chooser) -> tuple[PyTree, PyTree]:
   """Two trees of the same structure: the matching arrays, and the rest; None elsewhere.
 
@@ -123,6 +149,11 @@ def chooses(pattern: Chooser, path: str, leaf) -> bool:
 
 def _size(leaf) -> int:
   return leaf.parameters if isinstance(leaf, Weight) else math.prod(leaf.shape)
+
+
+def _is_matrix(path: str, leaf) -> bool:
+  vector = path.rsplit("/", 1)[-1] in ("bias", "scale")
+  return isinstance(leaf, Weight) or (len(leaf.shape) >= 2 and not vector)
 
 
 def _some(paths, limit: int = 8) -> str:

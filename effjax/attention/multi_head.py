@@ -1,0 +1,137 @@
+"""Multi-head attention (arXiv 1706.03762), with shared key-value heads (GQA, arXiv 2305.13245)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+
+from effjax.attention import masks
+from effjax.attention.attend import attend
+from effjax.core.typing import Array, Float
+from effjax.layers import Context, Linear, RMSNorm, Rope
+
+
+@struct.dataclass
+class KVCache:
+  """Keys and values of the tokens seen so far; the token at position p lies in slot p."""
+
+  key: Float[Array, "B S K H"]
+  value: Float[Array, "B S K H"]
+
+  def write(self, key: Array, value: Array, positions: Array) -> "KVCache":
+    """The cache with `key` and `value` [B, T, K, H] at `positions` [B, T]."""
+    row = jnp.arange(positions.shape[0])[:, None]
+    put = lambda old, new: old.at[row, positions].set(new.astype(old.dtype))
+    return KVCache(put(self.key, key), put(self.value, value))
+
+
+class Attention(nn.Module):
+  """y = Concat_n softmax(scale · q_n k_nᵀ) v_n · W_out, over the keys that `mask` shows.
+
+  Parameters: "query" [D, N·H], "key" and "value" [D, K·H], "out" [N·H, D]; "query_norm" and
+  "key_norm" [H] with `qk_norm`.
+
+  Attributes:
+    heads: query heads N.
+    kv_heads: key-value heads K, a divisor of N; None means N (MHA), 1 is MQA.
+    head_width: H; None means D / N.
+    mask: who attends to whom.
+    rope: rotary positions, or None.
+    use_bias, out_bias: biases on query/key/value, and on the output.
+    qk_norm: epsilon of an RMS norm on each query and key head (arXiv 2302.05442), or None.
+    scale: factor of the scores; None means H^(−1/2).
+    logit_softcap: caps the scores, see `numerics.softcap`.
+    cross: keys and values come from `context.memory`.
+    implementation: as in `attend`.
+  """
+
+  heads: int
+  kv_heads: int | None = None
+  head_width: int | None = None
+  mask: masks.Mask = masks.Causal()
+  rope: Rope | None = None
+  use_bias: bool = False
+  out_bias: bool = False
+  qk_norm: float | None = None
+  scale: float | None = None
+  logit_softcap: float | None = None
+  cross: bool = False
+  implementation: str | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    context: Context = Context(),
+    cache: KVCache | None = None,
+  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    width = self._head_width(x.shape[-1])
+    kv_heads = self._kv_heads()
+    if self.cross and context.memory is None:
+      raise ValueError("Attention: cross=True needs context.memory [B, S, D], and it is None")
+    source = context.memory.astype(x.dtype) if self.cross else x
+
+    def project(name, inputs, heads):
+      y = Linear(heads * width, self.use_bias, name=name)(inputs)
+      return y.reshape(*y.shape[:-1], heads, width)
+
+    query = project("query", x, self.heads)
+    key, value = project("key", source, kv_heads), project("value", source, kv_heads)
+    if self.qk_norm is not None:
+      query = RMSNorm(self.qk_norm, name="query_norm")(query)
+      key = RMSNorm(self.qk_norm, name="key_norm")(key)
+    positions = context.positions_for(x)
+    if self.rope is not None:
+      query, key = self.rope(query, positions), self.rope(key, positions)
+    out, cache = self._attend(query, key, value, positions, context, cache)
+    out = out.reshape(*out.shape[:-2], self.heads * width)
+    return Linear(x.shape[-1], self.out_bias, name="out")(out), cache
+
+  def _attend(self, query, key, value, positions, context, cache):
+    arguments = {"scale": self.scale, "logit_softcap": self.logit_softcap}
+    arguments["implementation"] = self.implementation
+    if self.cross:
+      segments = _pair(context.segment_ids, context.memory_segment_ids, query, key)
+      return attend(query, key, value, mask=None, segment_ids=segments, **arguments), cache
+    if cache is None:
+      segments = context.segment_ids
+      return attend(query, key, value, mask=self.mask, segment_ids=segments, **arguments), None
+    if context.segment_ids is not None:
+      raise ValueError("Attention: segment_ids with a cache; allowed: one sequence a row, no ids")
+    cache = cache.write(key, value, positions)
+    key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
+    arguments["query_positions"] = positions
+    return attend(query, key, value, mask=self.mask, **arguments), cache
+
+  def init_cache(self, width: int, batch: int, length: int, dtype=jnp.float32) -> KVCache | None:
+    """An empty cache of `length` slots for a model of `width`; None for cross-attention."""
+    if self.cross:
+      return None
+    shape = (batch, length, self._kv_heads(), self._head_width(width))
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+  def flops(self, width: int, length: int) -> float:
+    """Matrix-product FLOPs a token, forward: projections, and scores over the keys it sees."""
+    head_width, kv_heads = self._head_width(width), self._kv_heads()
+    projections = 2.0 * width * head_width * (2 * self.heads + 2 * kv_heads)
+    keys = length if self.cross else self.mask.mean_keys(length)
+    return projections + 4.0 * self.heads * head_width * keys
+
+  def _kv_heads(self) -> int:
+    kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+    if self.heads % kv_heads:
+      raise ValueError(f"Attention: kv_heads={kv_heads}; allowed: divisors of heads={self.heads}")
+    return kv_heads
+
+  def _head_width(self, width: int) -> int:
+    if self.head_width is None and width % self.heads:
+      raise ValueError(f"Attention: heads={self.heads} does not divide width {width}")
+    return self.head_width or width // self.heads
+
+
+def _pair(query_ids, key_ids, query, key):
+  if query_ids is None and key_ids is None:
+    return None
+  same = lambda x: jnp.zeros(x.shape[:2], jnp.int32)
+  # Cross-attention joins every query that is a token with every key that is one.
+  join = lambda ids, x: same(x) if ids is None else jnp.where(ids < 0, -1, 0)
+  return join(query_ids, query), join(key_ids, key)

@@ -1,0 +1,221 @@
+"""Decoder-only, encoder-only and encoder-decoder Transformers from one stack of layers."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from effjax.core.numerics import softcap
+from effjax.core.typing import Array, Float, Int, PyTree
+from effjax.layers import Context, Embed, Linear, sinusoidal_positions
+from effjax.models.spec import LayerSpec, TransformerConfig
+from effjax.models.stack import Segment, segments
+
+RNG_STREAMS = ("params", "dropout", "router", "mask")
+
+
+class Layer(nn.Module):
+  """Mixer, cross-attention and feed-forward, each in its residual and norm."""
+
+  spec: LayerSpec
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"], context: Context, cache: PyTree = None):
+    if self.spec.mixer is not None:
+      mixer = self.spec.mixer.copy(name="mixer")
+      x, cache = self._residual("mixer", x, lambda y: mixer(y, context, cache))
+    if self.spec.cross is not None:
+      cross = self.spec.cross.copy(name="cross")
+      x, _ = self._residual("cross", x, lambda y: cross(y, context, None))
+    if self.spec.ffn is not None:
+      ffn = self.spec.ffn.copy(name="ffn")
+      x, _ = self._residual("ffn", x, lambda y: (ffn(y, context), None))
+    return x, cache
+
+  def _residual(self, name: str, x, function):
+    norm = lambda suffix: self.config.norm.copy(name=name + suffix)
+    if self.config.arrangement == "post":
+      y, state = function(x)
+      return norm("_norm")(x + y), state
+    y, state = function(norm("_norm")(x))
+    if self.config.arrangement == "sandwich":
+      y = norm("_post_norm")(y)
+    return x + y, state
+
+
+class Pattern(nn.Module):
+  """The layers of one repetition of a segment."""
+
+  layers: tuple[LayerSpec, ...]
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"], context: Context, cache: PyTree = None):
+    caches = []
+    for i, spec in enumerate(self.layers):
+      layer = Layer(spec, self.config, name=f"layers_{i}")
+      x, new = layer(x, context, None if cache is None else cache[i])
+      caches.append(new)
+    return x, None if cache is None else tuple(caches)
+
+
+class Transformer(nn.Module):
+  """A stack of layers between token embeddings and, with `config.head`, logits.
+
+  Whether it is a decoder or an encoder is the affair of the masks in `config.layers`.
+
+  Attributes:
+    config: its shape.
+    dtype: type of activations; parameters keep theirs and are cast where they are used.
+    remat: whether the backward pass recomputes each repetition of a segment.
+  """
+
+  config: TransformerConfig
+  dtype: jnp.dtype = jnp.float32
+  remat: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    cache: PyTree = None,
+    memory: Float[Array, "B S D"] | None = None,
+    memory_segment_ids: Int[Array, "B S"] | None = None,
+  ):
+    """Logits [B, T, V], or hidden states [B, T, D]; with a `cache`, (those, the new cache).
+
+    Args:
+      tokens: token ids.
+      segment_ids: packed sequences: equal ids attend to one another, negative is padding.
+      positions: None means 0 … T−1.
+      cache: what `init_cache` gives or an earlier call returned.
+      memory: what cross-attention reads.
+      memory_segment_ids: as `segment_ids`, for `memory`.
+
+    Raises:
+      ValueError: when T exceeds `config.context`.
+    """
+    config = self.config
+    if tokens.shape[1] > config.context:
+      raise ValueError(f"tokens: length {tokens.shape[1]}; allowed: up to {config.context}")
+    context = Context(tokens, positions, segment_ids, memory, memory_segment_ids)
+    embed = Embed(config.vocab_size, config.embed_width or config.width, name="embed")
+    x = self._embed(embed, tokens, context)
+    caches = []
+    for i, segment in enumerate(segments(config)):
+      layers = self._segment(segment, cache is not None)(name=f"segments_{i}")
+      x, new = layers(x, context, None if cache is None else cache[i])
+      caches.append(new)
+    if config.final_norm:
+      x = config.norm.copy(name="final_norm")(x)
+    x = x if config.head is None else self._logits(embed, x)
+    return x if cache is None else (x, tuple(caches))
+
+  def _segment(self, segment: Segment, cached: bool):
+    body = nn.remat(Pattern, prevent_cse=segment.repeats == 1) if self.remat else Pattern
+    if segment.repeats > 1:
+      body = nn.scan(
+        body,
+        variable_axes={"params": 0, "losses": 0, "metrics": 0},
+        split_rngs=dict.fromkeys(RNG_STREAMS, True),
+        in_axes=(nn.broadcast, 0 if cached else nn.broadcast),
+        out_axes=0,
+        length=segment.repeats,
+      )
+    return lambda name: body(segment.pattern, self.config, name=name)
+
+  def _embed(self, embed: Embed, tokens, context: Context):
+    config = self.config
+    x = embed(tokens, self.dtype) * jnp.asarray(config.embed_scale, self.dtype)
+    if config.embed_width is not None:
+      x = Linear(config.width, name="embed_in")(x)
+    positions = context.positions_for(x)
+    if config.positions == "learned":
+      entries = config.context + config.position_offset
+      table = Embed(entries, config.width, name="positions")
+      x = x + table(positions + config.position_offset, self.dtype)
+    if config.positions == "sinusoidal":
+      x = x + sinusoidal_positions(positions, config.width).astype(self.dtype)
+    if config.token_types:
+      types = Embed(config.token_types, config.width, name="token_types")
+      x = x + types(jnp.zeros_like(tokens), self.dtype)
+    return config.norm.copy(name="embed_norm")(x) if config.embed_norm else x
+
+  def _logits(self, embed: Embed, x):
+    config = self.config
+    if config.embed_width is not None:
+      x = Linear(config.embed_width, name="embed_out")(x)
+    logits = embed.logits(x) if config.tied else Linear(config.vocab_size, name="head")(x)
+    return softcap(logits, config.logit_softcap)
+
+  def init_cache(self, batch: int, length: int) -> PyTree:
+    """Empty caches of all mixers for `batch` rows and `length` positions.
+
+    Raises:
+      ValueError: when `length` exceeds `config.context`.
+    """
+    if length > self.config.context:
+      raise ValueError(f"length {length} of a cache; allowed: up to {self.config.context}")
+
+    def of_layer(spec: LayerSpec):
+      if spec.mixer is None:
+        return None
+      return spec.mixer.init_cache(self.config.width, batch, length, self.dtype)
+
+    def of_segment(segment: Segment):
+      caches = tuple(of_layer(spec) for spec in segment.pattern)
+      if segment.repeats == 1:
+        return caches
+      stack = lambda x: jnp.broadcast_to(x, (segment.repeats, *x.shape))
+      return jax.tree.map(stack, caches)
+
+    return tuple(of_segment(segment) for segment in segments(self.config))
+
+
+class EncoderDecoder(nn.Module):
+  """An encoder whose hidden states the decoder's cross-attention reads.
+
+  Attributes:
+    encoder: a configuration with `head=None`.
+    decoder: a configuration whose layers have a `cross` module.
+    dtype, remat: as in `Transformer`.
+  """
+
+  encoder: TransformerConfig
+  decoder: TransformerConfig
+  dtype: jnp.dtype = jnp.float32
+  remat: bool = False
+
+  def setup(self):
+    if all(spec.cross is None for spec in self.decoder.layers):
+      raise ValueError("EncoderDecoder: no layer of `decoder` has a cross module")
+    headless = dataclasses.replace(self.encoder, head=None)
+    self.encode_stack = Transformer(headless, self.dtype, self.remat, name="encoder")
+    self.decode_stack = Transformer(self.decoder, self.dtype, self.remat, name="decoder")
+
+  def __call__(
+    self,
+    source: Int[Array, "B S"],
+    tokens: Int[Array, "B T"],
+    *,
+    source_segment_ids: Int[Array, "B S"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> Float[Array, "B T V"]:
+    """Logits of `tokens` given `source`; a negative segment id is padding."""
+    memory = self.encode(source, segment_ids=source_segment_ids)
+    return self.decode(
+      tokens, memory, memory_segment_ids=source_segment_ids, segment_ids=segment_ids
+    )
+
+  def encode(self, source: Int[Array, "B S"], *, segment_ids=None) -> Float[Array, "B S D"]:
+    """Hidden states of the encoder."""
+    return self.encode_stack(source, segment_ids=segment_ids)
+
+  def decode(self, tokens: Int[Array, "B T"], memory: Float[Array, "B S D"], **arguments):
+    """What the decoder's `Transformer` gives for `memory`."""
+    return self.decode_stack(tokens, memory=memory, **arguments)
