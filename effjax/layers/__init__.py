@@ -1,4 +1,4 @@
-"""Flax building blocks that mixers, feed-forward layers and models share."""
+"""What mixers, feed-forward layers, transforms and models share: Flax building blocks, layer specs."""
 
 from effjax.layers.context import Context
 from effjax.layers.embedding import Embed, sinusoidal_positions
@@ -6,15 +6,18 @@ from effjax.layers.linear import Linear, weight
 from effjax.layers.mlp import MLP, activation
 from effjax.layers.norms import LayerNorm, RMSNorm
 from effjax.layers.rotary import Rope
+from effjax.layers.spec import LayerSpec, TransformerConfig
 
 __all__ = [
   "MLP",
   "Context",
   "Embed",
   "LayerNorm",
+  "LayerSpec",
   "Linear",
   "RMSNorm",
   "Rope",
+  "TransformerConfig",
   "activation",
   "sinusoidal_positions",
   "weight",

@@ -1,6 +1,6 @@
 """Models as lists of layers; pretrained ones loaded and saved."""
 
-from effjax.models.spec import LayerSpec, TransformerConfig
+from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.models.transformer import EncoderDecoder, Transformer
 
 __all__ = ["EncoderDecoder", "LayerSpec", "Transformer", "TransformerConfig"]

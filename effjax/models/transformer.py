@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from effjax.core.numerics import softcap
 from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.layers import Context, Embed, Linear, sinusoidal_positions
-from effjax.models.spec import LayerSpec, TransformerConfig
-from effjax.models.stack import Segment, segments
+from effjax.layers.spec import LayerSpec, TransformerConfig
+from effjax.layers.stack import Segment, segments
 
 RNG_STREAMS = ("params", "dropout", "router", "mask")
 
