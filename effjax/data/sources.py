@@ -1,0 +1,165 @@
+"""Text sources by name.
+
+| name | what it is | where it comes from |
+|---|---|---|
+| `embedded` | 4 MB of `stdlib` and `pydoc` (the default) | this Python |
+| `stdlib` | the standard library's source, a document a file | this Python |
+| `pydoc` | the language reference behind `help()`, a document a topic | this Python |
+| `debian-handbook` | The Debian Administrator's Handbook; `debian-handbook/fr-FR` for a translation | Debian |
+| `python3.11-doc` | the Python documentation | Debian |
+| `manpages` | the Linux manual pages, sections 4, 5 and 7 | Debian |
+| `foldoc` | The Free On-line Dictionary of Computing | Debian |
+| `fortunes` | quotations, labelled by collection | Debian |
+| `anarchism` | An Anarchist FAQ | Debian |
+| `austen` | Jane Austen's six novels, a document a chapter, labelled by novel | Debian |
+| `wordnet` | glosses of WordNet 3.0, labelled by lexicographer file | Debian |
+| `path:FILE_OR_FOLDER` | your own .txt .md .rst .py .html .htm .jsonl files | disk |
+
+The text of `stdlib` and `pydoc` is that of the Python that runs (the same on every machine with the
+same Python version); optional parts that distributions leave out, tests and tables are not read.
+"""
+
+import json
+import pydoc_data.topics
+import sys
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+from effjax.data import cleaning, debian
+from effjax.data.corpus import Corpus, Document, combine
+
+EMBEDDED_BYTES = 4_000_000
+PART_CHARACTERS = 8192
+SUFFIXES = (".txt", ".md", ".rst", ".py", ".html", ".htm", ".jsonl")
+
+_LEFT_OUT_MODULES = {
+  "test", "idlelib", "tkinter", "turtledemo", "turtle", "lib2to3", "distutils", "ensurepip",
+  "encodings", "pydoc_data", "sitecustomize", "usercustomize", "antigravity", "this",
+}  # fmt: skip
+_LEFT_OUT_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages"}
+
+
+def _is_left_out(path: Path) -> bool:
+  top = path.parts[0].removesuffix(".py")
+  return (
+    top in _LEFT_OUT_MODULES
+    or top not in sys.stdlib_module_names
+    or bool(_LEFT_OUT_FOLDERS & set(path.parts))
+  )
+
+
+def _stdlib() -> Iterator[Document]:
+  root = Path(sysconfig.get_paths()["stdlib"])
+  files = sorted(path.relative_to(root) for path in root.rglob("*.py"))
+  if not files:
+    raise FileNotFoundError(f"this Python has no source files of its library in {root}")
+  for path in files:
+    if not _is_left_out(path):
+      with tokenize.open(root / path) as file:
+        yield Document("stdlib", path.as_posix(), cleaning.normalise(file.read()))
+
+
+def _pydoc() -> Iterator[Document]:
+  for topic, text in sorted(pydoc_data.topics.topics.items()):
+    yield Document("pydoc", topic, cleaning.normalise(text))
+
+
+def _decode(path: Path) -> str:
+  try:
+    return path.read_bytes().decode()
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from error
+
+
+def _json_lines(path: Path, domain: str, title: str) -> Iterator[Document]:
+  for number, line in enumerate(_decode(path).splitlines(), start=1):
+    if not line.strip():
+      continue
+    try:
+      text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+      raise ValueError(f'{path}, line {number}: it must be {{"text": "…"}}') from error
+    yield Document(domain, f"{title}:{number}", cleaning.normalise(text))
+
+
+def _file(path: Path, domain: str, title: str) -> Iterator[Document]:
+  if path.suffix == ".jsonl":
+    yield from _json_lines(path, domain, title)
+  elif path.suffix in (".html", ".htm"):
+    yield Document(domain, title, cleaning.html_to_text(_decode(path)))
+  else:
+    yield Document(domain, title, cleaning.normalise(_decode(path)))
+
+
+def _in_parts(document: Document) -> Iterator[Document]:
+  """A long text cut at line ends, so that one file gives both splits something."""
+  part, size, number = [], 0, 0
+  for line in document.text.splitlines(keepends=True):
+    if part and size + len(line) > PART_CHARACTERS:
+      yield Document(document.domain, f"{document.title}#{number:05d}", "".join(part))
+      part, size, number = [], 0, number + 1
+    part.append(line)
+    size += len(line)
+  yield Document(document.domain, f"{document.title}#{number:05d}", "".join(part))
+
+
+def _path(location: str) -> Iterator[Document]:
+  root = Path(location).expanduser()
+  if not root.exists():
+    raise FileNotFoundError(f"text source 'path:{location}': there is no such file or folder")
+  domain = root.resolve().name
+  if root.is_file():
+    for document in _file(root, domain, root.name):
+      yield from _in_parts(document)
+    return
+  files = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+  if not files:
+    raise ValueError(f"text source 'path:{location}': no file ends in {', '.join(SUFFIXES)}")
+  for path in files:
+    yield from _file(path, domain, path.relative_to(root).as_posix())
+
+
+def names() -> tuple[str, ...]:
+  """The names `text` knows, besides `path:…` and translations such as `debian-handbook/fr-FR`.
+
+  >>> names()[:3]
+  ('embedded', 'stdlib', 'pydoc')
+  """
+  return ("embedded", "stdlib", "pydoc", *debian.PACKAGES)
+
+
+def _source(name: str) -> Corpus:
+  if name.startswith("path:"):
+    return Corpus(name, tuple(_path(name.removeprefix("path:"))))
+  if name.partition("/")[0] in debian.PACKAGES:
+    return Corpus(name, tuple(debian.read(name)))
+  match name:
+    case "stdlib":
+      return Corpus(name, tuple(_stdlib()))
+    case "pydoc":
+      return Corpus(name, tuple(_pydoc()))
+    case "embedded":
+      return combine(name, [_source("stdlib"), _source("pydoc")]).limited(EMBEDDED_BYTES)
+  raise ValueError(f"text source {name!r} is unknown; allowed: {', '.join(names())}, path:…")
+
+
+def text(*sources: str, limit_bytes: int | None = None) -> Corpus:
+  """The text of one or several sources; each source is a domain of the corpus.
+
+  Documents come in a fixed order. With `limit_bytes` the corpus is a miniature of at most that
+  size, in which every domain and split keeps its share.
+  Raises ValueError for an unknown name or an empty corpus, FileNotFoundError for a path that does
+  not exist or a package that cannot be had.
+
+  >>> corpus = text("embedded", limit_bytes=100_000)
+  >>> corpus.domains
+  ('pydoc', 'stdlib')
+  >>> corpus.nbytes <= 100_000
+  True
+  """
+  sources = sources or ("embedded",)
+  corpora = [_source(name) for name in sources]
+  corpus = corpora[0] if len(corpora) == 1 else combine("+".join(sources), corpora)
+  return corpus if limit_bytes is None else corpus.limited(limit_bytes)
