@@ -6,7 +6,7 @@ from flax import struct
 
 from effjax.attention import masks
 from effjax.attention.attend import attend
-from effjax.core.typing import Array, Float
+from effjax.core.typing import Array, DTypeLike, Float
 from effjax.layers import Context, Linear, RMSNorm, Rope
 
 
@@ -14,8 +14,8 @@ from effjax.layers import Context, Linear, RMSNorm, Rope
 class KVCache:
   """Keys and values of the tokens seen so far; the token at position p lies in slot p."""
 
-  key: Float[Array, "B S K H"]
-  value: Float[Array, "B S K H"]
+  key: Float[Array, "... B S K H"]
+  value: Float[Array, "... B S K H"]
 
   def write(self, key: Array, value: Array, positions: Array) -> "KVCache":
     """The cache with `key` and `value` [B, T, K, H] at `positions` [B, T]."""
@@ -102,7 +102,9 @@ class Attention(nn.Module):
     arguments["query_positions"] = positions
     return attend(query, key, value, mask=self.mask, **arguments), cache
 
-  def init_cache(self, width: int, batch: int, length: int, dtype=jnp.float32) -> KVCache | None:
+  def init_cache(
+    self, width: int, batch: int, length: int, dtype: DTypeLike = jnp.float32
+  ) -> KVCache | None:
     """An empty cache of `length` slots for a model of `width`; None for cross-attention."""
     if self.cross:
       return None

@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Num, PRNGKeyArray, Shaped
 
 PyTree = Any
 Params = Mapping[str, Any]
 Key = PRNGKeyArray
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "Num", "Params", "PyTree", "Shaped"]
+__all__ = ["Array", "Bool", "DTypeLike", "Float", "Int", "Key", "Num", "Params", "PyTree", "Shaped"]

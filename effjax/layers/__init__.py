@@ -1,4 +1,4 @@
-"""What mixers, feed-forward layers, transforms and models share: Flax building blocks, layer specs."""
+"""What mixers, feed-forward layers, transforms and models share: blocks and layer specs."""
 
 from effjax.layers.context import Context
 from effjax.layers.embedding import Embed, sinusoidal_positions

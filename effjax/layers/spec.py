@@ -5,13 +5,10 @@ five local to one global a pattern of masks: `layers` says it in the open.
 """
 
 import dataclasses
-from typing import Literal
 
 import flax.linen as nn
 
 from effjax.layers.norms import RMSNorm
-
-Arrangement = Literal["pre", "post", "sandwich"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +56,12 @@ class TransformerConfig:
   width: int
   layers: tuple[LayerSpec, ...]
   norm: nn.Module = RMSNorm()
-  arrangement: Arrangement = "pre"
+  arrangement: str = "pre"
   final_norm: bool = True
-  positions: Literal["learned", "sinusoidal"] | None = None
+  positions: str | None = None
   context: int = 2048
   position_offset: int = 0
-  head: Literal["lm"] | None = "lm"
+  head: str | None = "lm"
   tied: bool = True
   embed_width: int | None = None
   embed_scale: float = 1.0

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core.numerics import softcap
-from effjax.core.typing import Array, Float, Int, PyTree
+from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Embed, Linear, sinusoidal_positions
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import Segment, segments
@@ -73,7 +73,7 @@ class Transformer(nn.Module):
   """
 
   config: TransformerConfig
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   remat: bool = False
 
   @nn.compact
@@ -188,7 +188,7 @@ class EncoderDecoder(nn.Module):
 
   encoder: TransformerConfig
   decoder: TransformerConfig
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   remat: bool = False
 
   def setup(self):

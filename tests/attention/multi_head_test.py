@@ -1,0 +1,83 @@
+"""The attention module against torch, and its variants against one another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.attention import Attention, masks
+from effjax.layers import Context
+
+
+@pytest.fixture
+def x():
+  return jax.random.normal(jax.random.key(2), (2, 7, 16))
+
+
+def test_equals_torch_multi_head_attention(x, key):
+  torch = pytest.importorskip("torch", reason="torch is installed with Python 3.11 only")
+  module = Attention(4, mask=masks.Full(), use_bias=True, out_bias=True)
+  params = module.init(key, x)["params"]
+  params = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape) / 4, params)
+  peer = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+  tensor = lambda a: torch.tensor(np.array(a))
+  names = ("query", "key", "value")
+  with torch.no_grad():
+    peer.in_proj_weight[:] = torch.cat([tensor(params[n]["kernel"].T) for n in names])
+    peer.in_proj_bias[:] = torch.cat([tensor(params[n]["bias"]) for n in names])
+    peer.out_proj.weight[:] = tensor(params["out"]["kernel"].T)
+    peer.out_proj.bias[:] = tensor(params["out"]["bias"])
+    wanted, _ = peer(*[tensor(x)] * 3, need_weights=False)
+  ours, _ = module.apply({"params": params}, x)
+  np.testing.assert_allclose(ours, wanted.numpy(), atol=1e-5)
+
+
+def test_repeated_key_value_heads_equal_multi_head(x, key):
+  grouped = Attention(4, 2, head_width=4)
+  params = grouped.init(key, x)["params"]
+  repeat = lambda w: jnp.repeat(w.reshape(16, 2, 4), 2, axis=1).reshape(16, 16)
+  full = dict(params)
+  for name in ("key", "value"):
+    full[name] = {"kernel": repeat(params[name]["kernel"])}
+  np.testing.assert_allclose(
+    grouped.apply({"params": params}, x)[0],
+    Attention(4, head_width=4).apply({"params": full}, x)[0],
+    atol=1e-6,
+  )
+
+
+def test_cross_attention_reads_unpadded_memory_only(x, key):
+  module = Attention(4, cross=True)
+  memory = jax.random.normal(key, (2, 5, 16))
+  ids = jnp.array([[0, 0, 0, -1, -1]] * 2)
+  params = module.init(key, x, Context(memory=memory))
+  padded, _ = module.apply(params, x, Context(memory=memory, memory_segment_ids=ids))
+  short, _ = module.apply(params, x, Context(memory=memory[:, :3]))
+  np.testing.assert_allclose(padded, short, atol=1e-6)
+
+
+def test_flops_count_projections_and_visible_keys():
+  causal = Attention(4, 2, head_width=8)
+  projections = 2 * 16 * 8 * (4 + 2 + 2 + 4)
+  assert causal.flops(16, 9) == projections + 2 * 2 * 4 * 8 * (9 + 1) / 2
+
+
+@pytest.mark.parametrize(
+  ("module", "message"),
+  [
+    (Attention(3), "heads=3 does not divide width 16"),
+    (Attention(4, 3), "kv_heads=3; allowed: divisors of heads=4"),
+    (Attention(4, cross=True), "cross=True needs context.memory"),
+  ],
+)
+def test_impossible_modules_are_refused(module, message, x, key):
+  with pytest.raises(ValueError, match=message):
+    module.init(key, x)
+
+
+def test_segments_with_a_cache_are_refused(x, key):
+  module = Attention(4)
+  params = module.init(key, x)
+  context = Context(segment_ids=jnp.zeros((2, 7), int))
+  with pytest.raises(ValueError, match="segment_ids with a cache"):
+    module.apply(params, x, context, module.init_cache(16, 2, 8))

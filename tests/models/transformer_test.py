@@ -1,0 +1,173 @@
+"""The stack of layers: against torch's own encoder-decoder, and what a stack must keep."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.attention import Attention, masks
+from effjax.layers import MLP, LayerNorm, Rope
+from effjax.models import EncoderDecoder, LayerSpec, Transformer, TransformerConfig
+
+V, D = 23, 16
+
+
+def decoder(**changes) -> TransformerConfig:
+  local = LayerSpec(
+    Attention(4, 2, rope=Rope(), mask=masks.Causal() & masks.SlidingWindow(3, 0)),
+    MLP(32, "silu", gated=True),
+  )
+  whole = LayerSpec(Attention(4, 2, rope=Rope(), qk_norm=1e-6), MLP(32))
+  config = TransformerConfig(V, D, (local, local, whole) * 2 + (whole,), context=32)
+  return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture
+def tokens():
+  return jax.random.randint(jax.random.key(3), (2, 12), 0, V)
+
+
+@pytest.mark.parametrize("arrangement", ["pre", "post", "sandwich"])
+def test_future_tokens_have_no_influence(arrangement, tokens, key):
+  module = Transformer(decoder(arrangement=arrangement))
+  params = module.init(key, tokens)
+  changed = tokens.at[:, 7:].set((tokens[:, 7:] + 1) % V)
+  before, after = (module.apply(params, t) for t in (tokens, changed))
+  np.testing.assert_array_equal(before[:, :7], after[:, :7])
+  assert jnp.abs(before[:, 7:] - after[:, 7:]).max() > 1e-3
+
+
+def test_cached_steps_equal_one_pass(tokens, key):
+  module = Transformer(decoder())
+  params = module.init(key, tokens)
+  whole = module.apply(params, tokens)
+  step = jax.jit(lambda t, p, c: module.apply(params, t, positions=p, cache=c))
+  logits, cache = module.apply(params, tokens[:, :5], cache=module.init_cache(2, 16))
+  np.testing.assert_allclose(logits, whole[:, :5], atol=1e-5)
+  for t in range(5, 12):
+    logits, cache = step(tokens[:, t : t + 1], jnp.full((2, 1), t), cache)
+    np.testing.assert_allclose(logits[:, 0], whole[:, t], atol=1e-5)
+
+
+def test_packed_sequences_equal_separate_ones(tokens, key):
+  module = Transformer(decoder())
+  params = module.init(key, tokens)
+  segment_ids = jnp.array([[0] * 5 + [1] * 4 + [-1] * 3] * 2)
+  positions = jnp.array([[*range(5), *range(4), 0, 0, 0]] * 2)
+  packed = module.apply(params, tokens, segment_ids=segment_ids, positions=positions)
+  np.testing.assert_allclose(packed[:, :5], module.apply(params, tokens[:, :5]), atol=1e-5)
+  np.testing.assert_allclose(packed[:, 5:9], module.apply(params, tokens[:, 5:9]), atol=1e-5)
+
+
+def test_remat_and_unscanned_gradients_agree(tokens, key):
+  module = Transformer(decoder())
+  params = module.init(key, tokens)
+  gradient = lambda m: jax.grad(lambda p: (m.apply(p, tokens) ** 2).mean())(params)
+  chex.assert_trees_all_close(
+    gradient(module), gradient(module.copy(remat=True)), rtol=1e-4, atol=1e-6
+  )
+
+
+def test_bfloat16_activations_leave_parameters_alone(tokens, key):
+  module = Transformer(decoder(), dtype=jnp.bfloat16)
+  params = module.init(key, tokens)
+  assert module.apply(params, tokens).dtype == jnp.bfloat16
+  assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+
+
+def test_sequence_past_the_context_is_refused(key):
+  module = Transformer(decoder())
+  with pytest.raises(ValueError, match="length 33; allowed: up to 32"):
+    module.init(key, jnp.zeros((1, 33), int))
+  with pytest.raises(ValueError, match="length 40 of a cache; allowed: up to 32"):
+    module.init_cache(1, 40)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"arrangement": "middle"}, "arrangement='middle'; allowed"),
+    ({"positions": "relative"}, "positions='relative'; allowed"),
+    ({"vocab_size": 0}, "vocab_size=0; allowed: from 1"),
+  ],
+)
+def test_impossible_configurations_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    decoder(**change)
+
+
+def test_encoder_decoder_equals_torch(key):
+  torch = pytest.importorskip("torch", reason="torch is installed with Python 3.11 only")
+  torch.manual_seed(0)
+  peer = torch.nn.Transformer(
+    D, 4, 2, 2, 32, dropout=0.0, activation="relu", batch_first=True, norm_first=True
+  ).eval()
+  table = torch.randn(V, D)
+  attention = lambda **kw: Attention(4, use_bias=True, out_bias=True, **kw)
+  mlp = MLP(32, "relu", use_bias=True)
+  shape = {"norm": LayerNorm(), "head": None}
+  side = LayerSpec(attention(mask=masks.Full()), mlp)
+  encoder = TransformerConfig(V, D, (side,) * 2, **shape)
+  side = LayerSpec(attention(), mlp, attention(cross=True))
+  module = EncoderDecoder(encoder, TransformerConfig(V, D, (side,) * 2, **shape))
+  params = {
+    "encoder": _from_torch(peer.encoder, table, {"mixer": "self_attn"}, {"ffn": 2}),
+    "decoder": _from_torch(
+      peer.decoder,
+      table,
+      {"mixer": "self_attn", "cross": "multihead_attn"},
+      {"cross": 2, "ffn": 3},
+    ),
+  }
+  source, target = jax.random.randint(key, (2, 3, 9), 0, V)
+  target = target[:, :6]
+  padding = np.array([[False] * 9, [False] * 6 + [True] * 3, [False] * 9])
+  with torch.no_grad():
+    wanted = peer(
+      table[torch.tensor(np.array(source))],
+      table[torch.tensor(np.array(target))],
+      tgt_mask=torch.nn.Transformer.generate_square_subsequent_mask(6),
+      src_key_padding_mask=torch.tensor(padding),
+      memory_key_padding_mask=torch.tensor(padding),
+      tgt_is_causal=True,
+    ).numpy()
+  segments = jnp.where(padding, -1, 0)
+  ours = module.apply({"params": params}, source, target, source_segment_ids=segments)
+  np.testing.assert_allclose(ours, wanted, atol=2e-5)
+
+
+def test_encoder_decoder_needs_cross_attention(key, tokens):
+  module = EncoderDecoder(decoder(head=None), decoder())
+  with pytest.raises(ValueError, match="no layer of `decoder` has a cross module"):
+    module.init(key, tokens, tokens)
+
+
+def _from_torch(side, table, attentions, norm_numbers):
+  """Our stacked parameters of one side of `torch.nn.Transformer`."""
+  array = lambda p: jnp.asarray(p.detach().numpy())
+  norm = lambda m: {"scale": array(m.weight), "bias": array(m.bias)}
+  linear = lambda w, b: {"kernel": array(w).T, "bias": array(b)}
+
+  def layer(block):
+    tree = {"mixer_norm": norm(block.norm1)}
+    for ours, theirs in attentions.items():
+      module = getattr(block, theirs)
+      weights, biases = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
+      names = ("query", "key", "value")
+      tree[ours] = {n: linear(w, b) for n, w, b in zip(names, weights, biases, strict=True)}
+      tree[ours]["out"] = linear(module.out_proj.weight, module.out_proj.bias)
+    for ours, number in norm_numbers.items():
+      tree[f"{ours}_norm"] = norm(getattr(block, f"norm{number}"))
+    up, down = block.linear1, block.linear2
+    tree["ffn"] = {"up": linear(up.weight, up.bias), "down": linear(down.weight, down.bias)}
+    return tree
+
+  layers = jax.tree.map(lambda *xs: jnp.stack(xs), *[layer(b) for b in side.layers])
+  return {
+    "embed": {"embedding": jnp.asarray(table.numpy())},
+    "segments_0": {"layers_0": layers},
+    "final_norm": norm(side.norm),
+  }
