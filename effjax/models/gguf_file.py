@@ -1,0 +1,168 @@
+"""GGUF files, memory-mapped: metadata, and tensors dequantised one at a time.
+
+Layout (the GGUF specification of the ggml project): magic, version, counts; key-value metadata;
+name, shape, type and offset of each tensor; padding; data. The header is read here, since the
+`gguf` package takes 15 s for a vocabulary of 262144; dequantisation is `gguf.quants`.
+"""
+
+import dataclasses
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from effjax.models.sources import missing_tensor, row_chunks
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+VERSIONS = (2, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+  """Shape (slowest axis first), type, and first and last byte of a tensor in the file."""
+
+  shape: tuple[int, ...]
+  kind: gguf.GGMLQuantizationType
+  start: int
+  stop: int
+
+
+class GGUFFile:
+  """A `TensorSource` over one GGUF file, with its `metadata`.
+
+  Raises:
+    FileNotFoundError: when there is no such file.
+    ValueError: when it is no GGUF file, is truncated or damaged, naming what is wrong.
+  """
+
+  def __init__(self, path: str | Path):
+    self.path = Path(path)
+    if not self.path.is_file():
+      raise FileNotFoundError(f"{self.path}: no such GGUF file")
+    if self.path.stat().st_size < 24:
+      raise ValueError(f"{self.path}: too short to be a GGUF file; it is truncated or another kind")
+    with self.path.open("rb") as file:
+      self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    header = _Header(self.path, self._bytes)
+    self.metadata: dict[str, Any] = header.metadata
+    self._tensors: dict[str, TensorInfo] = header.tensors
+
+  def names(self) -> list[str]:
+    return list(self._tensors)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return self._info(name).shape
+
+  def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+    """The tensor as float32, or in `out`; dequantised a few megabytes at a time.
+
+    Raises:
+      ValueError: for an unknown name, and for values that are not finite.
+    """
+    info = self._info(name)
+    out = np.empty(info.shape, np.float32) if out is None else out
+    raw = np.frombuffer(self._bytes, np.uint8)[info.start : info.stop]
+    raw = raw.reshape(info.shape[0], -1)
+    for rows in row_chunks(info.shape):
+      values = gguf.quants.dequantize(_typed(raw[rows], info.kind), info.kind)
+      if not np.isfinite(values).all():
+        raise ValueError(f"{self.path}: tensor {name!r} holds values that are not finite: damaged")
+      out[rows] = values.reshape(-1, *info.shape[1:])
+    return out
+
+  def _info(self, name: str) -> TensorInfo:
+    if name not in self._tensors:
+      raise missing_tensor(self.path, name, self._tensors)
+    return self._tensors[name]
+
+
+def _typed(raw: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+  plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
+  return raw.view(plain[kind]) if kind in plain else raw
+
+
+class _Header:
+  """Reads the header front to back; every read checks that the file is long enough."""
+
+  def __init__(self, path: Path, data: mmap.mmap):
+    self.path, self.data, self.at = path, data, 0
+    magic, version = self._take(4), self._number("I")
+    if magic != b"GGUF":
+      raise ValueError(f"{path}: begins with {magic!r}, not b'GGUF': no GGUF file, or damaged")
+    if version not in VERSIONS:
+      raise ValueError(f"{path}: GGUF version {version}; allowed: {VERSIONS}, little-endian")
+    tensor_count, pair_count = self._number("Q"), self._number("Q")
+    self.metadata = {self._string(): self._value(self._number("I")) for _ in range(pair_count)}
+    infos = [self._tensor() for _ in range(tensor_count)]
+    alignment = self.metadata.get("general.alignment", 32)
+    base = -(-self.at // alignment) * alignment
+    self.tensors = {name: self._located(name, base, *info) for name, *info in infos}
+
+  def _take(self, size: int) -> bytes:
+    if self.at + size > len(self.data):
+      raise ValueError(
+        f"{self.path}: truncated or damaged: its header asks for {size} bytes at {self.at}, "
+        f"and the file has {len(self.data)}"
+      )
+    self.at += size
+    return self.data[self.at - size : self.at]
+
+  def _number(self, code: str):
+    return struct.unpack("<" + code, self._take(struct.calcsize(code)))[0]
+
+  def _string(self) -> str:
+    start = self.at
+    try:
+      return self._take(self._number("Q")).decode()
+    except UnicodeDecodeError as error:
+      raise ValueError(f"{self.path}: damaged: the text at byte {start} is not UTF-8") from error
+
+  def _value(self, kind: int):
+    if kind == STRING:
+      return self._string()
+    if kind == ARRAY:
+      return self._array()
+    return self._number(self._code(kind))
+
+  def _array(self) -> list:
+    kind, count = self._number("I"), self._number("Q")
+    if kind in (STRING, ARRAY):
+      return [self._value(kind) for _ in range(count)]
+    code = self._code(kind)
+    return list(struct.unpack(f"<{count}{code}", self._take(count * struct.calcsize(code))))
+
+  def _code(self, kind: int) -> str:
+    if kind not in SCALARS:
+      raise ValueError(f"{self.path}: damaged: metadata of type {kind} before byte {self.at}")
+    return SCALARS[kind]
+
+  def _tensor(self) -> tuple:
+    name = self._string()
+    axes = self._number("I")
+    if not 1 <= axes <= 8:
+      raise ValueError(f"{self.path}: damaged: tensor {name!r} has {axes} axes")
+    shape = tuple(self._number("Q") for _ in range(axes))[::-1]
+    return name, shape, self._number("I"), self._number("Q")
+
+  def _located(self, name: str, base: int, shape: tuple, kind: int, offset: int) -> TensorInfo:
+    try:
+      quantisation = gguf.GGMLQuantizationType(kind)
+    except ValueError as error:
+      raise ValueError(f"{self.path}: tensor {name!r} is of unknown type {kind}") from error
+    block, block_bytes = gguf.GGML_QUANT_SIZES[quantisation]
+    if not all(shape) or shape[-1] % block:
+      raise ValueError(f"{self.path}: damaged: tensor {name!r} has shape {shape}")
+    start = base + offset
+    size = block_bytes
+    for length in (*shape[:-1], shape[-1] // block):
+      size *= length
+    if start + size > len(self.data):
+      raise ValueError(
+        f"{self.path}: truncated: tensor {name!r} ends at byte {start + size}, "
+        f"and the file has {len(self.data)}"
+      )
+    return TensorInfo(shape, quantisation, start, start + size)
