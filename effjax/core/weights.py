@@ -67,7 +67,10 @@ class Weight(abc.ABC):
 
 
 def register(*, static: tuple[str, ...] = ()):
-  """Class decorator: a frozen dataclass and pytree whose fields are arrays, but for `static`."""
+  """Class decorator: a frozen dataclass and pytree whose fields are arrays, but for `static`.
+
+  Annotate array fields as `PyTree`: tree maps put shapes, shardings and None in their place.
+  """
 
   def wrap(cls: type[T]) -> type[T]:
     cls = dataclasses.dataclass(frozen=True)(cls)

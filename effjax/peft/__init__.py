@@ -1,0 +1,7 @@
+"""Parameter-efficient fine-tuning: small trained additions to a frozen model."""
+
+from effjax.peft import lora
+from effjax.peft.lora import LoRA
+from effjax.peft.trainable import trainable
+
+__all__ = ["LoRA", "lora", "trainable"]

@@ -1,0 +1,65 @@
+"""Quantising the matrices of a model, and going back."""
+
+from collections.abc import Callable
+
+import jax
+
+from effjax.core import trees
+from effjax.core.trees import Chooser
+from effjax.core.typing import Array, PyTree
+from effjax.core.weights import Weight, is_weight
+from effjax.quant.int8 import Int8
+
+TARGETS = r"^(?!.*(router|conv)).*\b(kernel|embedding)$"
+
+
+def _int8(path: str, w: Array) -> Int8:
+  table = path.rsplit("/", 1)[-1] == "embedding"
+  return Int8.quantize(w, granularity="row" if table else "channel")
+
+
+METHODS: dict[str, Callable[[str, Array], Weight]] = {"int8": _int8}
+REPRESENTATIONS = (Int8,)
+
+
+def quantize(params: PyTree, method: str = "int8", targets: Chooser = TARGETS) -> PyTree:
+  """`params` with each targeted matrix in a quantised representation.
+
+  Tables named "embedding" get one scale a row, everything else one an output channel.
+
+  Args:
+    params: a parameter tree; leading axes of a matrix (scanned layers, experts) are a batch.
+    method: "int8".
+    targets: pattern or predicate on paths; by default all kernels and embedding tables, but not
+      norms, biases, routers and convolutions.
+
+  Raises:
+    ValueError: for an unknown method; when no matrix matches, or one is quantised already.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> params = {"up": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
+    >>> small = quantize(params)
+    >>> type(small["up"]["kernel"]).__name__, trees.nbytes(params), trees.nbytes(small)
+    ('Int8', 160, 96)
+  """
+  if method not in METHODS:
+    raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
+  found = trees.matrices(params, targets)
+  for path, leaf in found.items():
+    if is_weight(leaf):
+      raise ValueError(f"{path} is {type(leaf).__name__} already; allowed: plain arrays")
+  return trees.update(params, lambda path, leaf: path in found, METHODS[method])
+
+
+def dequantize(params: PyTree) -> PyTree:
+  """`params` with plain arrays in place of the quantised matrices; others stay as they are.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> dequantize(quantize({"kernel": jnp.eye(2)}))["kernel"].tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+  """
+  quantised = lambda leaf: isinstance(leaf, REPRESENTATIONS)
+  plain = lambda leaf: leaf.materialize() if quantised(leaf) else leaf
+  return jax.tree.map(plain, params, is_leaf=quantised)
