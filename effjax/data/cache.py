@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 
 def cache_dir() -> Path:
-  """`$EFFJAX_CACHE`, else `$XDG_CACHE_HOME/effjax`, else `~/.cache/effjax`; it may not exist yet."""
+  """`$EFFJAX_CACHE`, else `$XDG_CACHE_HOME/effjax`, else `~/.cache/effjax`; may not exist."""
   if chosen := os.environ.get("EFFJAX_CACHE"):
     return Path(chosen)
   base = os.environ.get("XDG_CACHE_HOME")

@@ -22,10 +22,11 @@ _VOID = {
   "source",
   "wbr",
 }
-_BLOCKS = set(
-  "address article aside blockquote body caption dd div dl dt figcaption figure h1 h2 h3 h4 h5 h6 "
-  "header hr li main ol p pre section table tbody td th thead title tr ul".split()
-)
+_BLOCKS = """
+address article aside blockquote body caption dd div dl dt figcaption figure h1 h2 h3 h4 h5 h6
+header hr li main ol p pre section table tbody td th thead title tr ul
+"""
+_BLOCK_TAGS = frozenset(_BLOCKS.split())
 
 
 def normalise(text: str) -> str:
@@ -65,7 +66,7 @@ class _Reader(HTMLParser):
       self.skipping.append(tag)
       return
     self.preformatted += tag == "pre"
-    if tag in _BLOCKS:
+    if tag in _BLOCK_TAGS:
       self.parts.append("\n\n" if tag not in ("li", "tr", "td", "th", "dd") else "\n")
 
   def handle_startendtag(self, tag, attrs):
@@ -79,7 +80,7 @@ class _Reader(HTMLParser):
           pass
       return
     self.preformatted -= tag == "pre" and self.preformatted > 0
-    if tag in _BLOCKS:
+    if tag in _BLOCK_TAGS:
       self.parts.append("\n\n" if tag in ("p", "pre", "div", "table", "ul", "ol", "dl") else "\n")
 
   def handle_data(self, data):

@@ -9,7 +9,7 @@ splits.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 VALIDATION = 0.05
 SPLITS = ("train", "validation")
@@ -60,7 +60,7 @@ class Corpus:
   """
 
   name: str
-  documents: tuple[Document, ...]
+  documents: Sequence[Document]
 
   def __post_init__(self):
     kept = {}

@@ -22,15 +22,15 @@ from effjax.data.corpus import Document
 CLEANING_VERSION = 1
 _DOC = Path("usr/share/doc")
 
-_LEXICOGRAPHER_FILES = (
-  "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body "
-  "noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location "
-  "noun.motive noun.object noun.person noun.phenomenon noun.plant noun.possession noun.process "
-  "noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body "
-  "verb.change verb.cognition verb.communication verb.competition verb.consumption verb.contact "
-  "verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social "
-  "verb.stative verb.weather adj.ppl"
-).split()
+_LEXICOGRAPHER_FILES = """
+adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body
+noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location
+noun.motive noun.object noun.person noun.phenomenon noun.plant noun.possession noun.process
+noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body verb.change
+verb.cognition verb.communication verb.competition verb.consumption verb.contact verb.creation
+verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative verb.weather
+adj.ppl
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +120,7 @@ def _austen(root: Path, domain: str, part: str) -> Iterator[Document]:
 
 
 def _wordnet(root: Path, domain: str, part: str) -> Iterator[Document]:
+  labels = _LEXICOGRAPHER_FILES.split()
   for name in ("noun", "verb", "adj", "adv"):
     for line in (root / "usr/share/wordnet" / f"data.{name}").read_text().splitlines():
       if line.startswith(" "):
@@ -127,7 +128,7 @@ def _wordnet(root: Path, domain: str, part: str) -> Iterator[Document]:
       fields, _, gloss = line.partition(" | ")
       offset, file, _, count, *rest = fields.split()
       words = [word.split("(")[0].replace("_", " ") for word in rest[: 2 * int(count, 16) : 2]]
-      label = _LEXICOGRAPHER_FILES[int(file)]
+      label = labels[int(file)]
       yield Document(domain, f"{name}/{offset}", f"{', '.join(words)}: {gloss.strip()}\n", label)
 
 

@@ -5,7 +5,7 @@
 | `embedded` | 4 MB of `stdlib` and `pydoc` (the default) | this Python |
 | `stdlib` | the standard library's source, a document a file | this Python |
 | `pydoc` | the language reference behind `help()`, a document a topic | this Python |
-| `debian-handbook` | The Debian Administrator's Handbook; `debian-handbook/fr-FR` for a translation | Debian |
+| `debian-handbook` | a book; `debian-handbook/fr-FR` for a translation | Debian |
 | `python3.11-doc` | the Python documentation | Debian |
 | `manpages` | the Linux manual pages, sections 4, 5 and 7 | Debian |
 | `foldoc` | The Free On-line Dictionary of Computing | Debian |
