@@ -41,12 +41,21 @@ def claim(workdir: str | os.PathLike, config: Any, *, free: tuple[str, ...] = ()
   if path.exists():
     _require_same(workdir, json.loads(path.read_text()), mine, free)
     return workdir
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise _unwritable(workdir, error) from error
+  make(workdir)
   write_text(path, json.dumps(mine, indent=2) + "\n")
   return workdir
+
+
+def make(directory: str | os.PathLike) -> None:
+  """Makes a directory with its parents; nothing when it is there.
+
+  Raises:
+    OSError: when it cannot be made, naming it.
+  """
+  try:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise _unwritable(directory, error) from error
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -1,0 +1,115 @@
+"""ZeRO: which part of the training state each data-parallel device holds.
+
+Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+arXiv 1910.02054, section 5. With N devices on the data axis, stage 1 splits the optimiser's state,
+stage 2 also the gradients, stage 3 also the parameters; stage 0 is plain data parallelism. Here a
+stage is nothing but shardings: the compiler derives the all-gathers and reduce-scatters.
+"""
+
+import dataclasses
+from typing import TypeVar
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from effjax.core.typing import PyTree
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Zero:
+  """Shardings of a training state for a stage of ZeRO.
+
+  Attributes:
+    mesh: the devices.
+    stage: 0 (all replicated), 1 (moments split), 2 (gradients too), 3 (parameters too).
+    axis: the data-parallel axis of `mesh`.
+
+  Raises:
+    ValueError: for another stage, or an axis that the mesh lacks.
+  """
+
+  mesh: Mesh
+  stage: int = 0
+  axis: str = "data"
+
+  def __post_init__(self):
+    if self.stage not in (0, 1, 2, 3):
+      raise ValueError(f"zero={self.stage!r}; allowed: 0, 1, 2, 3")
+    if self.axis not in self.mesh.shape:
+      raise ValueError(f"mesh has axes {tuple(self.mesh.shape)}; ZeRO needs {self.axis!r}")
+
+  @property
+  def replicated(self) -> NamedSharding:
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  def split(self, x: jax.typing.ArrayLike) -> NamedSharding:
+    """The longest axis that N divides, the last of equals; replicated when N divides none."""
+    n = self.mesh.shape[self.axis]
+    fitting = [(size, i) for i, size in enumerate(x.shape) if size and size % n == 0]
+    if not fitting:
+      return self.replicated
+    _, longest = max(fitting)
+    return NamedSharding(self.mesh, PartitionSpec(*[None] * longest, self.axis))
+
+  def batch(self, batch: PyTree) -> PyTree:
+    """Shardings of a batch: rows over the data axis.
+
+    Raises:
+      ValueError: when N does not divide the batch.
+    """
+    n = self.mesh.shape[self.axis]
+    for x in jax.tree.leaves(batch):
+      if x.shape[0] % n:
+        raise ValueError(f"batch of {x.shape[0]} rows; allowed: multiples of {self.axis}={n}")
+    return jax.tree.map(lambda x: NamedSharding(self.mesh, PartitionSpec(self.axis)), batch)
+
+  def params(self, params: PyTree) -> PyTree:
+    """Shardings of parameters."""
+    return self._from(3, params)
+
+  def gradients(self, grads: PyTree) -> PyTree:
+    """Shardings of gradients."""
+    return self._from(2, grads)
+
+  def state(self, state: T) -> T:
+    """Shardings of a `train.TrainState`."""
+    return dataclasses.replace(
+      state,
+      step=self.replicated,
+      params=self.params(state.params),
+      opt_state=self._from(1, state.opt_state),
+    )
+
+  def on_batch(self, batch: PyTree) -> PyTree:
+    """Inside a jitted function: `batch`, laid out so; likewise the other two."""
+    return jax.lax.with_sharding_constraint(batch, self.batch(batch))
+
+  def on_gradients(self, grads: PyTree) -> PyTree:
+    return jax.lax.with_sharding_constraint(grads, self.gradients(grads))
+
+  def on_state(self, state: T) -> T:
+    return jax.lax.with_sharding_constraint(state, self.state(state))
+
+  def _from(self, stage: int, tree: PyTree) -> PyTree:
+    return jax.tree.map(self.split if self.stage >= stage else lambda x: self.replicated, tree)
+
+
+def place(state: T, mesh: Mesh, *, zero: int = 0) -> T:
+  """A training state laid out on `mesh` for stage `zero` of ZeRO over its axis "data".
+
+  Train it with `train.make_train_step(..., placement=Zero(mesh, zero))`.
+
+  Raises:
+    ValueError: for another stage, or a mesh without the axis.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from effjax.parallel import make_mesh
+    >>> from effjax.train import TrainState
+    >>> state = TrainState(jnp.int32(0), {"w": jnp.ones(8)}, ())
+    >>> place(state, make_mesh(data=1), zero=3).params["w"].sharding.spec
+    PartitionSpec('data',)
+  """
+  return jax.device_put(state, Zero(mesh, zero).state(state))

@@ -1,0 +1,202 @@
+"""The training loop: batches in, checkpoints and metrics out, resumed to the bit."""
+
+import dataclasses
+import math
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from effjax.core.typing import Key, Params
+from effjax.parallel.zero import Zero
+from effjax.train.checkpoint import Checkpoints
+from effjax.train.objectives import Batch
+from effjax.train.state import TrainState
+from effjax.train.step import Step
+from effjax.train.workdir import METRICS, append_row, read_rows, write_rows
+
+
+@runtime_checkable
+class Batches(Protocol):
+  """An iterator of batches whose place can be saved as JSON and gone back to."""
+
+  def __next__(self) -> Batch: ...
+  def get_state(self) -> Any: ...
+  def set_state(self, state: Any) -> None: ...
+
+
+@dataclasses.dataclass
+class LoopConfig:
+  """How a run is watched and kept.
+
+  Attributes:
+    steps: how many to take.
+    checkpoint_every: steps between checkpoints; the last step always has one.
+    log_every: steps between rows of metrics.
+    evaluate_every: steps between evaluations; the last step always has one.
+    keep: how many checkpoints stay.
+    progress: whether a bar is shown.
+    tensorboard: whether scalars go to TensorBoard files too; wants tensorboardX.
+  """
+
+  steps: int = 1000
+  checkpoint_every: int = 100
+  log_every: int = 1
+  evaluate_every: int = 100
+  keep: int = 2
+  progress: bool = True
+  tensorboard: bool = False
+
+  def __post_init__(self):
+    for name in ("steps", "checkpoint_every", "log_every", "evaluate_every", "keep"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"LoopConfig: {name}={getattr(self, name)}; allowed: from 1")
+
+
+def fit(
+  step: Step,
+  state: TrainState,
+  batches: Batches,
+  rng: Key,
+  *,
+  workdir: str | Path,
+  config: LoopConfig,
+  placement: Zero | None = None,
+  evaluate: Callable[[Params], dict[str, float]] | None = None,
+) -> TrainState:
+  """Trains until `config.steps`, going on from the newest checkpoint in `workdir`.
+
+  Rows of `workdir`/metrics.jsonl hold "step", the metrics of that step, and what `evaluate` gave.
+  They hold no times: those of a run that was killed and resumed equal an undisturbed run's.
+  After SIGTERM the current step is finished and saved, and the process exits with status 0.
+
+  Args:
+    step: from `make_train_step`; it consumes `state`.
+    state: the state of step 0, laid out as training wants it.
+    batches: the data.
+    rng: the randomness of the whole run.
+    workdir: where everything is written.
+    config: see `LoopConfig`.
+    placement: lays batches out on a mesh.
+    evaluate: params -> numbers, such as a loss on held-out text.
+
+  Raises:
+    FloatingPointError: when the loss or the gradients are not finite; checkpoints stay good.
+    ValueError: when `workdir` holds checkpoints of another model or optimiser.
+    OSError: when `workdir` cannot be written.
+  """
+  directory = Path(workdir)
+  with Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints, _Stop() as stop:
+    state = _resume(checkpoints, state, batches)
+    start = int(state.step)
+    log = Log(directory, start, tensorboard=config.tensorboard)
+    pending = []
+    bar = tqdm(total=config.steps, initial=start, disable=not config.progress, unit="step")
+    for number in range(start + 1, config.steps + 1):
+      state, metrics = step(state, _put(next(batches), placement), rng)
+      pending.append((number, metrics))
+      due = lambda every, number=number: number in (config.steps, number // every * every)
+      evaluating = evaluate is not None and due(config.evaluate_every)
+      logging, saving = due(config.log_every), due(config.checkpoint_every) or stop.asked
+      if evaluating or logging or saving:
+        row = _drain(pending, checkpoints) | (evaluate(state.params) if evaluating else {})
+        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+      if evaluating or logging:
+        log.write(row)
+      if saving:
+        checkpoints.save(number, state, data=batches.get_state())
+      bar.update()
+      if stop.asked and number < config.steps:
+        bar.close()
+        print(f"SIGTERM: step {number} is saved in {checkpoints.directory}; run again to go on")
+        raise SystemExit(0)
+    bar.close()
+  return state
+
+
+class Log:
+  """Rows of metrics in JSONL, and in TensorBoard files on demand."""
+
+  def __init__(self, directory: Path, start: int, *, tensorboard: bool = False):
+    """Opens the log of a run that goes on after step `start`: later rows are forgotten."""
+    self._path = directory / METRICS
+    rows = read_rows(self._path)
+    kept = [row for row in rows if row["step"] <= start]
+    if len(kept) < len(rows):
+      write_rows(self._path, kept)
+    self._writer = _tensorboard(directory / "tensorboard", start) if tensorboard else None
+
+  def write(self, row: dict[str, Any]) -> None:
+    append_row(self._path, row)
+    if self._writer is not None:
+      for name, value in row.items():
+        self._writer.add_scalar(name, value, row["step"])
+      self._writer.flush()
+
+
+class _Stop:
+  """Notes SIGTERM while it is open; Python takes signals in its main thread only."""
+
+  def __init__(self):
+    self.asked = False
+
+  def __enter__(self):
+    self._main = threading.current_thread() is threading.main_thread()
+    if self._main:
+      self._before = signal.signal(signal.SIGTERM, self._ask)
+    return self
+
+  def __exit__(self, *_):
+    if self._main:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def _ask(self, *_):
+    self.asked = True
+
+
+def _put(batch: Batch, placement: Zero | None) -> Batch:
+  return batch if placement is None else jax.device_put(batch, placement.batch(batch))
+
+
+def _resume(checkpoints: Checkpoints, state: TrainState, batches: Batches) -> TrainState:
+  """The newest saved state, with `batches` back at its place; `state` when none is saved."""
+  if not checkpoints.steps():
+    return state
+  saved = checkpoints.restore(state)
+  batches.set_state(saved.data)
+  return saved.state
+
+
+def _drain(pending: list[tuple[int, dict]], checkpoints: Checkpoints) -> dict[str, Any]:
+  """Empties `pending`, the metrics not yet looked at, and gives the last as a row.
+
+  Raises:
+    FloatingPointError: when the loss or gradients of any of them are not finite.
+  """
+  row: dict[str, Any] = {}
+  for number, metrics in jax.device_get(pending):
+    row = {"step": number} | {name: np.asarray(x).item() for name, x in metrics.items()}
+    if not row.pop("finite", math.isfinite(row["loss"])):
+      steps = checkpoints.steps()
+      good = f"step {steps[-1]} in {checkpoints.directory}" if steps else "none yet"
+      raise FloatingPointError(
+        f"step {number}: loss is {row['loss']} and the norm of the gradients"
+        f" {row.get('grad_norm')}; last good checkpoint: {good}"
+      )
+  pending.clear()
+  return row
+
+
+def _tensorboard(directory: Path, start: int):
+  try:
+    from tensorboardX import SummaryWriter
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      "tensorboard=True needs tensorboardX: pip install 'effjax[tensorboard]'"
+    ) from error
+  return SummaryWriter(str(directory), purge_step=start + 1)

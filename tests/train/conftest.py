@@ -1,0 +1,67 @@
+"""A tiny model and a tiny stream of batches, so that these tests stand without models and data."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.train import next_token
+
+
+class Bigram(nn.Module):
+  """Logits of the next token from the token alone; sows a loss and a metric."""
+
+  vocab: int = 11
+  width: int = 8
+  coefficient: float = 0.0
+
+  @nn.compact
+  def __call__(self, tokens, *, segment_ids=None, positions=None):
+    x = nn.Embed(self.vocab, self.width, name="embed")(tokens)
+    if self.coefficient:
+      self.sow("losses", "size", self.coefficient * jnp.square(x).mean())
+      self.sow("metrics", "mean", x.mean())
+    x = nn.LayerNorm(name="norm")(nn.tanh(nn.Dense(self.width, name="up")(x)))
+    return nn.Dense(self.vocab, name="head")(x)
+
+
+class Stream:
+  """Batch i is a function of the seed and i."""
+
+  def __init__(self, rows=8, length=6, seed=0, poison=None):
+    self.index, self.shape, self.seed, self.poison = 0, (rows, length + 1), seed, poison
+
+  def __next__(self):
+    draw = np.random.default_rng([self.seed, self.index])
+    self.index += 1
+    tokens = np.cumsum(draw.integers(1, 3, self.shape), axis=1) % 11
+    weights = draw.integers(0, 2, (self.shape[0], self.shape[1] - 1)).astype(np.float32)
+    if self.index == self.poison:
+      weights[0, 0] = np.nan
+    tokens = tokens.astype(np.int32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+    return jax.tree.map(jnp.asarray, batch)
+
+  def get_state(self):
+    return {"index": self.index}
+
+  def set_state(self, state):
+    self.index = state["index"]
+
+
+@pytest.fixture
+def stream():
+  return Stream
+
+
+@pytest.fixture
+def bigram():
+  """(module, params, objective) of a Bigram; keywords go to it."""
+
+  def make(**arguments):
+    module = Bigram(**arguments)
+    params = module.init(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    return module, params, next_token(module)
+
+  return make

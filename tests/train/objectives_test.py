@@ -1,0 +1,69 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.train import perplexity
+from effjax.train.objectives import layer_means
+
+
+def test_masked_loss_is_the_mean_over_what_counts(bigram, stream):
+  module, params, objective = bigram()
+  batch = next(stream())
+  loss, metrics = objective(params, batch, None)
+  logits = np.asarray(module.apply({"params": params}, batch["tokens"]), np.float64)
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  nll = -np.take_along_axis(logp, batch["targets"][..., None], -1)[..., 0]
+  expected = (nll * batch["weights"]).sum() / batch["weights"].sum()
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  assert float(metrics["weight"]) == batch["weights"].sum()
+
+
+def test_a_masked_target_has_no_influence(bigram, stream):
+  _, params, objective = bigram()
+  batch = next(stream())
+  targets = jnp.where(batch["weights"] == 0, 0, batch["targets"])
+  grad = jax.grad(lambda p, b: objective(p, b, None)[0])
+  same = jax.tree.map(
+    np.array_equal, grad(params, batch), grad(params, {**batch, "targets": targets})
+  )
+  assert all(jax.tree.leaves(same))
+
+
+def test_sown_losses_are_added_and_reported(bigram, stream):
+  _, params, objective = bigram(coefficient=0.5)
+  loss, metrics = objective(params, next(stream()), None)
+  np.testing.assert_allclose(loss, metrics["nll"] + metrics["size"], rtol=1e-6)
+  assert float(metrics["size"]) > 0 and "mean" in metrics
+
+
+def test_a_scanned_layer_counts_as_its_repeats():
+  sown = {
+    "segments_0": {"balance": (jnp.array([1.0, 2.0, 3.0]),)},
+    "last": {"balance": (jnp.array(6.0),)},
+  }
+  assert float(layer_means(sown)["balance"]) == 3.0
+
+
+def test_randomness_is_on_with_a_key_only(stream):
+  from effjax.train import next_token
+
+  class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+      logits = nn.Embed(11, 11)(tokens)
+      if self.has_rng("dropout"):
+        logits += jax.random.normal(self.make_rng("dropout"), logits.shape)
+      return logits
+
+  params = Noisy().init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+  objective, batch = next_token(Noisy()), next(stream())
+  still = [float(objective(params, batch, None)[0]) for _ in range(2)]
+  noisy = [float(objective(params, batch, jax.random.key(i))[0]) for i in range(2)]
+  assert still[0] == still[1] and len({still[0], *noisy}) == 3
+
+
+@pytest.mark.parametrize("nll, expected", [(np.log(7.0), 7.0), (1e4, np.inf)])
+def test_perplexity(nll, expected):
+  assert perplexity(nll) == pytest.approx(expected)

@@ -1,0 +1,143 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from effjax.core import weights
+from effjax.train import init_state, make_train_step
+
+
+@weights.register(static=("note",))
+class Scaled(weights.Weight):
+  """codes · scale, to stand for a quantised weight."""
+
+  codes: object
+  scale: object
+  note: str = "int8"
+
+  shape = property(lambda self: self.codes.shape)
+  dtype = property(lambda self: self.scale.dtype)
+
+  def materialize(self):
+    return self.codes * self.scale
+
+
+def _copy(tree):
+  return jax.tree.map(jnp.array, tree)
+
+
+def _run(objective, params, batch, optimizer, key, **arguments):
+  step = make_train_step(objective, optimizer, **arguments)
+  state = init_state(_copy(params), optimizer, trainable=arguments.get("trainable"))
+  return step(state, batch, key)
+
+
+def test_a_step_is_the_gradient_step(bigram, stream, key):
+  _, params, objective = bigram()
+  batch = next(stream())
+  state, metrics = _run(objective, params, batch, optax.sgd(0.1), key)
+  (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, None)
+  expected = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.params, expected
+  )
+  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+  np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+  assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("microbatches", [2, 8])
+def test_accumulation_is_the_mean_over_tokens_not_over_microbatches(
+  bigram, stream, key, microbatches
+):
+  _, params, objective = bigram(coefficient=0.3)
+  batch = next(stream())
+  # Very unequal counts; of eight microbatches three have none.
+  batch["weights"] = batch["weights"].at[:3].set(0.0).at[3].set(0.01)
+  whole, expected = _run(objective, params, batch, optax.sgd(0.1), key)
+  parts, metrics = _run(objective, params, batch, optax.sgd(0.1), key, microbatches=microbatches)
+  np.testing.assert_allclose(metrics["nll"], expected["nll"], rtol=1e-5)
+  np.testing.assert_allclose(metrics["weight"], expected["weight"], rtol=1e-6)
+  assert set(metrics) == set(expected)
+  for a, b in zip(
+    jax.tree.leaves(parts.params["head"]), jax.tree.leaves(whole.params["head"]), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_microbatches_that_do_not_divide_are_refused(bigram, stream, key):
+  _, params, objective = bigram()
+  with pytest.raises(ValueError, match="microbatches=3 does not divide the batch of 8"):
+    _run(objective, params, next(stream()), optax.sgd(0.1), key, microbatches=3)
+
+
+def test_only_the_trainable_part_moves(bigram, stream, key):
+  _, params, objective = bigram()
+  state, _ = _run(objective, params, next(stream()), optax.adam(0.1), key, trainable="head")
+  moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), state.params, params)
+  assert all(jax.tree.leaves(moved["head"]))
+  assert not any(jax.tree.leaves([moved["embed"], moved["up"], moved["norm"]]))
+
+
+def test_a_quantised_weight_trains_its_scale_and_keeps_its_codes(key):
+  params = {"w": Scaled(jnp.arange(6, dtype=jnp.int8).reshape(3, 2), jnp.ones((1, 2)))}
+  objective = lambda params, batch, rng: (
+    jnp.square(batch["x"] @ params["w"].materialize()).mean(),
+    {},
+  )
+  state, _ = _run(objective, params, {"x": np.ones((4, 3), np.float32)}, optax.sgd(0.1), key)
+  assert isinstance(state.params["w"], Scaled) and state.params["w"].note == "int8"
+  np.testing.assert_array_equal(state.params["w"].codes, params["w"].codes)
+  assert not np.array_equal(state.params["w"].scale, params["w"].scale)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing(bigram, stream, key, microbatches):
+  _, params, objective = bigram()
+  optimizer = optax.adam(0.1)
+  arguments = {"microbatches": microbatches}
+  state, metrics = _run(objective, params, next(stream(poison=1)), optimizer, key, **arguments)
+  assert not bool(metrics["finite"]) and np.isnan(metrics["loss"])
+  for a, b in zip(
+    jax.tree.leaves(state), jax.tree.leaves(init_state(params, optimizer)), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_randomness_differs_by_step_and_microbatch(key):
+  objective = lambda params, batch, rng: (
+    params["w"] * jax.random.normal(rng),
+    {"draw": jax.random.normal(rng)},
+  )
+  optimizer = optax.sgd(0.0)
+  step = make_train_step(objective, optimizer, microbatches=2)
+  state = init_state({"w": jnp.ones(())}, optimizer)
+  draws = []
+  for _ in range(2):
+    state, metrics = step(state, {"x": jnp.ones(2)}, key)
+    draws.append(float(metrics["draw"]))
+  again, _ = step(init_state({"w": jnp.ones(())}, optimizer), {"x": jnp.ones(2)}, key)
+  assert draws[0] != draws[1] and int(again.step) == 1
+
+
+def test_training_learns(bigram, stream, key):
+  _, params, objective = bigram()
+  optimizer = optax.adam(0.03)
+  step, state, batches = (
+    make_train_step(objective, optimizer),
+    init_state(params, optimizer),
+    stream(),
+  )
+  losses = []
+  for _ in range(60):
+    state, metrics = step(state, next(batches), key)
+    losses.append(float(metrics["loss"]))
+  assert np.mean(losses[-5:]) < 1.1 < 2.0 < losses[0]  # log 2 is the entropy of the stream
+
+
+def test_bfloat16_parameters_keep_their_type_through_accumulation(bigram, stream, key):
+  _, params, objective = bigram()
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  state, _ = _run(objective, params, next(stream()), optax.sgd(0.1), key, microbatches=2)
+  assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
