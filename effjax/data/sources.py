@@ -20,6 +20,7 @@ same Python version); optional parts that distributions leave out, tests and tab
 """
 
 import json
+import os
 import pydoc_data.topics
 import sys
 import sysconfig
@@ -41,24 +42,23 @@ _LEFT_OUT_MODULES = {
 _LEFT_OUT_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages"}
 
 
-def _is_left_out(path: Path) -> bool:
+def _is_read(path: Path) -> bool:
+  """Whether a file of the library, by its path inside the library, belongs to the source."""
   top = path.parts[0].removesuffix(".py")
-  return (
-    top in _LEFT_OUT_MODULES
-    or top not in sys.stdlib_module_names
-    or bool(_LEFT_OUT_FOLDERS & set(path.parts))
-  )
+  return path.suffix == ".py" and top in sys.stdlib_module_names and top not in _LEFT_OUT_MODULES
 
 
 def _stdlib() -> Iterator[Document]:
   root = Path(sysconfig.get_paths()["stdlib"])
-  files = sorted(path.relative_to(root) for path in root.rglob("*.py"))
-  if not files:
+  files = []
+  for folder, subfolders, here in os.walk(root):
+    subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT_FOLDERS]
+    files += [Path(folder, name).relative_to(root) for name in here]
+  if not any(path.suffix == ".py" for path in files):
     raise FileNotFoundError(f"this Python has no source files of its library in {root}")
-  for path in files:
-    if not _is_left_out(path):
-      with tokenize.open(root / path) as file:
-        yield Document("stdlib", path.as_posix(), cleaning.normalise(file.read()))
+  for path in sorted(filter(_is_read, files)):
+    with tokenize.open(root / path) as file:
+      yield Document("stdlib", path.as_posix(), cleaning.normalise(file.read()))
 
 
 def _pydoc() -> Iterator[Document]:
@@ -78,9 +78,12 @@ def _json_lines(path: Path, domain: str, title: str) -> Iterator[Document]:
     if not line.strip():
       continue
     try:
-      text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-      raise ValueError(f'{path}, line {number}: it must be {{"text": "…"}}') from error
+      record = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+      raise ValueError(f'{path}, line {number}: it must be {{"text": "…"}}')
     yield Document(domain, f"{title}:{number}", cleaning.normalise(text))
 
 
