@@ -1,8 +1,8 @@
 """Documents, corpora, and the split between training and validation text.
 
-A document goes to validation if the SHA-256 of its id, read as a fraction of one, is below
-`VALIDATION`. Membership depends on nothing else: not on the machine, the run, the seed or which
-other documents are there. A corpus holds no two documents of equal text, so no text is in both
+A document goes to validation if the SHA-256 of its source and title, read as a fraction of one, is
+below `VALIDATION`. Membership depends on nothing else: not on the machine, the run, the seed or
+which other documents are there. A corpus holds no two documents of equal text, so no text is in both
 splits.
 """
 
@@ -30,7 +30,7 @@ class Document:
 
   @property
   def id(self) -> str:
-    """The name the split is decided by."""
+    """The document's name in a corpus."""
     return f"{self.domain}/{self.title}"
 
 
@@ -42,10 +42,14 @@ def _fraction(name: str) -> float:
 def split_of(document: Document) -> str:
   """The split a document belongs to: "train" or "validation".
 
+  Parts of a source (the translations "debian-handbook/de-DE", "debian-handbook/fr-FR", …) agree:
+  aligned documents are all in one split.
+
   >>> split_of(Document("pydoc", "assert", "…"))
   'train'
   """
-  return "validation" if _fraction(document.id) < VALIDATION else "train"
+  source = document.domain.partition("/")[0]
+  return "validation" if _fraction(f"{source}/{document.title}") < VALIDATION else "train"
 
 
 @dataclasses.dataclass(frozen=True)

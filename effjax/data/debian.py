@@ -97,10 +97,10 @@ def _foldoc(root: Path, domain: str, part: str) -> Iterator[Document]:
   for line in (folder / "foldoc.index").read_text().splitlines():
     word, offset, length = line.split("\t")[:3]
     places.setdefault((_dictd_number(offset), _dictd_number(length)), word)
-  for (offset, length), word in sorted(places.items()):
+  for (start, size), word in sorted(places.items()):
     if not word.startswith("00-database"):
-      text = re.sub(r"[{}]", "", data[offset : offset + length].decode(errors="replace"))
-      yield Document(domain, f"{offset:08d} {word}", cleaning.normalise(text))
+      text = re.sub(r"[{}]", "", data[start : start + size].decode(errors="replace"))
+      yield Document(domain, f"{start:08d} {word}", cleaning.normalise(text))
 
 
 def _fortunes(root: Path, domain: str, part: str) -> Iterator[Document]:

@@ -22,7 +22,8 @@ class _Stream:
   def __init__(self, data: bytes):
     if data[:2] != b"X\n":
       raise ValueError("not R's binary serialisation format: it must start with 'X'")
-    self.data, self.at, self.symbols = data, 2, []
+    self.data, self.at = data, 2
+    self.symbols: list[str] = []
     version = self.integer()
     self.at += 8
     if version == 3:

@@ -98,7 +98,8 @@ def _file(path: Path, domain: str, title: str) -> Iterator[Document]:
 
 def _in_parts(document: Document) -> Iterator[Document]:
   """A long text cut at line ends, so that one file gives both splits something."""
-  part, size, number = [], 0, 0
+  part: list[str] = []
+  size = number = 0
   for line in document.text.splitlines(keepends=True):
     if part and size + len(line) > PART_CHARACTERS:
       yield Document(document.domain, f"{document.title}#{number:05d}", "".join(part))

@@ -28,10 +28,15 @@ class TokenStream:
 
 
 def _encode(corpus: Corpus, tokenizer: Tokenizer) -> TokenStream:
+  if tokenizer.eos_id is None:
+    raise ValueError("the tokenizer has no eos_id; packing needs a token that ends documents")
   dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
   documents = []
   for document in corpus:
-    ids = np.array([*tokenizer.encode(document.text), tokenizer.eos_id], np.int64)
+    encoded = list(tokenizer.encode(document.text))
+    if encoded[-1:] != [tokenizer.eos_id]:
+      encoded.append(tokenizer.eos_id)
+    ids = np.array(encoded, np.int64)
     if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
       wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)][0]
       raise ValueError(
@@ -62,12 +67,13 @@ def _keep(stream: TokenStream, tokens: Path, lengths: Path) -> TokenStream:
 
 
 def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> TokenStream:
-  """Encodes every document of a corpus once and appends the end token.
+  """Encodes every document of a corpus once and ends it with the end token.
 
+  A tokenizer that ends what it encodes itself (BERT's [SEP]) is not given a second end.
   A corpus of a megabyte or more is kept in `cache_dir()/tokens` under a key made of its text and
   `tokenizer.fingerprint`, and is mapped from there the next time; a tokenizer without a
   fingerprint, and a cache that cannot be written (with a warning), leave the tokens in memory.
-  Raises ValueError where an id is not below `vocab_size`.
+  Raises ValueError where an id is not below `vocab_size` or the tokenizer has no `eos_id`.
 
   >>> from effjax.data.corpus import Document
   >>> from effjax.data.tokenizers import ByteTokenizer

@@ -39,11 +39,11 @@ class Tokenizer(Protocol):
 
 
 def _check_ids(ids: Iterable[SupportsIndex], vocab_size: int) -> list[int]:
-  ids = [operator.index(token) for token in ids]
-  for token in ids:
+  numbers = [operator.index(token) for token in ids]
+  for token in numbers:
     if not 0 <= token < vocab_size:
       raise ValueError(f"token id {token} is out of range; allowed: 0 to {vocab_size - 1}")
-  return ids
+  return numbers
 
 
 def _fingerprint(*parts: str) -> str:
@@ -170,7 +170,7 @@ def train_char(texts: Iterable[str], size: int | None = None) -> VocabularyToken
   ('e', 'h', 'l', 'o')
   """
   _check_size(size, len(SPECIAL) + 1)
-  counts = collections.Counter()
+  counts: collections.Counter[str] = collections.Counter()
   for text in texts:
     counts.update(text)
   return VocabularyTokenizer("char", tuple(sorted(_most_common(counts, size))))
@@ -185,7 +185,7 @@ def train_word(texts: Iterable[str], size: int) -> VocabularyTokenizer:
   (' rose', ' a', ' is')
   """
   _check_size(size, len(SPECIAL) + 1)
-  counts = collections.Counter()
+  counts: collections.Counter[str] = collections.Counter()
   for text in texts:
     counts.update(_WORD.findall(text))
   return VocabularyTokenizer("word", _most_common(counts, size))

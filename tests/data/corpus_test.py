@@ -31,6 +31,12 @@ def test_split_is_the_same_on_every_machine():
   assert held_out == ["9", "24", "29", "58", "67", "70", "87", "92"]
 
 
+def test_translations_of_a_document_are_in_one_split():
+  for number in range(100):
+    languages = ("book", "book/de-DE", "book/fr-FR")
+    assert len({split_of(Document(name, str(number), "x")) for name in languages}) == 1
+
+
 def test_membership_does_not_depend_on_other_documents_or_on_the_limit(corpus):
   whole = {d.id: split_of(d) for d in corpus}
   small = corpus.limited(corpus.nbytes // 3)

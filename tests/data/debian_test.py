@@ -159,3 +159,16 @@ def test_a_broken_package_is_named(monkeypatch, cache):
 def test_only_the_handbook_has_parts():
   with pytest.raises(ValueError, match="'austen' has no parts; given 'austen/emma'"):
     sources.text("austen/emma")
+
+
+@pytest.mark.slow
+def test_the_real_package_of_novels_is_read():
+  if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+    pytest.skip("needs apt-get and dpkg-deb")
+  try:
+    corpus = sources.text("austen")
+  except FileNotFoundError as error:
+    pytest.skip(f"the package cannot be fetched here: {error}")
+  novels = {d.label for d in corpus}
+  assert len(novels) == 6 and corpus.nbytes > 4_000_000
+  assert any("It is a truth universally acknowledged" in d.text for d in corpus)

@@ -82,3 +82,17 @@ def test_ids_outside_the_vocabulary_are_refused(large):
   tokenizer.vocab_size = 100
   with pytest.raises(ValueError, match="id 116 in document 'a/0'; its vocab_size is 100"):
     stream.tokenize(large, tokenizer)
+
+
+def test_a_tokenizer_that_ends_texts_itself_gets_no_second_end(large):
+  tokenizer = Counting()
+  tokenizer.encode = lambda text: [*text.encode(), 258]
+  result = stream.tokenize(large, tokenizer)
+  assert (result.tokens == 258).sum() == len(large)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(large):
+  tokenizer = Counting()
+  tokenizer.eos_id = None
+  with pytest.raises(ValueError, match="no eos_id"):
+    stream.tokenize(large, tokenizer)
