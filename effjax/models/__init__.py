@@ -1,6 +1,20 @@
 """Models as lists of layers; pretrained ones loaded and saved."""
 
 from effjax.layers.spec import LayerSpec, TransformerConfig
+from effjax.models import presets
+from effjax.models.loading import load
+from effjax.models.model import Model, check_tokens
+from effjax.models.saving import save
 from effjax.models.transformer import EncoderDecoder, Transformer
 
-__all__ = ["EncoderDecoder", "LayerSpec", "Transformer", "TransformerConfig"]
+__all__ = [
+  "EncoderDecoder",
+  "LayerSpec",
+  "Model",
+  "Transformer",
+  "TransformerConfig",
+  "check_tokens",
+  "load",
+  "presets",
+  "save",
+]

@@ -6,7 +6,6 @@ name, shape, type and offset of each tensor; padding; data. The header is read h
 """
 
 import dataclasses
-import mmap
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-from effjax.models.sources import missing_tensor, row_chunks
+from effjax.models.sources import MappedFile, missing_tensor
 
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 
@@ -41,13 +40,8 @@ class GGUFFile:
 
   def __init__(self, path: str | Path):
     self.path = Path(path)
-    if not self.path.is_file():
-      raise FileNotFoundError(f"{self.path}: no such GGUF file")
-    if self.path.stat().st_size < 24:
-      raise ValueError(f"{self.path}: too short to be a GGUF file; it is truncated or another kind")
-    with self.path.open("rb") as file:
-      self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    header = _Header(self.path, self._bytes)
+    self._file = MappedFile(self.path)
+    header = _Header(self._file)
     self.metadata: dict[str, Any] = header.metadata
     self._tensors: dict[str, TensorInfo] = header.tensors
 
@@ -65,13 +59,9 @@ class GGUFFile:
     """
     info = self._info(name)
     out = np.empty(info.shape, np.float32) if out is None else out
-    raw = np.frombuffer(self._bytes, np.uint8)[info.start : info.stop]
-    raw = raw.reshape(info.shape[0], -1)
-    for rows in row_chunks(info.shape):
-      values = gguf.quants.dequantize(_typed(raw[rows], info.kind), info.kind)
-      if not np.isfinite(values).all():
-        raise ValueError(f"{self.path}: tensor {name!r} holds values that are not finite: damaged")
-      out[rows] = values.reshape(-1, *info.shape[1:])
+    values = lambda raw: gguf.quants.dequantize(_typed(raw, info.kind), info.kind)
+    row_bytes = (info.stop - info.start) // info.shape[0]
+    self._file.decode(name, info.start, row_bytes, out, values)
     return out
 
   def _info(self, name: str) -> TensorInfo:
@@ -88,8 +78,9 @@ def _typed(raw: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
 class _Header:
   """Reads the header front to back; every read checks that the file is long enough."""
 
-  def __init__(self, path: Path, data: mmap.mmap):
-    self.path, self.data, self.at = path, data, 0
+  def __init__(self, data: MappedFile):
+    path = self.path = data.path
+    self.data, self.at = data, 0
     magic, version = self._take(4), self._number("I")
     if magic != b"GGUF":
       raise ValueError(f"{path}: begins with {magic!r}, not b'GGUF': no GGUF file, or damaged")
@@ -103,10 +94,10 @@ class _Header:
     self.tensors = {name: self._located(name, base, *info) for name, *info in infos}
 
   def _take(self, size: int) -> bytes:
-    if self.at + size > len(self.data):
+    if self.at + size > self.data.size:
       raise ValueError(
         f"{self.path}: truncated or damaged: its header asks for {size} bytes at {self.at}, "
-        f"and the file has {len(self.data)}"
+        f"and the file has {self.data.size}"
       )
     self.at += size
     return self.data[self.at - size : self.at]
@@ -160,9 +151,9 @@ class _Header:
     size = block_bytes
     for length in (*shape[:-1], shape[-1] // block):
       size *= length
-    if start + size > len(self.data):
+    if start + size > self.data.size:
       raise ValueError(
         f"{self.path}: truncated: tensor {name!r} ends at byte {start + size}, "
-        f"and the file has {len(self.data)}"
+        f"and the file has {self.data.size}"
       )
     return TensorInfo(shape, quantisation, start, start + size)

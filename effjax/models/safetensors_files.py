@@ -1,24 +1,46 @@
-"""Safetensors folders as Hugging Face writes them, single or sharded; read and written by tensor."""
+"""Safetensors as Hugging Face writes them, in one file or in shards, tensor by tensor.
 
+A file is the length of a header, the header as JSON (type, shape and span of each tensor), and
+the tensors. It is read and written here because the safetensors package hands out whole tensors
+that it has copied, or writes from a dictionary that holds them all.
+"""
+
+import dataclasses
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from effjax.models.sources import missing_tensor, row_chunks
+from effjax.models.sources import MappedFile, missing_tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ALIGNMENT = 8
-WRITTEN = {
-  np.dtype(np.float32): "F32",
-  np.dtype(np.float16): "F16",
-  np.dtype(ml_dtypes.bfloat16): "BF16",
+DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "I64": np.dtype(np.int64),
+  "I32": np.dtype(np.int32),
+  "U8": np.dtype(np.uint8),
+  "BOOL": np.dtype(np.bool_),
 }
+WRITTEN = {DTYPES[name]: name for name in ("F32", "F16", "BF16")}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+  """Where a tensor lies, its shape and type."""
+
+  file: MappedFile
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  start: int
 
 
 class SafetensorsFolder:
@@ -31,14 +53,19 @@ class SafetensorsFolder:
 
   def __init__(self, folder: str | Path):
     self.path = Path(folder)
-    self._files = {name: _open(self.path / name) for name in self._file_names()}
-    self._home = {key: name for name, file in self._files.items() for key in file.keys()}  # noqa: SIM118
+    self._tensors: dict[str, TensorInfo] = {}
+    if (self.path / SINGLE).is_file():
+      self._tensors = read_header(self.path / SINGLE)
+    elif (self.path / INDEX).is_file():
+      self._read_shards()
+    else:
+      raise FileNotFoundError(f"{self.path}: neither {SINGLE} nor {INDEX} is there")
 
   def names(self) -> list[str]:
-    return list(self._home)
+    return list(self._tensors)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    return tuple(self._slice(name).get_shape())
+    return self._info(name).shape
 
   def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
     """The tensor in the type of the file, or in `out`; copied a few megabytes at a time.
@@ -46,48 +73,80 @@ class SafetensorsFolder:
     Raises:
       ValueError: for an unknown name, and for values that are not finite.
     """
-    stored, shape = self._slice(name), self.shape(name)
-    if out is None or not shape:
-      value = self._files[self._home[name]].get_tensor(name)
-      if out is None:
-        return value
-      out[...] = value
-      return out
-    for rows in row_chunks(shape):
-      values = stored[rows]
-      if not np.isfinite(values).all():
-        raise ValueError(f"{self.path}: tensor {name!r} holds values that are not finite: damaged")
-      out[rows] = values
+    info = self._info(name)
+    out = np.empty(info.shape, info.dtype) if out is None else out
+    if out.size:
+      rows = out.reshape(1) if out.ndim == 0 else out
+      row_bytes = info.dtype.itemsize * math.prod(rows.shape[1:])
+      info.file.decode(name, info.start, row_bytes, rows, lambda raw: raw.view(info.dtype))
     return out
 
-  def _slice(self, name: str):
-    if name not in self._home:
-      raise missing_tensor(self.path, name, self._home)
-    return self._files[self._home[name]].get_slice(name)
+  def _info(self, name: str) -> TensorInfo:
+    if name not in self._tensors:
+      raise missing_tensor(self.path, name, self._tensors)
+    return self._tensors[name]
 
-  def _file_names(self) -> list[str]:
-    if (self.path / SINGLE).is_file():
-      return [SINGLE]
-    if not (self.path / INDEX).is_file():
-      raise FileNotFoundError(f"{self.path}: neither {SINGLE} nor {INDEX} is there")
-    shards = sorted(set(self._index().values()))
-    absent = [name for name in shards if not (self.path / name).is_file()]
+  def _read_shards(self) -> None:
+    try:
+      home = json.loads((self.path / INDEX).read_text("utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(f"{self.path / INDEX}: damaged: {error!r}") from error
+    shards = sorted(set(home.values()))
+    absent = [shard for shard in shards if not (self.path / shard).is_file()]
     if absent:
       raise FileNotFoundError(f"{self.path}: {INDEX} names shards that are missing: {absent}")
-    return shards
+    held = {shard: read_header(self.path / shard) for shard in shards}
+    for name, shard in home.items():
+      if name not in held[shard]:
+        raise ValueError(
+          f"{self.path}: tensor {name!r} is missing in {shard}, where {INDEX} has it"
+        )
+    for tensors in held.values():
+      self._tensors |= tensors
 
-  def _index(self) -> dict[str, str]:
-    try:
-      return json.loads((self.path / INDEX).read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
-      raise ValueError(f"{self.path / INDEX}: damaged: {error!r}") from error
 
+def read_header(path: Path) -> dict[str, TensorInfo]:
+  """The tensors of one safetensors file.
 
-def _open(path: Path):
+  Raises:
+    ValueError: when the file is truncated or damaged, or holds a type that is not supported.
+  """
+  file = MappedFile(path)
+  length = struct.unpack("<Q", file[:8])[0] if file.size >= 8 else file.size
+  base = 8 + length
+  if base > file.size:
+    raise ValueError(f"{path}: truncated, damaged, or no safetensors file: no room for its header")
   try:
-    return safe_open(path, "np")
-  except SafetensorError as error:
-    raise ValueError(f"{path}: truncated, damaged, or no safetensors file: {error}") from error
+    header = json.loads(file[8:base])
+    header.pop("__metadata__", None)
+    tensors = {name: _info(file, base, name, **entry) for name, entry in header.items()}
+  except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
+    raise ValueError(f"{path}: damaged: its header cannot be read: {error}") from error
+  end = max((info.start + _bytes(info) for info in tensors.values()), default=base)
+  if end < file.size:
+    raise ValueError(f"{path}: damaged: {file.size - end} bytes after the last tensor")
+  return tensors
+
+
+def _info(
+  file: MappedFile, base: int, name: str, dtype: str, shape: list[int], data_offsets: list[int]
+) -> TensorInfo:
+  if dtype not in DTYPES:
+    raise ValueError(f"{file.path}: tensor {name!r} is {dtype}; allowed: {', '.join(DTYPES)}")
+  begin, end = data_offsets
+  info = TensorInfo(file, tuple(shape), DTYPES[dtype], base + begin)
+  if begin < 0 or end - begin != _bytes(info):
+    raise ValueError(f"{file.path}: damaged: tensor {name!r} spans {data_offsets} for {shape}")
+  if base + end > file.size:
+    raise ValueError(
+      f"{file.path}: truncated: tensor {name!r} ends at byte {base + end}, "
+      f"and the file has {file.size}"
+    )
+  return info
+
+
+def _bytes(info: TensorInfo) -> int:
+  return info.dtype.itemsize * math.prod(info.shape)
 
 
 Stored = tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
@@ -103,12 +162,13 @@ def write(file: IO[bytes], tensors: dict[str, Stored]) -> None:
   Raises:
     ValueError: for a type that is not float32, float16 or bfloat16.
   """
-  header, at = {"__metadata__": {"format": "pt"}}, 0
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  at = 0
   for name, (shape, dtype, _) in tensors.items():
     if dtype not in WRITTEN:
       allowed = ", ".join(str(kind) for kind in WRITTEN)
       raise ValueError(f"tensor {name!r} is {dtype}; allowed: {allowed}")
-    size = int(np.prod(shape)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     header[name] = {"dtype": WRITTEN[dtype], "shape": shape, "data_offsets": [at, at + size]}
     at += size
   text = json.dumps(header).encode()

@@ -1,12 +1,13 @@
 """Where tensors come from: files that give one tensor at a time."""
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 
 @runtime_checkable
@@ -23,20 +24,64 @@ class TensorSource(Protocol):
     """A tensor, written to `out` (any strides, converted to its type) where that is given."""
 
 
-def row_chunks(shape: tuple[int, ...], itemsize: int = 4) -> Iterator[slice]:
-  """Slices of the first axis, each holding about `CHUNK_BYTES` of a tensor of `shape`.
+class MappedFile:
+  """A memory-mapped file whose pages are given back once they have been read.
 
-  Example:
-    >>> list(row_chunks((3, 2 * 2**20)))
-    [slice(0, 2, None), slice(2, 3, None)]
+  Raises:
+    FileNotFoundError: when there is no such file.
+    ValueError: when it is empty.
   """
-  row = itemsize * int(np.prod(shape[1:]))
-  step = max(1, CHUNK_BYTES // max(row, 1))
-  for start in range(0, shape[0], step):
-    yield slice(start, min(start + step, shape[0]))
+
+  def __init__(self, path: Path):
+    if not path.is_file():
+      raise FileNotFoundError(f"{path}: no such file")
+    self.path, self.size = path, path.stat().st_size
+    if not self.size:
+      raise ValueError(f"{path}: is empty")
+    with path.open("rb") as file:
+      self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+  def __getitem__(self, span: slice) -> bytes:
+    return self._bytes[span]
+
+  def decode(
+    self,
+    name: str,
+    start: int,
+    row_bytes: int,
+    out: np.ndarray,
+    values: Callable[[np.ndarray], np.ndarray],
+  ) -> None:
+    """Fills the rows of `out`, tensor `name`, a few megabytes at a time.
+
+    Args:
+      name: what errors call the tensor.
+      start: its first byte.
+      row_bytes: how many bytes one row takes.
+      out: the tensor [rows, …].
+      values: bytes [n, row_bytes] → values of n rows.
+
+    Raises:
+      ValueError: for values that are not finite.
+    """
+    step = max(1, CHUNK_BYTES // row_bytes)
+    for first in range(0, len(out), step):
+      rows = out[first : first + step]
+      begin, count = start + first * row_bytes, len(rows) * row_bytes
+      raw = np.frombuffer(self._bytes, np.uint8, count, begin).reshape(len(rows), row_bytes)
+      decoded = values(raw)
+      if not np.isfinite(decoded).all():
+        raise ValueError(f"{self.path}: tensor {name!r} holds values that are not finite: damaged")
+      rows[...] = decoded.reshape(rows.shape)
+      self._release(begin, count)
+
+  def _release(self, begin: int, count: int) -> None:
+    if hasattr(mmap, "MADV_DONTNEED"):
+      page = begin - begin % mmap.PAGESIZE
+      self._bytes.madvise(mmap.MADV_DONTNEED, page, begin + count - page)
 
 
-def missing_tensor(path: Path, name: str, names: Any) -> ValueError:
+def missing_tensor(path: Path, name: str, names: Iterable[str]) -> ValueError:
   """The error for a tensor that a file should hold."""
   near = [other for other in names if other.split(".")[-2:] == name.split(".")[-2:]][:3]
   hint = f"; it has, for example, {', '.join(near)}" if near else ""

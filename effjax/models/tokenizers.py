@@ -159,8 +159,12 @@ def from_gguf(metadata: Mapping[str, Any], split: str | None = None) -> Pretrain
   tokens = metadata["tokenizer.ggml.tokens"]
   backend = GGUF_KINDS[kind](metadata, split)
   _add_marked(backend, tokens, metadata.get("tokenizer.ggml.token_type", ()), kind == "gpt2")
-  ids = {role: metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "padding")}
-  add = lambda role: metadata.get(f"tokenizer.ggml.add_{role}_token", role == "bos" and kind == "llama")
+  ids = {
+    role: metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "padding")
+  }
+  add = lambda role: metadata.get(
+    f"tokenizer.ggml.add_{role}_token", role == "bos" and kind == "llama"
+  )
   around = [tokens[ids[role]] if add(role) else None for role in ("bos", "eos")]
   backend.post_processor = _around(backend, *around)
   template = metadata.get("tokenizer.chat_template")
@@ -191,7 +195,9 @@ SPLITS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 }
 
 
-def byte_level(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], split: str) -> hf.Tokenizer:
+def byte_level(
+  vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], split: str
+) -> hf.Tokenizer:
   """Byte-level BPE as GPT-2 has it, with words cut by `SPLITS[split]`."""
   if split not in SPLITS:
     raise ValueError(f"split={split!r}; allowed: {', '.join(SPLITS)}")
@@ -246,7 +252,9 @@ def _gguf_sentencepiece(metadata: Mapping[str, Any], split: str | None) -> hf.To
 GGUF_KINDS = {"gpt2": _gguf_byte_level, "llama": _gguf_sentencepiece}
 
 
-def _add_marked(backend: hf.Tokenizer, tokens: Sequence[str], marks: Sequence[int], bytes_only: bool) -> None:
+def _add_marked(
+  backend: hf.Tokenizer, tokens: Sequence[str], marks: Sequence[int], bytes_only: bool
+) -> None:
   # In a byte-level vocabulary a control token outside the byte alphabet is a mislabelled one.
   alphabet = set(pre_tokenizers.ByteLevel.alphabet()) if bytes_only else None
   spelled = lambda token: alphabet is None or set(token) <= alphabet

@@ -1,0 +1,86 @@
+"""Published model families: how their configurations and tensors are those of a `Transformer`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from effjax.layers.spec import LayerSpec, TransformerConfig
+from effjax.models.families import bert, gemma3, gpt2, llama, opt
+from effjax.models.families.table import Entry, Family
+
+FAMILIES: dict[str, Family] = {
+  module.FAMILY.name: module.FAMILY for module in (llama, gemma3, gpt2, opt, bert)
+}
+MODEL_TYPES = {name: name for name in FAMILIES} | {"gemma3_text": "gemma3"}
+
+__all__ = ["FAMILIES", "Entry", "Family", "family_of", "hf_config", "of_model_type"]
+
+
+def of_model_type(model_type: str | None) -> Family:
+  """The family of config.json's `model_type`.
+
+  Raises:
+    ValueError: for an unknown one.
+  """
+  if model_type not in MODEL_TYPES:
+    raise ValueError(f"model_type {model_type!r}; allowed: {', '.join(MODEL_TYPES)}")
+  return FAMILIES[MODEL_TYPES[model_type]]
+
+
+def family_of(config: TransformerConfig) -> Family:
+  """The family whose layout `config` saves to.
+
+  Raises:
+    ValueError: when `config.family` names none.
+  """
+  if config.family not in FAMILIES:
+    raise ValueError(f"config.family={config.family!r}; allowed: {', '.join(FAMILIES)}")
+  return FAMILIES[config.family]
+
+
+def hf_config(config: TransformerConfig) -> dict[str, Any]:
+  """The config.json that describes `config`, and describes it wholly.
+
+  Raises:
+    ValueError: when the family's config.json cannot express something in `config`, naming it.
+
+  Example:
+    >>> from effjax.models import presets
+    >>> hf_config(presets.SMOLLM2_135M)["num_key_value_heads"]
+    3
+  """
+  family = family_of(config)
+  described = family.from_config(config)
+  wanted, got = (_comparable(c) for c in (config, family.to_config(described)))
+  for name in wanted:
+    if wanted[name] != got[name]:
+      raise ValueError(
+        f"{name}={_first_difference(wanted[name], got[name])} is not something that the layout "
+        f"of family {family.name!r} can express"
+      )
+  return described
+
+
+def _comparable(config: TransformerConfig) -> Mapping[str, Any]:
+  fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+  fields["layers"] = tuple(_resolved(spec, config.width) for spec in config.layers)
+  return {name: value for name, value in fields.items() if name != "scan"}
+
+
+def _resolved(spec: LayerSpec, width: int) -> LayerSpec:
+  # Defaults spelled out, so that None and the value it stands for are equal.
+  mixer = spec.mixer
+  head_width = mixer.head_width or width // mixer.heads
+  mixer = mixer.copy(
+    kv_heads=mixer.kv_heads or mixer.heads,
+    head_width=head_width,
+    scale=head_width**-0.5 if mixer.scale is None else mixer.scale,
+    implementation=None,
+  )
+  return dataclasses.replace(spec, mixer=mixer)
+
+
+def _first_difference(wanted, got):
+  if not isinstance(wanted, tuple) or len(wanted) != len(got):
+    return wanted
+  return next(a for a, b in zip(wanted, got, strict=True) if a != b)

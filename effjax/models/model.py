@@ -1,0 +1,66 @@
+"""A pretrained model: its configuration, module, parameters and tokenizer."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from effjax.core.typing import Array, Int, Params
+from effjax.layers.spec import TransformerConfig
+from effjax.models.tokenizers import PretrainedTokenizer
+from effjax.models.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """What `load` returns and `save` takes.
+
+  Attributes:
+    config: shape of the model.
+    module: `module.apply({"params": params}, tokens)` gives logits, or hidden states.
+    params: the parameters.
+    tokenizer: None when the model came without one.
+  """
+
+  config: TransformerConfig
+  module: Transformer
+  params: Params
+  tokenizer: PretrainedTokenizer | None = None
+
+  def __call__(self, tokens: Int[Array, "B T"], **arguments) -> Array:
+    """Logits [B, T, V], or hidden states [B, T, D] of an encoder, of checked tokens.
+
+    Raises:
+      ValueError: as `check_tokens`.
+    """
+    check_tokens(self.config, tokens)
+    return self.module.apply({"params": self.params}, tokens, **arguments)
+
+
+def check_tokens(config: TransformerConfig, tokens: Int[Array, "B T"]) -> None:
+  """Refuses tokens that a model cannot take; under a trace, only their shape can be seen.
+
+  An embedding lookup would clamp an id that is out of range and answer with another token.
+
+  Raises:
+    ValueError: for tokens that are no integers [B, T], ids out of range, or a sequence longer
+      than `config.context`.
+
+  Example:
+    >>> from effjax.models import presets
+    >>> check_tokens(presets.SMOLLM2_135M, np.array([[49152]]))
+    Traceback (most recent call last):
+    ValueError: tokens: id 49152 at [0, 0]; allowed: 0 to 49151
+  """
+  if len(tokens.shape) != 2 or not np.issubdtype(tokens.dtype, np.integer):
+    raise ValueError(f"tokens: {tokens.dtype}{list(tokens.shape)}; allowed: integers [B, T]")
+  if tokens.shape[1] > config.context:
+    raise ValueError(f"tokens: length {tokens.shape[1]}; allowed: up to {config.context}")
+  if isinstance(tokens, jax.core.Tracer):
+    return
+  values = np.asarray(tokens)
+  outside = np.argwhere((values < 0) | (values >= config.vocab_size))
+  if len(outside):
+    place = tuple(int(i) for i in outside[0])
+    limit = config.vocab_size - 1
+    raise ValueError(f"tokens: id {values[place]} at {list(place)}; allowed: 0 to {limit}")

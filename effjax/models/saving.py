@@ -1,0 +1,99 @@
+"""Saving a model to a folder that transformers opens and computes the same with."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.core import trees
+from effjax.core.weights import is_weight
+from effjax.models import families, safetensors_files
+from effjax.models.loading import Piece, plan_tensors
+from effjax.models.model import Model
+
+
+def save(model: Model, folder: str | Path) -> Path:
+  """Writes config.json, model.safetensors and the tokenizer; all of it or nothing.
+
+  The files are written beside `folder` and renamed when they are whole. Tensors are written one
+  by one in the type of their parameter.
+
+  Raises:
+    FileExistsError: when `folder` is there and not empty.
+    OSError: when the disk is full or cannot be written; nothing is left behind then.
+    ValueError: when the family's layout cannot hold the model, and for parameters that are
+      weight representations (LoRA, Int8, …): merge or materialize them first.
+  """
+  folder = Path(folder)
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise FileExistsError(f"{folder}: is there and not empty; allowed: a new or an empty folder")
+  description = _description(model)
+  tensors = _tensors(model)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+  try:
+    _write(temporary, description, tensors, model)
+    temporary.chmod(0o755)
+    os.replace(temporary, folder)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise
+  return folder
+
+
+def _write(folder: Path, description: dict[str, Any], tensors: dict, model: Model) -> None:
+  (folder / "config.json").write_text(json.dumps(description, indent=2))
+  if model.tokenizer is not None:
+    model.tokenizer.save(folder)
+  with (folder / safetensors_files.SINGLE).open("wb") as file:
+    safetensors_files.write(file, tensors)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _description(model: Model) -> dict[str, Any]:
+  family = families.family_of(model.config)
+  kind = trees.items(model.params)["embed/embedding"].dtype
+  description = {"architectures": [family.architecture], **families.hf_config(model.config)}
+  description["torch_dtype"] = str(jnp.dtype(kind))
+  ids = {
+    f"{role}_token_id": getattr(model.tokenizer, f"{role}_id", None)
+    for role in ("bos", "eos", "pad")
+  }
+  return description | ids
+
+
+def _tensors(model: Model) -> dict[str, safetensors_files.Stored]:
+  for path, leaf in trees.items(model.params).items():
+    if is_weight(leaf):
+      raise ValueError(
+        f"parameter {path!r} is a {type(leaf).__name__}; allowed: arrays: "
+        "merge adapters and materialize or dequantize weights before saving"
+      )
+  family, leaves = families.family_of(model.config), trees.items(model.params)
+  blocks: dict[str, list[tuple[Piece, Any]]] = {}
+  for path, pieces in plan_tensors(family, model.config, model.params).items():
+    for piece in pieces:
+      blocks.setdefault(family.written(piece.tensor), []).append((piece, leaves[path]))
+  return {name: _stored(parts) for name, parts in blocks.items()}
+
+
+def _stored(parts: list[tuple[Piece, Any]]) -> safetensors_files.Stored:
+  piece, leaf = parts[0]
+  shape = piece.entry.tensor_shape(leaf.shape[0 if piece.index is None else 1 :])
+
+  def make() -> np.ndarray:
+    values = [_block(piece, leaf) for piece, leaf in parts]
+    return values[0] if len(values) == 1 else np.concatenate(values, axis=-1)
+
+  return shape, np.dtype(leaf.dtype), make
+
+
+def _block(piece: Piece, leaf) -> np.ndarray:
+  value = np.asarray(leaf if piece.index is None else leaf[piece.index])
+  return piece.entry.unload(value)
