@@ -2,8 +2,8 @@
 
 A document goes to validation if the SHA-256 of its source and title, read as a fraction of one, is
 below `VALIDATION`. Membership depends on nothing else: not on the machine, the run, the seed or
-which other documents are there. A corpus holds no two documents of equal text, so no text is in both
-splits.
+which other documents are there. A corpus holds no two documents of equal text, so that no text is
+in both splits.
 """
 
 import dataclasses
