@@ -16,10 +16,22 @@ from typing import Any
 
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int, Num, PRNGKeyArray, Shaped
+from jaxtyping import Bool, Float, Int, Integer, Num, PRNGKeyArray, Shaped
 
 PyTree = Any
 Params = Mapping[str, Any]
 Key = PRNGKeyArray
 
-__all__ = ["Array", "Bool", "DTypeLike", "Float", "Int", "Key", "Num", "Params", "PyTree", "Shaped"]
+__all__ = [
+  "Array",
+  "Bool",
+  "DTypeLike",
+  "Float",
+  "Int",
+  "Integer",
+  "Key",
+  "Num",
+  "Params",
+  "PyTree",
+  "Shaped",
+]

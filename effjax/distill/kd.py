@@ -3,12 +3,14 @@
 import functools
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from effjax.core.numerics import cross_entropy, weighted_mean
-from effjax.core.typing import Array, Float, Int, PyTree
+from effjax.core.typing import Array, Float, Int, Key, Params
+from effjax.layers.forward import forward, layer_means
 
 
 def kd_loss(
@@ -71,45 +73,54 @@ def divergence(
 
 
 def kd_objective(
-  student: Callable[..., Array],
-  teacher: Callable[..., Array],
-  teacher_params: PyTree,
+  student: nn.Module,
+  teacher: nn.Module,
+  teacher_params: Params,
   *,
   temperature: float = 1.0,
   alpha: float = 0.5,
-) -> Callable[[PyTree, dict, Array], tuple[Array, dict]]:
+) -> Callable[[Params, dict, Key | None], tuple[Array, dict]]:
   """A training objective (params, batch, rng) → (loss, metrics) that distils `teacher`.
 
-  The batch holds tokens and targets [B, T], and optionally weights, segment_ids and positions. The
-  result is a pytree of the teacher's parameters: handed to jit as an argument they are arguments of
-  the program; closed over they are constants in it.
+  The loss is `kd_loss` plus what the student's layers sow under "losses". Metrics: "nll" (cross
+  entropy with the targets), "divergence" (KL at the temperature), "weight" (Σ w), and what is sown.
+  The result is a pytree of the teacher's parameters: handed to jit as an argument they are
+  arguments of the program; closed over they are constants in it.
 
   Args:
-    student, teacher: a module's `apply`: ({"params": params}, tokens, segment_ids=, positions=)
-      → logits [B, T, V]; the student's is also given `rngs={"dropout": rng}`.
+    student, teacher: modules of tokens [B, T] → logits [B, T, V]; only the student gets randomness.
     teacher_params: the teacher's parameters, not trained.
     temperature, alpha: as for `kd_loss`.
 
+  The batch has tokens and targets [B, T]; optional are weights, segment_ids and positions [B, T].
+
   Raises:
     ValueError: as `kd_loss`.
+
+  Example:
+    >>> module = nn.Embed(3, 3)
+    >>> params = {"embedding": jnp.zeros((3, 3))}
+    >>> batch = {"tokens": jnp.array([[0, 1]]), "targets": jnp.array([[1, 2]])}
+    >>> loss, metrics = kd_objective(module, module, params, alpha=1.0)(params, batch, None)
+    >>> float(loss), round(float(metrics["nll"]), 4)
+    (0.0, 1.0986)
   """
   _check_share(temperature, alpha)
-  return Partial(
-    functools.partial(_objective, student, teacher, temperature, alpha), teacher_params
-  )
+  objective = functools.partial(_objective, student, teacher, temperature, alpha)
+  return Partial(objective, teacher_params)
 
 
 def _objective(student, teacher, temperature, alpha, teacher_params, params, batch, rng):
-  tokens, targets, weights = batch["tokens"], batch["targets"], batch.get("weights")
-  layout = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
-  logits = student({"params": params}, tokens, **layout, rngs={"dropout": rng})
-  taught = teacher({"params": teacher_params}, tokens, **layout)
-  loss = kd_loss(logits, taught, targets, temperature=temperature, alpha=alpha, weights=weights)
-  metrics = {
-    "cross_entropy": weighted_mean(cross_entropy(logits, targets), weights),
-    "divergence": weighted_mean(divergence(logits, taught, temperature), weights),
-  }
-  return loss, metrics
+  logits, sown = forward(student, params, batch, rng)
+  taught, _ = forward(teacher, teacher_params, batch)
+  targets, weights = batch["targets"], batch.get("weights", jnp.ones(batch["targets"].shape))
+  shares = {"temperature": temperature, "alpha": alpha, "weights": weights}
+  losses = layer_means(sown.get("losses", {}))
+  loss = sum(losses.values(), start=kd_loss(logits, taught, targets, **shares))
+  nll = weighted_mean(cross_entropy(logits, targets), weights)
+  apart = weighted_mean(divergence(logits, taught, temperature), weights)
+  metrics = {**layer_means(sown.get("metrics", {})), **losses}
+  return loss, {**metrics, "nll": nll, "divergence": apart, "weight": weights.sum()}
 
 
 def _check_share(temperature: float, alpha: float) -> None:

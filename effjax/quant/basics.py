@@ -7,7 +7,7 @@ Quantization", arXiv 2106.08295, section 2.
 
 import jax.numpy as jnp
 
-from effjax.core.typing import Array, Float, Int
+from effjax.core.typing import Array, Float, Int, Integer
 
 GRANULARITIES = ("tensor", "row", "channel", "group")
 
@@ -44,7 +44,7 @@ def symmetric(
 
 def affine(
   w: Float[Array, "... D F"], *, bits: int = 8, granularity: str = "channel", group: int = 64
-) -> tuple[Int[Array, "... D F"], Float[Array, "... M N"], Int[Array, "... M N"]]:
+) -> tuple[Integer[Array, "... D F"], Float[Array, "... M N"], Int[Array, "... M N"]]:
   """q = round(w / s) + z, s = (max − min) / (2^bits − 1), z = −round(min / s); |w − (q−z)s| ≤ s/2.
 
   The range is widened to contain 0, which is thereby exact. Arguments as for `symmetric`.
@@ -72,7 +72,7 @@ def affine(
 
 
 def restore(
-  q: Int[Array, "... D F"],
+  q: Integer[Array, "... D F"],
   scale: Float[Array, "... M N"],
   zero: Int[Array, "... M N"] | None = None,
 ) -> Float[Array, "... D F"]:

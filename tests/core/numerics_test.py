@@ -1,0 +1,57 @@
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from effjax.core import numerics
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 99), vocabulary=st.integers(1, 9), scale=st.sampled_from([1, 100, 1e4]))
+def test_cross_entropy_equals_float64(seed, vocabulary, scale):
+  rng = np.random.default_rng(seed)
+  logits = (rng.normal(size=(3, vocabulary)) * scale).astype(np.float32)
+  targets = rng.integers(0, vocabulary, 3)
+  wide = logits.astype(np.float64)
+  shifted = wide - wide.max(-1, keepdims=True)
+  expected = np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(3), targets]
+  got = numerics.cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_cross_entropy_of_half_precision_logits_is_computed_in_float32():
+  logits = jnp.array([[300.0, 0.0]], jnp.float16)
+  value = numerics.cross_entropy(logits, jnp.array([1]))
+  assert value.dtype == jnp.float32
+  assert float(value[0]) == 300.0
+
+
+def test_weighted_mean_counts_only_what_has_weight():
+  values = jnp.array([1.0, 2.0, 6.0])
+  assert float(numerics.weighted_mean(values, None)) == 3.0
+  assert float(numerics.weighted_mean(values, jnp.array([1.0, 1.0, 0.0]))) == 1.5
+  assert float(numerics.weighted_mean(values, jnp.zeros(3))) == 0.0
+
+
+def test_softcap_is_bounded_and_keeps_small_values():
+  x = jnp.array([-1e4, 0.01, 1e4])
+  np.testing.assert_allclose(numerics.softcap(x, 5.0), [-5.0, 0.01, 5.0], rtol=1e-4)
+  assert numerics.softcap(x, None) is x
+
+
+def test_expand_prepends_axes():
+  assert numerics.expand(jnp.ones((2, 3)), 4).shape == (1, 1, 2, 3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_matmul_contracts_the_last_axis_in_the_type_of_x(dtype):
+  x = jax.random.normal(jax.random.key(0), (2, 3, 4)).astype(dtype)
+  w = jax.random.normal(jax.random.key(1), (4, 5))
+  y = numerics.matmul(x, w)
+  assert y.dtype == dtype
+  expected = np.einsum("btd,df->btf", np.asarray(x, np.float64), np.asarray(w, np.float64))
+  np.testing.assert_allclose(
+    np.asarray(y, np.float64), expected, atol=1e-5 if dtype == jnp.float32 else 0.1
+  )

@@ -1,0 +1,134 @@
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from effjax.core import Weight, linear, weights
+from effjax.core.typing import PyTree
+from effjax.layers import Linear
+
+
+@weights.register(static=("power",))
+class Scaled(Weight):
+  """matrix · factor^power, with the defaults of `Weight` for everything it can default."""
+
+  matrix: PyTree
+  factor: PyTree
+  power: int = 1
+
+  @property
+  def shape(self):
+    return self.matrix.shape
+
+  @property
+  def dtype(self):
+    return self.matrix.dtype
+
+  def materialize(self):
+    return self.matrix * self.factor**self.power
+
+
+def scaled(shape, seed=0):
+  matrix = jax.random.normal(jax.random.key(seed), shape)
+  return Scaled(matrix, jnp.full((*shape[:-2], 1, 1), 2.0), power=2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_linear_is_the_product_in_the_type_of_x(lead, dtype):
+  x = jax.random.normal(jax.random.key(1), (*lead, 4)).astype(dtype)
+  w, bias = np.linspace(-1, 1, 20).reshape(4, 5), np.arange(5.0)
+  y = linear(x, jnp.asarray(w, jnp.float32), jnp.asarray(bias, jnp.float32))
+  assert y.dtype == dtype
+  tolerance = 1e-5 if dtype == jnp.float32 else 5e-2
+  np.testing.assert_allclose(
+    np.asarray(y, np.float64), np.asarray(x, np.float64) @ w + bias, atol=tolerance
+  )
+
+
+def test_a_weight_stands_where_its_matrix_stood():
+  w = scaled((4, 5))
+  x = jax.random.normal(jax.random.key(2), (2, 3, 4))
+  matrix = 4 * np.asarray(w.matrix)
+  np.testing.assert_allclose(linear(x, w), np.asarray(x) @ matrix, rtol=1e-5, atol=1e-5)
+  ids = jnp.array([[3, 0]])
+  np.testing.assert_allclose(weights.take(w, ids), matrix[np.asarray(ids)], rtol=1e-6)
+  np.testing.assert_allclose(weights.transpose(w), matrix.T, rtol=1e-6)
+  np.testing.assert_allclose(weights.materialize(w), matrix, rtol=1e-6)
+  assert (w.ndim, w.parameters) == (2, 20)
+
+
+def test_arrays_pass_through_the_same_functions():
+  w = jnp.arange(6.0).reshape(3, 2)
+  chex.assert_trees_all_equal(weights.transpose(w), w.T)
+  chex.assert_trees_all_equal(weights.take(w, jnp.array([2])), w[2:])
+  assert weights.materialize(w) is w
+
+
+@pytest.mark.parametrize(
+  ("x", "w", "bias", "message"),
+  [
+    ((2, 3), (4, 5), None, r"x \(2, 3\) does not fit w \(4, 5\)"),
+    ((2, 3), (2, 3, 5), None, "allowed"),
+    ((2, 3), (3, 5), (3,), r"bias \(3,\) does not fit"),
+  ],
+)
+def test_shapes_that_do_not_fit_are_refused(x, w, bias, message):
+  with pytest.raises(ValueError, match=message):
+    linear(jnp.ones(x), jnp.ones(w), None if bias is None else jnp.ones(bias))
+
+
+def test_static_fields_are_part_of_the_structure():
+  w = scaled((2, 2))
+  assert len(jax.tree.leaves(w)) == 2
+  assert jax.tree.structure(w) != jax.tree.structure(Scaled(w.matrix, w.factor, power=1))
+  with pytest.raises(AttributeError):
+    w.power = 3
+
+
+def test_tree_maps_may_put_anything_in_the_fields():
+  w = scaled((2, 2))
+  assert jax.tree.map(lambda x: None, w).matrix is None
+  assert jax.eval_shape(lambda w: w, w).shape == (2, 2)
+
+
+class Cell(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    return jnp.tanh(Linear(x.shape[-1], name="map")(x)), None
+
+
+class Stack(nn.Module):
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    cell = nn.remat(Cell, prevent_cse=False) if self.remat else Cell
+    scan = nn.scan(cell, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+    return scan(name="cells")(x, None)[0]
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_layers_take_a_weight_in_value_and_gradient(remat):
+  module, x = Stack(remat), jax.random.normal(jax.random.key(1), (2, 4))
+  w = scaled((3, 4, 4))
+  apply = jax.jit(lambda w, x: module.apply({"params": {"cells": {"map": {"kernel": w}}}}, x))
+  plain = apply(w.materialize(), x)
+  np.testing.assert_allclose(apply(w, x), plain, rtol=1e-5, atol=1e-6)
+
+  grads = jax.grad(lambda w: apply(w, x).sum())(w)
+  expected = jax.grad(lambda matrix: apply(4 * matrix, x).sum())(w.matrix)
+  np.testing.assert_allclose(grads.matrix, expected, rtol=1e-4, atol=1e-6)
+  assert isinstance(grads, Scaled)
+
+
+def test_a_sharded_weight_computes_the_same():
+  mesh = jax.make_mesh((8,), ("data",))
+  w, x = scaled((8, 16)), jax.random.normal(jax.random.key(1), (4, 8))
+  place = lambda spec: NamedSharding(mesh, PartitionSpec(*spec))
+  sharded = jax.device_put(w, Scaled(place(("data", None)), place(()), power=2))
+  assert sharded.matrix.addressable_shards[0].data.shape == (1, 16)
+  np.testing.assert_allclose(jax.jit(linear)(x, sharded), linear(x, w), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,77 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.attention.multi_head import Attention
+from effjax.core import trees
+from effjax.layers import MLP
+from effjax.layers.spec import LayerSpec, TransformerConfig
+from effjax.models.transformer import Transformer
+from effjax.quant import Int8, dequantize, quantize
+
+TOKENS = jnp.arange(12).reshape(2, 6)
+
+
+@pytest.fixture(scope="module")
+def model():
+  layer = LayerSpec(Attention(4, kv_heads=2, use_bias=True), MLP(48, "silu", gated=True))
+  module = Transformer(TransformerConfig(64, 32, (layer,) * 3, context=8, positions="learned"))
+  return module, jax.jit(module.init)(jax.random.key(0), TOKENS)["params"]
+
+
+def test_default_targets_are_kernels_and_tables(model):
+  quantised = trees.items(quantize(model[1]))
+  kinds = {path: isinstance(leaf, Int8) for path, leaf in quantised.items()}
+  assert all(kind == path.endswith(("kernel", "embedding")) for path, kind in kinds.items())
+  assert quantised["embed/embedding"].scale.shape == (64, 1)
+  assert quantised["segments_0/layers_0/mixer/query/kernel"].scale.shape == (3, 1, 32)
+
+
+def test_the_router_stays():
+  params = {"router": {"kernel": jnp.ones((4, 2))}, "up": {"kernel": jnp.ones((2, 4, 8))}}
+  quantised = quantize(params)
+  assert isinstance(quantised["up"]["kernel"], Int8)
+  chex.assert_trees_all_equal(quantised["router"], params["router"])
+
+
+def test_a_scanned_model_computes_with_the_dequantised_matrices(model):
+  module, params = model
+  quantised = quantize(params)
+  apply = jax.jit(lambda params: module.apply({"params": params}, TOKENS))
+  got, dense = apply(quantised), apply(dequantize(quantised))
+  np.testing.assert_allclose(got, dense, rtol=1e-4, atol=1e-5)
+  error = jnp.abs(got - apply(params)).max() / jnp.abs(got).max()
+  assert 0 < float(error) < 0.05
+  assert trees.nbytes(quantised) < 0.32 * trees.nbytes(params)
+  assert trees.count(quantised) == trees.count(params)
+
+
+def test_it_runs_on_shapes_and_under_jit(model):
+  abstract = jax.eval_shape(quantize, model[1])
+  assert trees.nbytes(abstract) == trees.nbytes(quantize(model[1]))
+
+
+def test_dequantize_undoes_the_base_of_another_weight(model):
+  quantised = quantize(model[1], targets="query")
+  assert not isinstance(trees.items(quantised)["embed/embedding"], Int8)
+  chex.assert_trees_all_equal_shapes_and_dtypes(dequantize(quantised), model[1])
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"method": "int3"}, "method 'int3' is unknown; allowed: int8"),
+    ({"targets": "absent"}, "'absent' matches no parameter"),
+    ({"targets": "norm/scale"}, "selects no matrix"),
+  ],
+)
+def test_bad_arguments_are_named(model, arguments, message):
+  with pytest.raises(ValueError, match=message):
+    quantize(model[1], **arguments)
+
+
+def test_quantising_twice_is_refused(model):
+  with pytest.raises(ValueError, match="query/kernel is Int8 already"):
+    quantize(quantize(model[1], targets="query"), targets="query")
