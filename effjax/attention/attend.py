@@ -1,10 +1,22 @@
 """Attention on arrays: the one entry through which every module attends."""
 
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
 from effjax.attention import masks
 from effjax.core.typing import Array, Float, Int
-from effjax.kernels.flash_attention import reference
+from effjax.kernels.flash_attention import reference, xla
+
+_SMALL = 2**16  # up to so many scores a head, writing them out is at least as fast
+_KNOWN = ("reference", "xla", "gpu", "hopper", "tpu", "cudnn", "interpret")
+_READY: dict[str, Callable] = {"reference": reference.attention, "xla": xla.attention}
 
 
+@typing.no_type_check  # the checks below name what is wrong
 def attend(
   query: Float[Array, "B T N H"],
   key: Float[Array, "B S K H"],
@@ -19,22 +31,121 @@ def attend(
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-  """softmax(scale · query keyᵀ) value over the keys the mask lets each query see."""
-  if implementation not in (None, "reference"):
-    raise ValueError(f"implementation={implementation!r} is not available; there is 'reference'")
-  if segment_ids is not None:
-    documents = masks.Documents(segment_ids)
-    mask = documents if mask is None else mask & documents
-  scale = query.shape[-1] ** -0.5 if scale is None else scale
-  q_index = None if query_positions is None else query_positions[:, None, :, None]
-  out, lse = reference.attention(
+  """softmax(softcap(scale · query keyᵀ) + bias) value, over the keys each query may see.
+
+  Query head n uses key-value head n // (N / K). A query that may see nothing gives zeros, a
+  log-sum-exp of −inf and no gradients. All implementations honour all arguments or raise.
+
+  Args:
+    mask: who sees whom (`effjax.attention.masks`); None is everyone.
+    scale: factor on the scores, H^−½ when None.
+    logit_softcap: c in c · tanh(score / c), before bias and mask.
+    bias: added to the scores; each axis is full or 1. It may hold −inf.
+    segment_ids: [B, S] for a sequence whose last T tokens ask, or a pair for queries and keys:
+      equal ids see each other within the mask; a negative id is padding and sees nothing.
+    query_positions: absolute position of each query among the keys' slots 0 … S − 1, as decoding
+      against a cache needs; the last T positions when None.
+    return_lse: also return the log-sum-exp of each query's scores, [B, T, N], differentiable.
+    implementation: "reference" (holds T × S scores), "xla" (tiles; linear memory), or None to pick.
+
+  Raises:
+    ValueError: shapes that do not fit, or an implementation that is not available here.
+
+  Example:
+    >>> x = jnp.ones((1, 4, 2, 8))
+    >>> attend(x, x, x, mask=masks.Causal()).shape
+    (1, 4, 2, 8)
+
+  Reference: FlashAttention (arXiv 2205.14135); grouped queries, arXiv 2305.13245; soft cap, Gemma 2
+  (arXiv 2408.00118, section 2).
+  """
+  mask = masks.Full() if mask is None else mask
+  _check_arrays(query, key, value, bias)
+  B, T, _, H = query.shape
+  S = key.shape[1]
+  _check_places(B, T, S, mask, query_positions)
+  run = _pick(implementation, T, S)
+  out, lse = run(
     query,
     key,
     value,
     mask=mask,
-    scale=scale,
+    scale=H**-0.5 if scale is None else scale,
     logit_softcap=logit_softcap,
     bias=bias,
-    q_index=q_index,
+    segment_ids=_id_pair(segment_ids, B, T, S, query_positions),
+    query_positions=query_positions,
   )
   return (out, lse) if return_lse else out
+
+
+def _pick(implementation: str | None, T: int, S: int) -> Callable:
+  if implementation is None:
+    return _READY["reference" if T * S <= _SMALL else "xla"]
+  if implementation in _READY:
+    return _READY[implementation]
+  ready = ", ".join(map(repr, _READY))
+  if implementation in _KNOWN:
+    raise ValueError(
+      f"implementation={implementation!r} is not available on {jax.default_backend()}; "
+      f"available: {ready}, or None to pick"
+    )
+  raise ValueError(f"implementation={implementation!r} is unknown; available: {ready}, or None")
+
+
+def _check_arrays(query: Any, key: Any, value: Any, bias: Any) -> None:
+  for name, x in (("query", query), ("key", key), ("value", value)):
+    if x.ndim != 4 or 0 in x.shape:
+      raise ValueError(
+        f"{name} has shape {x.shape}, expected [batch, length, heads, width], none 0"
+      )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"{name} has type {x.dtype}, expected floating point")
+  B, T, N, H = query.shape
+  S, K = key.shape[1:3]
+  if key.shape[0] != B or value.shape[0] != B:
+    raise ValueError(f"batch: query has {B}, key {key.shape[0]}, value {value.shape[0]}")
+  if key.shape[3] != H:
+    raise ValueError(f"head width: query has {H}, key {key.shape[3]}")
+  if value.shape[1:3] != (S, K):
+    raise ValueError(
+      f"value has [length, heads] {value.shape[1:3]}, expected those of key, {(S, K)}"
+    )
+  if N % K:
+    raise ValueError(f"query has {N} heads, not a multiple of key's {K}")
+  if bias is not None:
+    whole = (B, N, T, S)
+    if bias.ndim != 4 or any(n not in (1, w) for n, w in zip(bias.shape, whole, strict=True)):
+      raise ValueError(f"bias has shape {bias.shape}, expected {whole} with any axis 1 instead")
+
+
+def _check_places(B: int, T: int, S: int, mask: Any, positions: Any) -> None:
+  if not isinstance(mask, masks.Mask):
+    raise ValueError(
+      f"mask is {type(mask).__name__}, expected a mask of effjax.attention.masks; "
+      "booleans can be given as a bias of 0 and -inf"
+    )
+  mask.check(B, T, S, positions is not None)
+  if positions is not None and (positions.ndim != 2 or positions.shape not in ((B, T), (1, T))):
+    raise ValueError(f"query_positions has shape {positions.shape}, expected {(B, T)}")
+
+
+def _id_pair(ids: Any, B: int, T: int, S: int, positions: Any) -> tuple[Array, Array] | None:
+  """Segment ids of the queries [B, T] and of the keys [B, S]."""
+  if ids is None:
+    return None
+  q_ids, k_ids = ids if isinstance(ids, tuple | list) else (None, ids)
+  for name, x, length in (("queries", q_ids, T), ("keys", k_ids, S)):
+    if x is not None and (x.ndim != 2 or x.shape[0] not in (1, B) or x.shape[1] != length):
+      raise ValueError(f"segment_ids of the {name} have shape {x.shape}, expected {(B, length)}")
+    if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
+      raise ValueError(f"segment_ids of the {name} have type {x.dtype}, expected integers")
+  if q_ids is not None:
+    return jnp.asarray(q_ids), jnp.asarray(k_ids)
+  if T > S:
+    raise ValueError(f"segment_ids: with {T} queries and {S} keys give a pair (queries, keys)")
+  k_ids = jnp.asarray(k_ids)
+  if positions is None:
+    return k_ids[:, S - T :], k_ids
+  rows = jnp.broadcast_to(positions, (B, T))
+  return jnp.take_along_axis(jnp.broadcast_to(k_ids, (B, S)), rows, axis=1, mode="clip"), k_ids

@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core.typing import Array, Float, Int
 
 
-def expand(x: Array, ndim: int) -> Array:
+def expand(x: Array | np.ndarray, ndim: int) -> Array | np.ndarray:
   """`x` with leading axes of size one until it has `ndim` axes."""
   return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
@@ -33,6 +34,7 @@ def cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> 
 
   Example:
     >>> import jax.numpy as jnp
+import numpy as np
     >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]), 4)
     1.3863
   """

@@ -1,13 +1,16 @@
 """Attention written out: the T × S matrix of scores, in the precision of its arguments.
 
-What every other implementation is compared with (give it float64 arrays under `jax.enable_x64`), and
+What every other implementation is compared with (on float64 arrays, under `jax.enable_x64`), and
 the fastest choice for a few queries.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from effjax.core.typing import Array, Float
+from effjax.core import numerics
+from effjax.core.typing import Array, Bool, Float, Int
 
 
 def attention(
@@ -15,35 +18,46 @@ def attention(
   key: Float[Array, "B S K H"],
   value: Float[Array, "B S K Hv"],
   *,
-  mask=None,
+  mask: Any,
   scale: float,
   logit_softcap: float | None = None,
   bias: Float[Array, "#B #N #T #S"] | None = None,
-  q_index=None,
+  segment_ids: tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None = None,
+  query_positions: Int[Array, "#B T"] | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-  """softmax(softcap(scale·QKᵀ) + bias)V over the keys the mask lets through, and its log-sum-exp."""
+  """softmax(softcap(scale·QKᵀ) + bias)V over the keys the mask shows, and its log-sum-exp."""
   B, T, N, _ = query.shape
   S, K = key.shape[1:3]
-  dtype = jnp.promote_types(query.dtype, jnp.float32)
+  wide = jnp.promote_types(query.dtype, jnp.float32)
   grouped = query.reshape(B, T, K, N // K, -1)
-  scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=dtype)
-  scores = scores.reshape(B, N, T, S) * scale
-  if logit_softcap is not None:
-    scores = logit_softcap * jnp.tanh(scores / logit_softcap)
+  scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=wide)
+  scores = numerics.softcap(scores.reshape(B, N, T, S) * scale, logit_softcap)
   if bias is not None:
-    scores = scores + bias.astype(dtype)
-  if mask is not None:
-    if q_index is None:
-      q_index = jnp.arange(S - T, S)[None, None, :, None]
-    seen = mask.predicate(q_index, jnp.arange(S)[None, None, None, :])
-    scores = jnp.where(seen, scores, -jnp.inf)
-  top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf))
+    scores = scores + bias.astype(wide)
+  scores = jnp.where(_seen(T, S, mask, segment_ids, query_positions), scores, -jnp.inf)
+  weights, lse = _softmax(scores)
+  weights = weights.reshape(B, K, N // K, T, S).astype(value.dtype)
+  out = jnp.einsum("bkgts,bskh->btkgh", weights, value, preferred_element_type=wide)
+  return out.reshape(B, T, N, -1).astype(query.dtype), jnp.swapaxes(lse, 1, 2)
+
+
+def _seen(T: int, S: int, mask: Any, segment_ids: Any, positions: Any) -> Bool[Array, "b n T S"]:
+  positions = jnp.arange(S - T, S)[None] if positions is None else positions
+  keys = jnp.arange(S)[None, None, None, :]
+  seen = numerics.expand(mask.predicate(positions[:, None, :, None], keys), 4)
+  if segment_ids is not None:
+    q_ids, k_ids = segment_ids[0][:, None, :, None], segment_ids[1][:, None, None, :]
+    seen = seen & (q_ids == k_ids) & (q_ids >= 0)
+  return jnp.broadcast_to(seen, (*seen.shape[:2], T, S))
+
+
+def _softmax(scores: Float[Array, "B N T S"]) -> tuple[Array, Array]:
+  """Weights and log-sum-exp over the last axis; zeros and −inf for a row of −inf."""
+  top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
   top = jnp.where(jnp.isfinite(top), top, 0.0)
   weights = jnp.exp(scores - top)
-  total = jnp.sum(weights, axis=-1, keepdims=True)
+  total = weights.sum(axis=-1, keepdims=True)
   some = total > 0
   safe = jnp.where(some, total, 1.0)
-  lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)[..., 0]
-  weights = (weights / safe).reshape(B, K, N // K, T, S).astype(value.dtype)
-  out = jnp.einsum("bkgts,bskh->btkgh", weights, value, preferred_element_type=dtype)
-  return out.reshape(B, T, N, -1).astype(query.dtype), jnp.swapaxes(lse, 1, 2)
+  lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
+  return weights / safe, lse[..., 0]

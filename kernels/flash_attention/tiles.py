@@ -1,0 +1,119 @@
+"""How the work is cut up: sizes of a tile, and the order in which a row of tiles is visited."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.core.typing import Array
+from effjax.kernels.flash_attention.spans import Spans
+
+_CPU_TILE = 2**18  # scores worked on at once: a megabyte of float32 stays in a core's cache
+_DEVICE_TILE = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """Batch rows, key-value heads, queries and keys that one step works on.
+
+  `batch` divides B and `heads` divides K; T and S are padded to multiples of `queries` and `keys`.
+  """
+
+  batch: int
+  heads: int
+  queries: int
+  keys: int
+
+
+def choose(B: int, T: int, S: int, K: int, G: int) -> Tiles:
+  """Tile sizes for the default backend; G is the number of query heads to a key-value head.
+
+  One CPU device takes heads a few at a time, so that a tile of scores stays in cache. With more
+  devices, and on accelerators, a step spans the whole batch and all heads: a scan over an axis that
+  the compiler shards would gather it.
+  """
+  queries, keys = _even(T, 256), _even(S, 512)
+  if jax.default_backend() == "cpu" and jax.device_count() == 1:
+    room = max(_CPU_TILE // (G * queries * keys), 1)
+    heads = _divisor(K, max(room, 2 if K % 2 == 0 else 1))
+    return Tiles(_divisor(B, room // heads) if heads == K else 1, heads, queries, keys)
+  while B * K * G * queries * keys > _DEVICE_TILE and max(queries, keys) > 128:
+    queries, keys = _even(T, max(queries // 2, 128)), _even(S, max(keys // 2, 128))
+  return Tiles(B, K, queries, keys)
+
+
+def _even(length: int, most: int) -> int:
+  """The size of equal tiles of at most `most`, a multiple of 8, that pads `length` least."""
+  size = math.ceil(length / math.ceil(length / most))
+  return min(math.ceil(size / 8) * 8, max(most, 8))
+
+
+def _divisor(n: int, most: int) -> int:
+  return max(d for d in range(1, max(min(n, most), 1) + 1) if n % d == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Visits:
+  """For each group of batch rows and each query tile, intervals of key tiles to visit."""
+
+  spans: Spans
+
+  @property
+  def none(self) -> bool:
+    """True where it is known while tracing that there is nothing to visit."""
+    return isinstance(self.spans.start, np.ndarray) and not self.spans.count().any()
+
+  def row(self, group: Array, i: Array) -> tuple[Array, Any]:
+    """Number of key tiles for query tile i, and a function from 0 … number − 1 to the tile."""
+    start = _at(self.spans.start, group, i)
+    size = jnp.maximum(_at(self.spans.stop, group, i) - start, 0)
+    after = jnp.cumsum(size)
+
+    def tile(n: Array) -> Array:
+      if start.shape[0] == 1:
+        return start[0] + n
+      which = jnp.sum(after <= n)
+      return start[which] + n - (after[which] - size[which])
+
+    return after[-1], tile
+
+
+def _at(x: Any, group: Array, i: Array) -> Array:
+  x = jnp.asarray(x, jnp.int32)
+  return x[group if x.shape[0] > 1 else 0, i]
+
+
+def partition(some: Spans, every: Spans, whole: int, tiles: int) -> tuple[Visits, Visits]:
+  """Tiles that need the mask evaluated and tiles that do not.
+
+  Args:
+    whole: key tiles without padding; a padded one is never free of the mask.
+    tiles: all key tiles.
+  """
+  ragged = Spans(np.full((1, 1, 1), whole), np.full((1, 1, 1), tiles))
+  every = every & ragged.complement(tiles)
+  return Visits(some & every.complement(tiles)), Visits(every)
+
+
+def merge(some: Spans, every: Spans, size: int) -> tuple[Spans, Spans]:
+  """The spans of groups of `size` batch rows that are worked on together."""
+  if size == 1 or some.start.shape[0] == every.start.shape[0] == 1:
+    return some, every
+  far = np.iinfo(np.int32).max
+  busy = some.start < some.stop
+  start = jnp.where(busy, some.start, far).min(-1, keepdims=True)
+  stop = jnp.where(busy, some.stop, 0).max(-1, keepdims=True)
+  hull = Spans(_grouped(start, size).min(1), _grouped(stop, size).max(1))
+  if every.start.shape[-1] > 1:
+    return hull, Spans(jnp.zeros_like(hull.start), jnp.zeros_like(hull.start))
+  return hull, Spans(_grouped(every.start, size).max(1), _grouped(every.stop, size).min(1))
+
+
+def _grouped(x: Any, size: int) -> Array:
+  """[B, ...] as [B / size, size, ...]; an axis of one is one for all."""
+  if x.shape[0] == 1:
+    return jnp.asarray(x)[None]
+  return x.reshape(-1, size, *x.shape[1:])

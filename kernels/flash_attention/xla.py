@@ -1,0 +1,427 @@
+"""Exact attention in tiles, in plain XLA: for every backend, skipping tiles a mask leaves empty.
+
+Forward, for a tile of queries Q and each visited tile of keys (online softmax, running maximum m
+and sum l per query):
+  S = scale·QKᵀ → softcap → + bias → mask;  m' = max(m, rowmax S);  P = exp(S − m')
+  l ← l·exp(m − m') + rowsum P;  A ← A·exp(m − m') + PV;  at the end O = A / l, LSE = m + log l.
+Backward, from O and LSE alone, with D = rowsum(dO∘O) − dLSE:
+  P = exp(S − LSE);  dV += PᵀdO;  dS = P∘(dOVᵀ − D);  dQ += scale·dS·K;  dK += scale·dSᵀQ.
+
+References: Milakov and Gimelshein, arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691, algorithms
+1 and 2.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from effjax.core import numerics
+from effjax.core.typing import Array, Float, Int
+from effjax.kernels.flash_attention import tiles as tiling
+from effjax.kernels.flash_attention.spans import Grid, equal_ids, tiled
+
+_FLOOR = -1e30  # least running maximum: finite, so that a row of −inf scores gives exp(−inf) = 0
+
+
+def attention(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K Hv"],
+  *,
+  mask: Any,
+  scale: float,
+  logit_softcap: float | None = None,
+  bias: Float[Array, "#B #N #T #S"] | None = None,
+  segment_ids: tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None = None,
+  query_positions: Int[Array, "#B T"] | None = None,
+  tiles: tiling.Tiles | None = None,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+  """Attention and its log-sum-exp; time follows the tiles visited, memory is linear in T and S.
+
+  Args:
+    mask: a pytree with `predicate(q_index, k_index)` and `spans(grid)`, as in
+      `effjax.attention.masks`; its arrays have the batch (B or 1) as their first axis.
+    segment_ids: of queries and keys; equal ids ≥ 0 see each other, within the mask.
+    query_positions: absolute position of each query; the last T of S when None.
+    tiles: sizes to work in, chosen for the backend when None.
+
+  Gradients of out and lse reach query, key, value and bias. Differentiating twice, or forwards,
+  raises TypeError or NotImplementedError; the reference does both.
+  """
+  B, T, N, H = query.shape
+  S, K = key.shape[1:3]
+  tiles = tiles or tiling.choose(B, T, S, K, N // K)
+  plan = _Plan(B, T, S, K, N // K, H, value.shape[-1], tiles, float(scale), logit_softcap)
+  where = _Where(mask, segment_ids, query_positions)
+  return _attention(plan, *_same_manual_axes((query, key, value, bias, where)))
+
+
+class _Where(NamedTuple):
+  """What decides who sees whom."""
+
+  mask: Any
+  segment_ids: Any
+  query_positions: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """Sizes known while tracing. A row of a tile is a (query head of the group, query) pair."""
+
+  B: int
+  T: int
+  S: int
+  K: int
+  G: int
+  H: int
+  Hv: int
+  tiles: tiling.Tiles
+  scale: float
+  softcap: float | None
+
+  @property
+  def rows(self) -> int:
+    return self.G * self.tiles.queries
+
+  @property
+  def stacked(self) -> int:
+    """Batch axis of a tile's products: batch rows × key-value heads."""
+    return self.tiles.batch * self.tiles.heads
+
+  @property
+  def groups(self) -> int:
+    return (self.B // self.tiles.batch) * (self.K // self.tiles.heads)
+
+  @property
+  def q_tiles(self) -> int:
+    return -(-self.T // self.tiles.queries)
+
+  @property
+  def k_tiles(self) -> int:
+    return -(-self.S // self.tiles.keys)
+
+  def split(self, c: Array) -> tuple[Array, Array]:
+    """The batch group and head group of group c."""
+    heads = self.K // self.tiles.heads
+    return c // heads, c % heads
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan, query, key, value, bias, where):
+  return _forward(plan, query, key, value, bias, where)
+
+
+def _attention_fwd(plan, query, key, value, bias, where):
+  out, lse = _forward(plan, query, key, value, bias, where)
+  return (out, lse), (query, key, value, bias, where, out, lse)
+
+
+def _attention_bwd(plan, saved, cotangents):
+  return *_backward(plan, saved, cotangents), None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+# Layout: everything a group of heads needs lies together, tile by tile.
+
+
+def _to_rows(plan: _Plan, x: Array) -> Array:
+  """[B, T, N, X] → [groups, query tiles, stacked, rows, X], padded with zeros."""
+  t, X = plan.tiles, x.shape[-1]
+  x = _pad(x, 1, plan.q_tiles * t.queries)
+  shape = (-1, t.batch, plan.q_tiles, t.queries, plan.K // t.heads, t.heads, plan.G, X)
+  x = x.reshape(shape).transpose(0, 4, 2, 1, 5, 6, 3, 7)
+  return x.reshape(plan.groups, plan.q_tiles, plan.stacked, plan.rows, X)
+
+
+def _from_rows(plan: _Plan, x: Array) -> Array:
+  """[groups, query tiles, stacked, rows, X] → [B, T, N, X]."""
+  t, X = plan.tiles, x.shape[-1]
+  shape = (-1, plan.K // t.heads, plan.q_tiles, t.batch, t.heads, plan.G, t.queries, X)
+  x = x.reshape(shape).transpose(0, 3, 2, 6, 1, 4, 5, 7)
+  return x.reshape(plan.B, -1, plan.K * plan.G, X)[:, : plan.T]
+
+
+def _to_keys(plan: _Plan, x: Array, across: bool) -> Array:
+  """[B, S, K, X] → [groups, key tiles, stacked, keys, X], or [..., X, keys] when `across`."""
+  t, X = plan.tiles, x.shape[-1]
+  x = _pad(x, 1, plan.k_tiles * t.keys)
+  x = x.reshape(-1, t.batch, plan.k_tiles, t.keys, plan.K // t.heads, t.heads, X)
+  x = x.transpose(0, 4, 2, 1, 5, *((6, 3) if across else (3, 6)))
+  return x.reshape(plan.groups, plan.k_tiles, plan.stacked, *x.shape[-2:])
+
+
+def _from_keys(plan: _Plan, x: Array) -> Array:
+  """[groups, key tiles, stacked, X, keys] → [B, S, K, X]."""
+  t, X = plan.tiles, x.shape[-2]
+  x = x.reshape(-1, plan.K // t.heads, plan.k_tiles, t.batch, t.heads, X, t.keys)
+  x = x.transpose(0, 3, 2, 6, 1, 4, 5)
+  return x.reshape(plan.B, -1, plan.K, X)[:, : plan.S]
+
+
+def _pad(x: Array, axis: int, length: int, value: Any = 0) -> Array:
+  short = length - x.shape[axis]
+  widths = [(0, short if a == axis else 0) for a in range(x.ndim)]
+  return jnp.pad(x, widths, constant_values=value) if short else x
+
+
+def _compute_type(x: Array) -> Any:
+  """Half precision products are slow on CPUs, and exact in float32."""
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  return wide if jax.default_backend() == "cpu" else x.dtype
+
+
+def _dot(a: Array, b: Array) -> Array:
+  """[n, i, j] · [n, j, k] in the type of b, accumulated in at least float32."""
+  wide = jnp.promote_types(b.dtype, jnp.float32)
+  dims = (((2,), (1,)), ((0,), (0,)))
+  return lax.dot_general(a.astype(b.dtype), b, dims, preferred_element_type=wide)
+
+
+# Who sees whom.
+
+
+class _Sight:
+  """The mask of every tile: which tiles to visit, and the predicate on one."""
+
+  def __init__(self, plan: _Plan, where: _Where):
+    self.plan, self.where = plan, where
+    t = plan.tiles
+    positions = where.query_positions
+    if positions is None:
+      positions = jnp.arange(plan.S - plan.T, plan.S, dtype=jnp.int32)[None]
+      grid = Grid.of(plan.T, plan.S, t.queries, t.keys)
+    else:
+      grid = Grid(tiled(positions, t.queries), 0, plan.S, t.keys)
+    self.positions = _edge(positions, plan.q_tiles * t.queries)
+    some, every = where.mask.spans(grid)
+    if where.segment_ids is not None:
+      q_ids, k_ids = where.segment_ids
+      same, all_same = equal_ids(tiled(q_ids, t.queries), tiled(k_ids, t.keys))
+      some, every = some & same, every & all_same
+      self.q_ids = _edge(q_ids, plan.q_tiles * t.queries)
+      self.k_ids = _edge(k_ids, plan.k_tiles * t.keys)
+    some, every = tiling.merge(some, every, t.batch)
+    self.partial, self.full = tiling.partition(some, every, plan.S // t.keys, plan.k_tiles)
+
+  def visit(self, group: Array, i: Array, body: Any, carry: Any) -> Any:
+    """Folds `body(tile, seen, carry)` over the key tiles of query tile i."""
+    for visits, masked in ((self.full, False), (self.partial, True)):
+      if visits.none:
+        continue
+      count, tile = visits.row(group, i)
+
+      def step(n, carry, masked=masked, tile=tile):
+        j = tile(n)
+        return body(j, self.seen(group, i, j) if masked else None, carry)
+
+      carry = lax.fori_loop(0, count, step, carry)
+    return carry
+
+  def seen(self, group: Array, i: Array, j: Array) -> Array:
+    """[batch, 1, queries, keys] of booleans (axes of one where they do not matter)."""
+    t = self.plan.tiles
+    mask = jax.tree.map(lambda x: self._batch(x, group), self.where.mask)
+    q = self._tile(self.positions, group, i, t.queries)[:, None, :, None]
+    k = j * t.keys + lax.broadcasted_iota(jnp.int32, (1, 1, 1, t.keys), 3)
+    seen = numerics.expand(mask.predicate(q, k), 4)
+    if self.where.segment_ids is not None:
+      q_ids = self._tile(self.q_ids, group, i, t.queries)[:, None, :, None]
+      k_ids = self._tile(self.k_ids, group, j, t.keys)[:, None, None, :]
+      seen = seen & (q_ids == k_ids) & (q_ids >= 0)
+    return seen & (k < self.plan.S) if self.plan.S % t.keys else seen
+
+  def _batch(self, x: Array, group: Array) -> Array:
+    size = self.plan.tiles.batch
+    return lax.dynamic_slice_in_dim(x, group * size, size) if x.shape[0] > 1 else x
+
+  def _tile(self, x: Array, group: Array, i: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(self._batch(x, group), i * size, size, axis=1)
+
+
+def _edge(x: Array, length: int) -> Array:
+  """[b, X] continued to `length` with its last element."""
+  short = length - x.shape[1]
+  return jnp.pad(x, ((0, 0), (0, short)), mode="edge") if short else x
+
+
+class _Bias:
+  """A bias, or its gradient, addressed by tiles. Axes of one stay axes of one."""
+
+  def __init__(self, plan: _Plan, shape: tuple[int, ...]):
+    t = plan.tiles
+    whole = (plan.B, plan.K * plan.G, plan.q_tiles * t.queries, plan.k_tiles * t.keys)
+    part = (t.batch, t.heads * plan.G, t.queries, t.keys)
+    wide = [n > 1 for n in shape]
+    self.shape = tuple(n if w else 1 for n, w in zip(whole, wide, strict=True))
+    self.part = tuple(n if w else 1 for n, w in zip(part, wide, strict=True))
+    heads = (t.heads, plan.G) if wide[1] else (1, 1)
+    self.tile = (self.part[0], *heads, *self.part[2:])
+
+  def start(self, plan: _Plan, c: Array, i: Array, j: Array) -> list[Array]:
+    index = (*plan.split(c), i, j)
+    return [n * x if w > 1 else 0 for n, x, w in zip(self.part, index, self.shape, strict=True)]
+
+  def pad(self, bias: Array) -> Array:
+    for axis in (2, 3):
+      bias = _pad(bias, axis, self.shape[axis])
+    return bias
+
+  def read(self, plan: _Plan, bias: Array, c: Array, i: Array, j: Array) -> Array:
+    tile = lax.dynamic_slice(bias, self.start(plan, c, i, j), self.part)
+    return tile.reshape(self.tile)
+
+  def add(self, plan: _Plan, total: Array, scores: Array, c: Array, i: Array, j: Array) -> Array:
+    """`total` with the gradient of a tile of scores added where the bias was read."""
+    axes = tuple(a for a, n in enumerate(self.tile) if n == 1 and scores.shape[a] > 1)
+    scores = jnp.sum(scores, axes, keepdims=True).reshape(self.part)
+    start = self.start(plan, c, i, j)
+    return lax.dynamic_update_slice(
+      total, lax.dynamic_slice(total, start, self.part) + scores, start
+    )
+
+
+def _scores(plan: _Plan, q: Array, k: Array, bias: Array | None, seen: Array | None):
+  """Scores of a tile [batch, heads, G, queries, keys], and before bias and mask."""
+  t = plan.tiles
+  capped = _dot(q, k).reshape(t.batch, t.heads, plan.G, t.queries, t.keys)
+  capped = numerics.softcap(capped, plan.softcap)
+  scores = capped if bias is None else capped + bias.astype(capped.dtype)
+  if seen is not None:
+    scores = jnp.where(seen[:, :, None], scores, -jnp.inf)
+  return scores, capped
+
+
+def _forward(plan, query, key, value, bias, where):
+  sight = _Sight(plan, where)
+  compute = _compute_type(query)
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  flat = (plan.stacked, plan.rows)
+  addressed = None if bias is None else _Bias(plan, bias.shape)
+  padded = None if bias is None else addressed.pad(bias)
+  scale = jnp.asarray(plan.scale, wide)
+  xs = (
+    jnp.arange(plan.groups),
+    _to_rows(plan, (query.astype(wide) * scale).astype(compute)),
+    _to_keys(plan, key.astype(compute), across=True),
+    _to_keys(plan, value.astype(compute), across=False),
+  )
+
+  def group(_, x):
+    c, queries, keys, values = x
+    start = _zeros((*flat, plan.Hv), wide, query), _zeros((*flat, 1), wide, query)
+
+    def row(_, x):
+      i, q = x
+
+      def tile(j, seen, carry):
+        total, top, out = carry
+        extra = None if bias is None else addressed.read(plan, padded, c, i, j)
+        scores = _scores(plan, q, keys[j], extra, seen)[0].reshape(*flat, -1)
+        new = jnp.maximum(top, scores.max(-1, keepdims=True))
+        weights = lax.optimization_barrier(jnp.exp(scores - new))
+        fade = jnp.exp(top - new)
+        total = total * fade + weights.sum(-1, keepdims=True)
+        return total, new, out * fade + _dot(weights, values[j])
+
+      carry = start[1], start[1] + _FLOOR, start[0]
+      total, top, out = sight.visit(plan.split(c)[0], i, tile, carry)
+      some = total > 0
+      safe = jnp.where(some, total, 1.0)
+      lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
+      return None, ((out / safe).astype(query.dtype), lse)
+
+    return None, lax.scan(row, None, (jnp.arange(plan.q_tiles), queries))[1]
+
+  out, lse = lax.scan(group, None, xs)[1]
+  return _from_rows(plan, out), _from_rows(plan, lse)[..., 0]
+
+
+def _backward(plan, saved, cotangents):
+  query, key, value, bias, where, out, lse = saved
+  d_out, d_lse = cotangents
+  sight = _Sight(plan, where)
+  compute = _compute_type(query)
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  addressed = None if bias is None else _Bias(plan, bias.shape)
+  padded = None if bias is None else addressed.pad(bias)
+  some = lse > -jnp.inf
+  delta = jnp.sum(d_out.astype(wide) * out.astype(wide), -1) - d_lse
+  delta = jnp.where(some, delta, 0.0)[..., None]
+  # Rows with nothing to attend to, padded ones among them: exp(score − large) = 0.
+  lse = _pad(jnp.where(some, lse, -_FLOOR), 1, plan.q_tiles * plan.tiles.queries, -_FLOOR)
+  scale = jnp.asarray(plan.scale, wide)
+  xs = (
+    jnp.arange(plan.groups),
+    _to_rows(plan, (query.astype(wide) * scale).astype(compute)),
+    _to_rows(plan, d_out.astype(compute)),
+    _to_rows(plan, lse[..., None]),
+    _to_rows(plan, delta),
+    _to_keys(plan, key.astype(compute), across=False),
+    _to_keys(plan, key.astype(compute), across=True),
+    _to_keys(plan, value.astype(compute), across=True),
+  )
+
+  def group(d_bias, x):
+    c, queries, d_outs, lses, deltas, keys, keys_across, values_across = x
+
+    def row(carry, x):
+      i, q, do, lse, delta = x
+      q_across, do_across = jnp.swapaxes(q, 1, 2), jnp.swapaxes(do, 1, 2)
+
+      def tile(j, seen, carry):
+        d_q, d_k, d_v, d_bias = carry
+        extra = None if bias is None else addressed.read(plan, padded, c, i, j)
+        scores, capped = _scores(plan, q, keys_across[j], extra, seen)
+        weights = jnp.exp(scores.reshape(*lse.shape[:2], -1) - lse)
+        d_v = d_v.at[j].add(_dot(do_across, weights.astype(compute)))
+        d_scores = weights * (_dot(do, values_across[j]) - delta)
+        if bias is not None:
+          d_bias = addressed.add(plan, d_bias, d_scores.reshape(scores.shape), c, i, j)
+        if plan.softcap is not None:
+          d_scores = d_scores * (1 - jnp.square(capped.reshape(d_scores.shape) / plan.softcap))
+        d_scores = lax.optimization_barrier(d_scores.astype(compute))
+        d_k = d_k.at[j].add(_dot(q_across, d_scores))
+        return d_q + _dot(d_scores, keys[j]), d_k, d_v, d_bias
+
+      carry = _zeros(q.shape, wide, query), *carry
+      d_q, *carry = sight.visit(plan.split(c)[0], i, tile, carry)
+      return tuple(carry), (d_q * scale).astype(query.dtype)
+
+    d_k = _zeros(keys_across.shape, wide, query)
+    d_v = _zeros(values_across.shape, wide, query)
+    rows = jnp.arange(plan.q_tiles), queries, d_outs, lses, deltas
+    (d_k, d_v, d_bias), d_q = lax.scan(row, (d_k, d_v, d_bias), rows)
+    return d_bias, (d_q, d_k.astype(key.dtype), d_v.astype(value.dtype))
+
+  d_bias = None if bias is None else _zeros(addressed.shape, wide, query)
+  d_bias, (d_q, d_k, d_v) = lax.scan(group, d_bias, xs)
+  if bias is not None:
+    d_bias = d_bias[:, :, : bias.shape[2], : bias.shape[3]].astype(bias.dtype)
+  return _from_rows(plan, d_q), _from_keys(plan, d_k), _from_keys(plan, d_v), d_bias
+
+
+# Inside shard_map every array says over which mesh axes it varies, and a loop's carry must agree.
+
+
+def _manual_axes(x: Any) -> frozenset:
+  return jax.typeof(x).manual_axis_type.varying
+
+
+def _same_manual_axes(tree: Any) -> Any:
+  axes = frozenset().union(*(_manual_axes(x) for x in jax.tree.leaves(tree)))
+  return jax.tree.map(lambda x: _vary(x, axes), tree) if axes else tree
+
+
+def _vary(x: Array, axes: frozenset) -> Array:
+  missing = tuple(axes - _manual_axes(x))
+  return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+  return _vary(jnp.zeros(shape, dtype), _manual_axes(like))
