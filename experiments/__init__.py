@@ -1,0 +1,1 @@
+"""One question per script: `scripts/run NAME` or `python -m experiments.NAME`."""

@@ -1,0 +1,212 @@
+"""What every experiment shares: flags, a directory of its own, rows that resume, table and plot.
+
+An experiment is a module with a `Config` dataclass, a pure `run(config, workdir) -> list[dict]` and
+
+  if __name__ == "__main__":
+    harness.main(run, Config())
+"""
+
+import contextlib
+import csv
+import dataclasses
+import inspect
+import io
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from absl import app, flags, logging
+from matplotlib.axes import Axes
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from effjax.train import workdir as files
+
+Row = dict[str, Any]
+
+COLOURS = ("#2a5d9f", "#d1662f", "#3a8f5c", "#8a4f9e", "#b8912b", "#5c6b73")
+STYLE = {
+  "font.size": 10,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.grid": True,
+  "grid.color": "#e6e6e6",
+  "axes.axisbelow": True,
+  "axes.titlelocation": "left",
+  "axes.titleweight": "bold",
+  "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+  "legend.frameon": False,
+  "savefig.dpi": 160,
+}
+
+
+def main(run: Callable[[Any, str], list[Row]], config: Any) -> None:
+  """Runs an experiment from the command line: `--config.field=value`, `--workdir=folder`.
+
+  A refused argument, a missing file or a disk that cannot be written ends it with one line and
+  status 2; `-v=1` shows where that came from.
+  """
+  name = Path(inspect.getfile(run)).stem
+  _refuse_unknown_fields(config, sys.argv[1:])
+  configs = config_flags.DEFINE_config_dataclass("config", config)
+  folder = flags.DEFINE_string("workdir", f"runs/{name}", "folder of the results; resumed if begun")
+
+  def call(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+      raise app.UsageError(f"unknown argument {argv[1]!r}; allowed: --config.FIELD=, --workdir=")
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)
+    try:
+      run(configs.value, folder.value)
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+      if flags.FLAGS.verbosity > 0:
+        raise
+      print(f"error: {error}", file=sys.stderr)
+      sys.exit(2)
+
+  app.run(call)
+
+
+def simulate_devices(count: int) -> list[jax.Device]:
+  """`count` CPU devices; a process that has begun to compute keeps the number it has.
+
+  Raises:
+    ValueError: when it has begun with fewer.
+  """
+  with contextlib.suppress(RuntimeError):
+    jax.config.update("jax_num_cpu_devices", count)
+  devices = jax.devices("cpu")
+  if len(devices) < count:
+    raise ValueError(f"{count} CPU devices are asked for and the process began with {len(devices)}")
+  return devices[:count]
+
+
+def chosen(text: str, known: Iterable[str], *, what: str) -> list[str]:
+  """The names in a comma-separated list, in the order of `known`; "all" gives all.
+
+  Raises:
+    ValueError: for a name that is not known, with those that are.
+
+  Example:
+    >>> chosen("b,a", ["a", "b", "c"], what="technique")
+    ['a', 'b']
+  """
+  names, known = [part.strip() for part in text.split(",") if part.strip()], list(known)
+  unknown = [name for name in names if name not in (*known, "all")]
+  if unknown or not names:
+    wrong = ", ".join(map(repr, unknown)) or "(none)"
+    raise ValueError(f"unknown {what} {wrong}; allowed: all, {', '.join(known)}")
+  return known if "all" in names else [name for name in known if name in names]
+
+
+def compute(
+  folder: Path, tasks: Mapping[str, Callable[[], Row]], *, label: str = "rows", key: str = "name"
+) -> list[Row]:
+  """The row of each task, under a progress bar; rows already in `metrics.jsonl` are not redone.
+
+  Each row is on disk before the next task begins, with the task's name in its column `key`.
+  """
+  path = folder / files.METRICS
+  done = {row[key]: row for row in files.read_rows(path) if key in row}
+  left = [name for name in tasks if name not in done]
+  if len(left) < len(tasks):
+    print(f"{len(tasks) - len(left)} of {len(tasks)} {label} are in {path}")
+  with progress(left, label) as bar:
+    for name in bar:
+      bar.set_postfix_str(name)
+      done[name] = {key: name, **tasks[name]()}
+      files.append_row(path, done[name])
+  return [done[name] for name in tasks]
+
+
+def progress(items: Iterable, label: str, **options) -> tqdm:
+  """A progress bar on standard error over `items`, or by hand with `total=` and `update`."""
+  return tqdm(items, desc=label, dynamic_ncols=True, mininterval=0.5, **options)
+
+
+def finish(folder: Path, rows: Sequence[Row], columns: Mapping[str, str], claim: str, held: bool):
+  """Writes `result.csv`, prints the table, the claim and whether it held.
+
+  `columns` maps the columns of the table to their formats.
+  """
+  write_csv(folder, rows)
+  print("\n" + table(rows, columns))
+  print(f"\nClaim: {claim}\n{'It held.' if held else 'It did NOT hold.'}  Results: {folder}")
+
+
+def write_csv(folder: Path, rows: Sequence[Row]) -> None:
+  """`result.csv`: every column that occurs in a row, in order of appearance."""
+  text = io.StringIO(newline="")
+  names = list(dict.fromkeys(name for row in rows for name in row))
+  writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  files.write_text(folder / "result.csv", text.getvalue())
+
+
+def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+  """A plain-text table; `columns` maps names to formats, a missing value shows as "–".
+
+  Example:
+    >>> print(table([{"name": "dense", "loss": 2.0}, {"name": "moe"}], {"name": "", "loss": ".2f"}))
+    name   loss
+    -----  ----
+    dense  2.00
+    moe       –
+  """
+  cells = [[_cell(row.get(name), form) for name, form in columns.items()] for row in rows]
+  lines = [list(columns), *cells]
+  widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+  lines.insert(1, ["-" * width for width in widths])
+  left = [form == "" for form in columns.values()]
+
+  def aligned(line: list[str]) -> str:
+    parts = zip(line, widths, left, strict=True)
+    return "  ".join(x.ljust(w) if to_left else x.rjust(w) for x, w, to_left in parts).rstrip()
+
+  return "\n".join(aligned(line) for line in lines)
+
+
+def plot(
+  folder: Path,
+  draw: Callable[[Sequence[Axes], list[Row]], None],
+  *,
+  panels: int = 1,
+  size: tuple[float, float] = (8.0, 4.8),
+) -> Path:
+  """`plot.png`, drawn by `draw(axes, rows)` from the rows of `metrics.jsonl` and nothing else."""
+  with plt.rc_context(STYLE):
+    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
+    draw(axes[0], files.read_rows(folder / files.METRICS))
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    plt.close(figure)
+  path = folder / "plot.png"
+  try:
+    path.write_bytes(image.getvalue())
+  except OSError as error:
+    raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from error
+  return path
+
+
+def _cell(value: Any, form: str) -> str:
+  if value is None:
+    return "–"
+  return value if isinstance(value, str) else format(value, form)
+
+
+def _refuse_unknown_fields(config: Any, arguments: Sequence[str]) -> None:
+  names = [field.name for field in dataclasses.fields(config)]
+  for argument in arguments:
+    found = re.match(r"--?(?:no)?config\.(\w+)", argument)
+    if found and found[1] not in names:
+      allowed = ", ".join(f"--config.{name}" for name in names)
+      print(f"error: unknown flag --config.{found[1]}; allowed: {allowed}", file=sys.stderr)
+      sys.exit(2)
