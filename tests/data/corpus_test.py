@@ -63,7 +63,7 @@ def test_a_cut_document_is_a_prefix_and_never_half_a_character():
 
 
 def test_fingerprint_sees_text_order_and_boundaries():
-  texts = [("ab", "c"), ("a", "bc"), ("c", "ab"), ("ab", "d")]
+  texts = [("ab", "c"), ("a", "bc"), ("c", "ab"), ("ab", "d"), ("abd/1c",)]
   prints = {
     Corpus("x", tuple(Document("d", str(n), t) for n, t in enumerate(pair))).fingerprint
     for pair in texts
