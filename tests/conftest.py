@@ -1,6 +1,7 @@
 """Eight simulated devices, strict rank promotion, and run-time checks of every shape annotation."""
 
 import os
+import pathlib
 
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -14,6 +15,11 @@ import pytest
 
 jaxtyping.install_import_hook("effjax", "beartype.beartype").__enter__()
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling is most of the time of the tests; programs seen before are read back.
+cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / f"jax-{jax.__version__}"
+jax.config.update("jax_compilation_cache_dir", str(cache))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_segments_of_known_patterns(widths, expected):
 @pytest.mark.parametrize("widths", [[0, 0, 0], [0, 1, 0, 1, 2], [2, 0, 0]])
 def test_split_and_join_are_inverse(widths, key):
   config = config_of(widths)
-  params = Transformer(config).init(key, jnp.zeros((1, 3), int))["params"]
+  params = jax.jit(Transformer(config).init)(key, jnp.zeros((1, 3), int))["params"]
   layers, rest = stack.split(config, params)
   assert [t["ffn"]["up"]["kernel"].shape[1] for t in layers] == [WIDTHS[w] for w in widths]
   chex.assert_trees_all_equal(stack.join(config, layers, rest), params)
@@ -56,7 +56,7 @@ def test_split_and_join_are_inverse(widths, key):
 
 def test_join_into_another_configuration_moves_layers(key):
   config = config_of([0, 0, 0])
-  params = Transformer(config).init(key, jnp.zeros((1, 3), int))["params"]
+  params = jax.jit(Transformer(config).init)(key, jnp.zeros((1, 3), int))["params"]
   layers, rest = stack.split(config, params)
   shorter = dataclasses.replace(config, layers=config.layers[:2])
   joined = stack.join(shorter, [layers[2], layers[0]], rest)
@@ -74,7 +74,7 @@ def test_unscan_computes_the_same(key):
   config = config_of([0, 1, 0, 1])
   tokens = jax.random.randint(key, (2, 5), 0, 11)
   module = Transformer(config)
-  params = module.init(key, tokens)["params"]
+  params = jax.jit(module.init)(key, tokens)["params"]
   flat, unstacked = stack.unscan(config, params)
   assert unstacked["segments_3"]["layers_0"]["ffn"]["up"]["kernel"].ndim == 2
   chex.assert_trees_all_close(

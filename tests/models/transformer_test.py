@@ -33,7 +33,7 @@ def tokens():
 @pytest.mark.parametrize("arrangement", ["pre", "post", "sandwich"])
 def test_future_tokens_have_no_influence(arrangement, tokens, key):
   module = Transformer(decoder(arrangement=arrangement))
-  params = module.init(key, tokens)
+  params = jax.jit(module.init)(key, tokens)
   changed = tokens.at[:, 7:].set((tokens[:, 7:] + 1) % V)
   before, after = (module.apply(params, t) for t in (tokens, changed))
   np.testing.assert_array_equal(before[:, :7], after[:, :7])
@@ -42,10 +42,11 @@ def test_future_tokens_have_no_influence(arrangement, tokens, key):
 
 def test_cached_steps_equal_one_pass(tokens, key):
   module = Transformer(decoder())
-  params = module.init(key, tokens)
+  params = jax.jit(module.init)(key, tokens)
   whole = module.apply(params, tokens)
   step = jax.jit(lambda t, p, c: module.apply(params, t, positions=p, cache=c))
-  logits, cache = module.apply(params, tokens[:, :5], cache=module.init_cache(2, 16))
+  first = jnp.broadcast_to(jnp.arange(5), (2, 5))
+  logits, cache = step(tokens[:, :5], first, module.init_cache(2, 16))
   np.testing.assert_allclose(logits, whole[:, :5], atol=1e-5)
   for t in range(5, 12):
     logits, cache = step(tokens[:, t : t + 1], jnp.full((2, 1), t), cache)
@@ -54,7 +55,7 @@ def test_cached_steps_equal_one_pass(tokens, key):
 
 def test_packed_sequences_equal_separate_ones(tokens, key):
   module = Transformer(decoder())
-  params = module.init(key, tokens)
+  params = jax.jit(module.init)(key, tokens)
   segment_ids = jnp.array([[0] * 5 + [1] * 4 + [-1] * 3] * 2)
   positions = jnp.array([[*range(5), *range(4), 0, 0, 0]] * 2)
   packed = module.apply(params, tokens, segment_ids=segment_ids, positions=positions)
@@ -64,8 +65,8 @@ def test_packed_sequences_equal_separate_ones(tokens, key):
 
 def test_remat_and_unscanned_gradients_agree(tokens, key):
   module = Transformer(decoder())
-  params = module.init(key, tokens)
-  gradient = lambda m: jax.grad(lambda p: (m.apply(p, tokens) ** 2).mean())(params)
+  params = jax.jit(module.init)(key, tokens)
+  gradient = lambda m: jax.jit(jax.grad(lambda p: (m.apply(p, tokens) ** 2).mean()))(params)
   chex.assert_trees_all_close(
     gradient(module), gradient(module.copy(remat=True)), rtol=1e-4, atol=1e-6
   )
@@ -73,7 +74,7 @@ def test_remat_and_unscanned_gradients_agree(tokens, key):
 
 def test_bfloat16_activations_leave_parameters_alone(tokens, key):
   module = Transformer(decoder(), dtype=jnp.bfloat16)
-  params = module.init(key, tokens)
+  params = jax.jit(module.init)(key, tokens)
   assert module.apply(params, tokens).dtype == jnp.bfloat16
   assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
 
