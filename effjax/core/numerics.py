@@ -34,7 +34,6 @@ def cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> 
 
   Example:
     >>> import jax.numpy as jnp
-import numpy as np
     >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]), 4)
     1.3863
   """
