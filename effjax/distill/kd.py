@@ -18,8 +18,8 @@ def kd_loss(
   teacher_logits: Float[Array, "... V"],
   targets: Int[Array, "..."],
   *,
-  temperature: float = 1.0,
-  alpha: float = 0.5,
+  temperature: float | int = 1.0,
+  alpha: float | int = 0.5,
   weights: Float[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
   """α·T²·KL(softmax(teacher/T) ‖ softmax(student/T)) + (1−α)·CE(student, targets), in nats.
@@ -58,7 +58,7 @@ def kd_loss(
 def divergence(
   student_logits: Float[Array, "... V"],
   teacher_logits: Float[Array, "... V"],
-  temperature: float = 1.0,
+  temperature: float | int = 1.0,
 ) -> Float[Array, "..."]:
   """KL(softmax(teacher/T) ‖ softmax(student/T)) per position, in nats and float32.
 
@@ -77,8 +77,8 @@ def kd_objective(
   teacher: nn.Module,
   teacher_params: Params,
   *,
-  temperature: float = 1.0,
-  alpha: float = 0.5,
+  temperature: float | int = 1.0,
+  alpha: float | int = 0.5,
 ) -> Callable[[Params, dict, Key | None], tuple[Array, dict]]:
   """A training objective (params, batch, rng) → (loss, metrics) that distils `teacher`.
 
@@ -123,7 +123,7 @@ def _objective(student, teacher, temperature, alpha, teacher_params, params, bat
   return loss, {**metrics, "nll": nll, "divergence": apart, "weight": weights.sum()}
 
 
-def _check_share(temperature: float, alpha: float) -> None:
+def _check_share(temperature: float | int, alpha: float | int) -> None:
   if not temperature > 0:
     raise ValueError(f"temperature {temperature}; allowed: above 0")
   if not 0 <= alpha <= 1:

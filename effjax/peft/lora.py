@@ -82,7 +82,7 @@ def add(
   key: Key,
   *,
   rank: int = 8,
-  alpha: float = 16.0,
+  alpha: float | int = 16,
   targets: Chooser = TARGETS,
   exclude: Chooser | None = None,
   rs: bool = False,

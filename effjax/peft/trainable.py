@@ -1,14 +1,11 @@
 """Which parameters a parameter-efficient method trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from effjax.core import trees
 from effjax.core.typing import PyTree
-from effjax.core.weights import Weight
 from effjax.peft.lora import LoRA
-
-FIELDS: dict[type[Weight], tuple[str, ...]] = {LoRA: ("a", "b")}
 
 
 def trainable(params: PyTree) -> Callable[[str, Any], bool]:
@@ -30,10 +27,14 @@ def trainable(params: PyTree) -> Callable[[str, Any], bool]:
     ['kernel/a', 'kernel/b']
   """
   paths = frozenset(
-    f"{path}/{field}"
-    for path, leaf in trees.items(params).items()
-    for field in FIELDS.get(type(leaf), ())
+    name for path, leaf in trees.items(params).items() for name in _arrays(path, leaf)
   )
   if not paths:
     raise ValueError("params has nothing to train; allowed: what lora.add returns")
   return lambda path, leaf: path in paths
+
+
+def _arrays(path: str, leaf: Any) -> Iterator[str]:
+  if isinstance(leaf, LoRA):
+    yield from (f"{path}/a", f"{path}/b")
+    yield from _arrays(f"{path}/base", leaf.base)
