@@ -3,7 +3,7 @@
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
 arXiv 1910.02054, section 5. With N devices on the data axis, stage 1 splits the optimiser's state,
 stage 2 also the gradients, stage 3 also the parameters; stage 0 is plain data parallelism. Here a
-stage is nothing but shardings: the compiler derives the all-gathers and reduce-scatters.
+stage is shardings; the compiler derives the all-gathers and reduce-scatters.
 """
 
 import dataclasses
@@ -12,7 +12,10 @@ from typing import TypeVar
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from effjax.core.typing import PyTree
+from effjax.core import trees
+from effjax.core.typing import Params, PyTree
+from effjax.core.weights import is_weight
+from effjax.parallel.gathered import Gathered, gather
 
 T = TypeVar("T")
 
@@ -45,12 +48,17 @@ class Zero:
     return NamedSharding(self.mesh, PartitionSpec())
 
   def split(self, x: jax.typing.ArrayLike) -> NamedSharding:
-    """The longest axis that N divides, the last of equals; replicated when N divides none."""
+    """The longest axis that N divides, the last of equals; replicated when N divides none.
+
+    The first of three or more counts layers or experts and is the last resort: a scan reads it
+    one by one.
+    """
     n = self.mesh.shape[self.axis]
-    fitting = [(size, i) for i, size in enumerate(x.shape) if size and size % n == 0]
+    inner = lambda i: i > 0 or len(x.shape) < 3
+    fitting = [(inner(i), size, i) for i, size in enumerate(x.shape) if size and size % n == 0]
     if not fitting:
       return self.replicated
-    _, longest = max(fitting)
+    _, _, longest = max(fitting)
     return NamedSharding(self.mesh, PartitionSpec(*[None] * longest, self.axis))
 
   def batch(self, batch: PyTree) -> PyTree:
@@ -83,8 +91,23 @@ class Zero:
     )
 
   def on_batch(self, batch: PyTree) -> PyTree:
-    """Inside a jitted function: `batch`, laid out so; likewise the other two."""
+    """Inside a jitted function: `batch`, laid out so; likewise the next three."""
     return jax.lax.with_sharding_constraint(batch, self.batch(batch))
+
+  def on_params(self, params: Params, matrices: str = "kernel|embedding") -> Params:
+    """Parameters as the objective reads them: where they are split, it gathers them.
+
+    A parameter at a path that matches `matrices` becomes a `Gathered` weight, put together layer
+    by layer as the model gets to it; the others are small, and are gathered at once.
+    """
+    if self.stage < 3:
+      return params
+
+    def visit(path, x):
+      matrix = trees.chooses(matrices, trees.path_string(path), x)
+      return Gathered(x, self) if matrix else gather(x, self)
+
+    return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_weight)
 
   def on_gradients(self, grads: PyTree) -> PyTree:
     return jax.lax.with_sharding_constraint(grads, self.gradients(grads))
@@ -109,7 +132,7 @@ def place(state: T, mesh: Mesh, *, zero: int = 0) -> T:
     >>> from effjax.parallel import make_mesh
     >>> from effjax.train import TrainState
     >>> state = TrainState(jnp.int32(0), {"w": jnp.ones(8)}, ())
-    >>> place(state, make_mesh(data=1), zero=3).params["w"].sharding.spec
-    PartitionSpec('data',)
+    >>> tuple(place(state, make_mesh(data=1), zero=3).params["w"].sharding.spec)
+    ('data',)
   """
   return jax.device_put(state, Zero(mesh, zero).state(state))

@@ -9,16 +9,14 @@ import math
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from effjax.core.numerics import cross_entropy, weighted_mean
 from effjax.core.typing import Array, Key, Params
+from effjax.layers.forward import forward, layer_means
 
 Batch = Mapping[str, Array]
 Objective = Callable[[Params, Batch, Key | None], tuple[Array, dict[str, Array]]]
-
-RNG_STREAMS = ("dropout", "router", "mask")
 
 
 def next_token(module: nn.Module) -> Objective:
@@ -48,31 +46,6 @@ def next_token(module: nn.Module) -> Objective:
     return loss, {**metrics, **losses, "nll": nll, "weight": weights.sum()}
 
   return objective
-
-
-def forward(module: nn.Module, params: Params, batch: Batch, rng: Key | None):
-  """The module's output on a batch, and what its layers sowed.
-
-  Only the arguments that the batch holds are passed, so any module of tokens [B, T] will do.
-  """
-  given = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
-  rngs = {} if rng is None else dict(zip(RNG_STREAMS, jax.random.split(rng, 3), strict=True))
-  kinds = ["losses", "metrics"]
-  return module.apply({"params": params}, batch["tokens"], **given, rngs=rngs, mutable=kinds)
-
-
-def layer_means(sown: Mapping) -> dict[str, Array]:
-  """Name → mean over all layers, and all entries of scanned ones, that sowed under that name.
-
-  Example:
-    >>> layer_means({"a": {"z": (jnp.ones(3),)}, "b": {"z": (jnp.zeros(()),)}})
-    {'z': Array(0.75, dtype=float32)}
-  """
-  found: dict[str, list[Array]] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(sown):
-    name = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)][-1]
-    found.setdefault(name, []).append(leaf.astype(jnp.float32).reshape(-1))
-  return {name: jnp.concatenate(leaves).mean() for name, leaves in found.items()}
 
 
 def perplexity(nll: float) -> float:

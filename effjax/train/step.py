@@ -57,7 +57,8 @@ def make_train_step(
     chosen, rest = trained(state.params, trainable)
 
     def compute(part: Batch, key: Key):
-      loss = lambda chosen: objective(trees.merge(chosen, rest), place.on_batch(part), key)
+      part = place.on_batch(part)
+      loss = lambda chosen: objective(place.on_params(trees.merge(chosen, rest)), part, key)
       (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(chosen)
       return place.on_gradients(grads), {**metrics, "loss": value}
 
@@ -77,7 +78,7 @@ def make_train_step(
 class _Anywhere:
   """The placement that constrains nothing."""
 
-  on_batch = on_gradients = on_state = staticmethod(lambda tree: tree)
+  on_batch = on_params = on_gradients = on_state = staticmethod(lambda tree: tree)
 
 
 def _split(batch: Batch, parts: int) -> list[Batch] | Batch:

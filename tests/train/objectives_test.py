@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effjax.layers.forward import layer_means
 from effjax.train import perplexity
-from effjax.train.objectives import layer_means
 
 
 def test_masked_loss_is_the_mean_over_what_counts(bigram, stream):

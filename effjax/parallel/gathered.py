@@ -1,0 +1,91 @@
+"""A weight that lies in parts on the devices of a mesh and is put together where it is used.
+
+This is the parameter half of ZeRO-3 (arXiv 1910.02054, section 5.3): each device holds 1/N of a
+matrix, all of it for the moment of a product, in the forward and once more in the backward pass,
+and 1/N of its gradient. Left to itself the partitioner would rather split the activations.
+"""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from effjax.core import weights
+from effjax.core.numerics import matmul
+from effjax.core.typing import Array, Float, Int, PyTree
+
+if TYPE_CHECKING:
+  from effjax.parallel.zero import Zero
+
+
+@weights.register(static=("zero",))
+class Gathered(weights.Weight):
+  """`base`, an array or `Weight` split over devices, gathered for each use.
+
+  Invariants: `shape`, `dtype` and `parameters` are those of `base`; what is gathered in the
+  forward pass is not kept for the backward pass but gathered again.
+
+  Attributes:
+    base: what is gathered.
+    zero: the shardings.
+  """
+
+  base: PyTree
+  zero: "Zero"
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.base.shape)
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.base.dtype
+
+  @property
+  def parameters(self) -> int:
+    return self.base.parameters if weights.is_weight(self.base) else super().parameters
+
+  def materialize(self) -> Array:
+    return weights.materialize(gather(self.base, self.zero))
+
+  def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+    def product(base, x):
+      w = gather(base, self.zero)
+      return w.matmul(x) if weights.is_weight(w) else matmul(x, w)
+
+    return jax.checkpoint(product)(self.base, x)
+
+  def take(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
+    def rows(base, indices):
+      return weights.take(gather(base, self.zero), indices)
+
+    return jax.checkpoint(rows)(self.base, indices)
+
+  @property
+  def T(self) -> "Gathered":
+    if weights.is_weight(self.base):
+      return weights.transpose(gather(self.base, self.zero))
+    return Gathered(jnp.matrix_transpose(self.base), self.zero)
+
+  def __jax_array__(self) -> Array:
+    return self.materialize()
+
+
+def gather(tree: PyTree, zero: "Zero") -> PyTree:
+  """`tree` whole on every device; its cotangents are split as `zero.split` says.
+
+  The transpose of an all-gather is a reduce-scatter, where that of a sharding constraint is the
+  same constraint, which would leave whole gradients on every device.
+  """
+
+  @jax.custom_vjp
+  def whole(tree):
+    return jax.lax.with_sharding_constraint(tree, zero.replicated)
+
+  def backward(_, cotangents):
+    split = lambda x: jax.lax.with_sharding_constraint(x, zero.split(x))
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+    return (jax.tree.map(lambda x: split(x) if is_float(x) else x, cotangents),)
+
+  whole.defvjp(lambda tree: (whole(tree), None), backward)
+  return whole(tree)
