@@ -1,0 +1,120 @@
+"""Sparse upcycling: a dense model's MLPs become experts (Komatsuzaki et al., arXiv 2212.05055).
+
+Section 3.1: every expert starts as a copy of the MLP and the router is drawn afresh. The gates are
+renormalised, so the experts' equal outputs are mixed with weights that sum to one and the model
+computes at first what the dense one did.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from effjax.core.typing import Key, Params
+from effjax.layers import MLP, TransformerConfig
+from effjax.layers.stack import join, split
+from effjax.moe.layer import MoE
+
+
+def upcycle(
+  config: TransformerConfig,
+  params: Params,
+  key: Key,
+  *,
+  experts: int = 8,
+  top_k: int = 2,
+  layers: Sequence[int] | None = None,
+  load_balance: float = 0.01,
+  z: float = 0.001,
+) -> tuple[TransformerConfig, dict]:
+  """The model with the MLPs of `layers` replaced by mixtures of copies of them.
+
+  Args:
+    config: the dense model.
+    params: its parameters; kernels may be weights of any representation.
+    key: PRNG key of the routers.
+    experts: number of experts E.
+    top_k: experts a token visits.
+    layers: indices of the layers to change, negative ones from the end; None means every layer
+      whose ffn is an `MLP`.
+    load_balance, z: coefficients of the losses, see `MoE`.
+
+  Returns:
+    The new configuration, without a published layout to save to, and its parameters.
+
+  Raises:
+    ValueError: when a layer does not exist or its ffn is not an `MLP`.
+
+  Example:
+    >>> from effjax.layers import LayerSpec
+    >>> config = TransformerConfig(8, 4, (LayerSpec(mixer=None, ffn=MLP(6)),))
+    >>> ffn = {"up": {"kernel": jnp.ones((4, 6))}, "down": {"kernel": jnp.ones((6, 4))}}
+    >>> params = {"segments_0": {"layers_0": {"ffn": ffn}}}
+    >>> moe, params = upcycle(config, params, jax.random.key(0), experts=3, top_k=1)
+    >>> params["segments_0"]["layers_0"]["ffn"]["up"]["kernel"].shape
+    (3, 4, 6)
+  """
+  chosen = _chosen(config, layers)
+  specs = list(config.layers)
+  trees, rest = split(config, params)
+  for index, layer_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
+    ffn = upcycle_ffn(trees[index]["ffn"], layer_key, experts=experts)
+    trees[index] = {**trees[index], "ffn": ffn}
+    mlp = specs[index].ffn
+    moe = MoE(
+      experts=experts,
+      top_k=top_k,
+      width=mlp.width,
+      activation=mlp.activation,
+      gated=mlp.gated,
+      use_bias=mlp.use_bias,
+      load_balance=load_balance,
+      z=z,
+    )
+    specs[index] = dataclasses.replace(specs[index], ffn=moe)
+  changed = dataclasses.replace(config, layers=tuple(specs), family=None)
+  return changed, join(changed, trees, rest)
+
+
+def upcycle_ffn(params: Params, key: Key, *, experts: int, stddev: float = 0.02) -> dict:
+  """Parameters of an `MoE` whose experts all equal the `MLP` with `params`.
+
+  Args:
+    params: "up", "down" and perhaps "gate", each a kernel [D, F] and perhaps a bias.
+    key: PRNG key of the router.
+    experts: number of copies E.
+    stddev: of the router's normal distribution (section 3.1 of the paper: 0.02).
+
+  Raises:
+    ValueError: when `params` are not those of an `MLP`, or `experts` is below 1.
+
+  Example:
+    >>> ffn = {"up": {"kernel": jnp.ones((4, 6))}, "down": {"kernel": jnp.ones((6, 4))}}
+    >>> moe = upcycle_ffn(ffn, jax.random.key(0), experts=3)
+    >>> moe["router"]["kernel"].shape, moe["down"]["kernel"].shape
+    ((4, 3), (3, 6, 4))
+  """
+  if experts < 1:
+    raise ValueError(f"upcycle: experts={experts}; allowed: from 1")
+  if not {"up", "down"} <= set(params) <= {"up", "gate", "down"}:
+    raise ValueError(f"upcycle: params has {sorted(params)}; allowed: up, down, perhaps gate")
+  copies = jax.tree.map(lambda x: jnp.repeat(x[None], experts, axis=0), dict(params))
+  width = params["up"]["kernel"].shape[0]
+  router = stddev * jax.random.normal(key, (width, experts), jnp.float32)
+  return {**copies, "router": {"kernel": router}}
+
+
+def _chosen(config: TransformerConfig, layers: Sequence[int] | None) -> list[int]:
+  count = len(config.layers)
+  if layers is None:
+    layers = [i for i in range(count) if isinstance(config.layers[i].ffn, MLP)]
+  for index in layers:
+    if not -count <= index < count:
+      raise ValueError(f"upcycle: layers has {index}; allowed: {-count} … {count - 1}")
+    if not isinstance(config.layers[index].ffn, MLP):
+      ffn = type(config.layers[index].ffn).__name__
+      raise ValueError(f"upcycle: the ffn of layer {index} is {ffn}; allowed: MLP")
+  if not layers:
+    raise ValueError("upcycle: no layer to change; allowed: layers whose ffn is an MLP")
+  return sorted({index % count for index in layers})
