@@ -1,0 +1,78 @@
+"""Parameters counted: all, those a token uses, and those that are trained."""
+
+import jax
+
+from effjax.core import trees
+from effjax.core.typing import Params, PyTree
+from effjax.layers.spec import LayerSpec, TransformerConfig
+from effjax.layers.stack import split
+
+
+def parameters(params: PyTree) -> int:
+  """All parameters; a quantised weight counts as the matrix it stands for. Shapes suffice.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> parameters({"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)})
+    9
+  """
+  return trees.count(params)
+
+
+def active_parameters(config: TransformerConfig, params: Params) -> int:
+  """Parameters that take part in computing one token: of a mixture, the chosen experts only.
+
+  Σ over layers of what each module's `active(params)` says, everything else counted whole,
+  embeddings included.
+
+  Args:
+    config: the model's layers.
+    params: its parameters, or their shapes.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from effjax.layers import MLP
+    >>> config = TransformerConfig(16, 4, (LayerSpec(None, MLP(8)),), positions=None)
+    >>> shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    >>> ffn = {"up": {"kernel": shape(4, 8)}, "down": {"kernel": shape(8, 4)}}
+    >>> active_parameters(config, {"segments_0": {"layers_0": {"ffn": ffn}}})
+    64
+  """
+  layers, rest = jax.eval_shape(lambda tree: split(config, tree), params)
+  in_layers = (
+    _active(spec, name, tree)
+    for spec, layer in zip(config.layers, layers, strict=True)
+    for name, tree in layer.items()
+  )
+  return sum(in_layers) + trees.count(rest)
+
+
+def trainable(params: PyTree) -> int:
+  """Numbers that receive gradients: the arrays of the first tree that `trees.partition` gives.
+
+  Counted inside weights: of LoRA on a frozen base the two factors, not the matrix.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> chosen, _ = trees.partition({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "b")
+    >>> trainable(chosen)
+    3
+  """
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def state_bytes(*states: PyTree) -> int:
+  """Bytes of every array in the given trees, as they are represented. Shapes suffice.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> state_bytes({"w": jnp.ones((2, 3), jnp.int8)}, jnp.ones(3))
+    18
+  """
+  return sum(trees.nbytes(state) for state in states)
+
+
+def _active(spec: LayerSpec, name: str, tree: PyTree) -> int:
+  module = getattr(spec, name, None)
+  count = getattr(module, "active", trees.count)
+  return count(tree)
