@@ -1,0 +1,196 @@
+"""The grouped product against float64 NumPy, for arrays and for weight representations."""
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from effjax.kernels.grouped_matmul import grouped_linear, tiles
+from effjax.peft.lora import LoRA
+from effjax.quant.int8 import Int8
+
+IMPLEMENTATIONS = (None, "tiles", "ragged", "reference")
+SIZES = (0, 130, 1, 290, 7)  # empty, one large tile and others, a single row
+
+
+def operands(sizes=SIZES, spare=5, D=6, F=4, dtype=np.float32):
+  """x, w, sizes, bias and a cotangent; `spare` rows belong to no group."""
+  rng = np.random.default_rng(0)
+  M, E = sum(sizes) + spare, len(sizes)
+  shapes = ((M, D), (E, D, F), (E, F), (M, F))
+  x, w, bias, dy = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+  return x, w, jnp.asarray(sizes, jnp.int32), bias, dy
+
+
+def dense(x, w, sizes, bias, dy):
+  """Values and gradients by a Python loop in float64."""
+  x, w, bias, dy = (np.asarray(a, np.float64) for a in (x, w, bias, dy))
+  y, dx = np.zeros(dy.shape), np.zeros(x.shape)
+  dw, db = np.zeros(w.shape), np.zeros(bias.shape)
+  start = 0
+  for e, size in enumerate(np.asarray(sizes)):
+    rows = slice(start, start + size)
+    y[rows], dx[rows] = x[rows] @ w[e] + bias[e], dy[rows] @ w[e].T
+    dw[e], db[e] = x[rows].T @ dy[rows], dy[rows].sum(0)
+    start += size
+  return y, dx, dw, db
+
+
+def value_and_grads(x, w, sizes, bias, dy, implementation=None):
+  function = lambda x, w, bias: grouped_linear(x, w, sizes, bias, implementation=implementation)
+  y, pull = jax.vjp(function, x, w, bias)
+  return y, *pull(dy)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_values_and_gradients_equal_float64(implementation):
+  args = operands()
+  got = jax.jit(value_and_grads, static_argnums=5)(*args, implementation)
+  chex.assert_trees_all_close(got, dense(*args), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_empty_groups_and_spare_rows_have_exactly_zero_gradient(implementation):
+  y, dx, dw, db = value_and_grads(*operands(), implementation)
+  for part in (y[-5:], dx[-5:], dw[0], db[0]):
+    assert not np.asarray(part).any()
+  assert np.asarray(dw[1]).all()
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(
+  sizes=st.lists(st.integers(0, 20), min_size=4, max_size=4), seed=st.integers(0, 9)
+)
+def test_any_group_sizes(sizes, seed):
+  rng = np.random.default_rng(seed)
+  x = jnp.asarray(rng.integers(-4, 5, (80, 3)), jnp.float32)
+  w = jnp.asarray(rng.integers(-4, 5, (4, 3, 2)), jnp.float32)
+  got = jax.jit(grouped_linear)(x, w, jnp.asarray(sizes, jnp.int32))
+  group = np.repeat(np.arange(4), sizes)
+  expected = np.zeros((80, 2), np.float32)
+  expected[: len(group)] = np.einsum("md,mdf->mf", x[: len(group)], np.asarray(w)[group])
+  chex.assert_trees_all_equal(got, expected)  # products of small integers are exact
+
+
+def weight_of(kind, w):
+  if kind == "array":
+    return w
+  base = Int8.quantize(w) if "int8" in kind else w
+  if "lora" not in kind:
+    return base
+  rng = np.random.default_rng(1)
+  E, D, F = w.shape
+  a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((E, D, 2), (E, 2, F)))
+  return LoRA(base, a, b, jnp.full((E, 1, 1), 0.5))
+
+
+@pytest.mark.parametrize("kind", ["array", "int8", "lora", "lora over int8"])
+def test_representations_equal_the_reference_with_gradients(kind):
+  x, w, sizes, _, dy = operands()
+  w = weight_of(kind, w)
+  results = {}
+  for implementation in IMPLEMENTATIONS:
+    loss = lambda x, w, i=implementation: (grouped_linear(x, w, sizes, implementation=i) * dy).sum()
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(x, w)
+    floats = [g for g in jax.tree.leaves(grads) if g.dtype != jax.dtypes.float0]
+    results[implementation] = grouped_linear(x, w, sizes, implementation=implementation), floats
+  expected = results.pop("reference")
+  for got in results.values():
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-2)
+  assert len(expected[1]) == {"array": 2, "int8": 2, "lora": 5, "lora over int8": 5}[kind]
+
+
+def test_bfloat16_keeps_its_type_and_sums_weight_gradients_wide():
+  args = operands(sizes=(0, 2048, 3), spare=0, dtype=jnp.bfloat16)
+  got = value_and_grads(*args)
+  assert {a.dtype for a in got} == {jnp.dtype(jnp.bfloat16)}
+  got = [np.asarray(a, np.float64) for a in got]
+  chex.assert_trees_all_close(tuple(got), dense(*args), rtol=0.02, atol=0.02 * 2048**0.5)
+
+
+def test_jit_equals_eager_and_vmap_equals_a_loop():
+  x, w, sizes, _, _ = operands(sizes=(3, 0, 9))
+  eager = grouped_linear(x, w, sizes)
+  chex.assert_trees_all_close(jax.jit(grouped_linear)(x, w, sizes), eager, atol=1e-6)
+  others = jnp.stack([sizes, sizes[::-1]])
+  batched = jax.vmap(grouped_linear, in_axes=(0, None, 0))(jnp.stack([x, -x]), w, others)
+  loop = jnp.stack([eager, grouped_linear(-x, w, others[1])])
+  chex.assert_trees_all_close(batched, loop, atol=1e-5)
+
+
+def test_program_does_not_grow_with_experts():
+  def length(E):
+    x, w, sizes, _, dy = operands(sizes=(1024 // E,) * E, spare=0)
+    return len(jax.jit(value_and_grads).lower(x, w, sizes, jnp.zeros((E, 4)), dy).as_text())
+
+  assert length(64) < 1.1 * length(8)
+
+
+def test_gradient_that_nobody_asks_for_is_not_computed():
+  x, w, sizes, _, dy = operands(sizes=(16,) * 8, spare=0, D=128, F=128)
+  loss = lambda x, w: (grouped_linear(x, w, sizes) * dy).sum()
+  temporaries = lambda argnums: (
+    jax.jit(jax.grad(loss, argnums)).lower(x, w).compile().memory_analysis().temp_size_in_bytes
+  )
+  assert temporaries(0) < w.nbytes
+
+
+@pytest.mark.parametrize("varying_weight", [False, True])
+def test_inside_shard_map(varying_weight):
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  rows, everywhere = PartitionSpec("data"), PartitionSpec()
+  w_spec = rows if varying_weight else everywhere
+  x, w, sizes, _, dy = operands(sizes=(4, 0, 4), spare=0)
+  w = jnp.tile(w, (8, 1, 1)) if varying_weight else w
+  x, dy = jnp.tile(x, (8, 1)), jnp.tile(dy, (8, 1))
+
+  def local(x, w, dy):
+    loss = lambda x, w: (grouped_linear(x, w, sizes) * dy).sum()
+    return jax.grad(loss, argnums=(0, 1))(x, w)
+
+  sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, w_spec, rows), out_specs=(rows, w_spec))
+  dx, dw = jax.jit(sharded)(x, w, dy)
+  one_dx, one_dw = local(x[:8], w[:3], dy[:8])
+  chex.assert_trees_all_close(dx, jnp.tile(one_dx, (8, 1)), rtol=1e-5, atol=1e-5)
+  expected = jnp.tile(one_dw, (8, 1, 1)) if varying_weight else 8 * one_dw
+  chex.assert_trees_all_close(dw, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_sharded_operands_under_jit():
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  x, w, sizes, bias, dy = operands(sizes=(10, 0, 22), spare=0, D=8, F=8)
+  expected = value_and_grads(x, w, sizes, bias, dy)
+  place = lambda a, *spec: jax.device_put(a, jax.NamedSharding(mesh, PartitionSpec(*spec)))
+  got = jax.jit(value_and_grads)(place(x, "data"), place(w, None, "data"), sizes, bias, dy)
+  chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_rows():
+  y = grouped_linear(jnp.zeros((0, 3)), jnp.ones((2, 3, 4)), jnp.zeros(2, jnp.int32))
+  assert y.shape == (0, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 300, 5000])
+@pytest.mark.parametrize("groups", [1, 8, 64])
+def test_tiles_descend_and_fit(rows, groups):
+  heights = tiles.tile_rows(rows, groups)
+  assert list(heights) == sorted(heights, reverse=True)
+  assert 1 <= heights[-1] <= heights[0] <= rows
+
+
+def test_bad_arguments():
+  x, w, sizes = jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.array([2, 2])
+  with pytest.raises(ValueError, match=r"x \(4, 3\), w \(2, 4, 5\)"):
+    grouped_linear(x, jnp.ones((2, 4, 5)), sizes)
+  with pytest.raises(ValueError, match=r"w \(3, 5\); allowed: x \[M, D\], w \[E, D, F\]"):
+    grouped_linear(x, jnp.ones((3, 5)), sizes)
+  with pytest.raises(ValueError, match=r"group_sizes \(3,\); allowed: \(2,\)"):
+    grouped_linear(x, w, jnp.array([1, 1, 2]))
+  with pytest.raises(ValueError, match=r"bias \(2, 4\); allowed: \(2, 5\)"):
+    grouped_linear(x, w, sizes, jnp.ones((2, 4)))
+  with pytest.raises(ValueError, match="implementation='megablocks'"):
+    grouped_linear(x, w, sizes, implementation="megablocks")
