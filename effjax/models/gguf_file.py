@@ -90,6 +90,8 @@ class _Header:
     self.metadata = {self._string(): self._value(self._number("I")) for _ in range(pair_count)}
     infos = [self._tensor() for _ in range(tensor_count)]
     alignment = self.metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+      raise ValueError(f"{path}: damaged: general.alignment={alignment!r}")
     base = -(-self.at // alignment) * alignment
     self.tensors = {name: self._located(name, base, *info) for name, *info in infos}
 

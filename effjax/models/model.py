@@ -1,11 +1,13 @@
 """A pretrained model: its configuration, module, parameters and tokenizer."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from effjax.core.typing import Array, Int, Params
+from effjax.core.typing import Array, Params
 from effjax.layers.spec import TransformerConfig
 from effjax.models.tokenizers import PretrainedTokenizer
 from effjax.models.transformer import Transformer
@@ -27,17 +29,22 @@ class Model:
   params: Params
   tokenizer: PretrainedTokenizer | None = None
 
-  def __call__(self, tokens: Int[Array, "B T"], **arguments) -> Array:
-    """Logits [B, T, V], or hidden states [B, T, D] of an encoder, of checked tokens.
+  def __call__(self, tokens: Array | np.ndarray, **arguments) -> Array:
+    """Logits [B, T, V], or hidden states [B, T, D] of an encoder, of checked tokens [B, T].
 
     Raises:
       ValueError: as `check_tokens`.
     """
     check_tokens(self.config, tokens)
-    return self.module.apply({"params": self.params}, tokens, **arguments)
+    return _apply(self.module, self.params, jnp.asarray(tokens), arguments)
 
 
-def check_tokens(config: TransformerConfig, tokens: Int[Array, "B T"]) -> None:
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(module: Transformer, params: Params, tokens: Array, arguments: dict) -> Array:
+  return module.apply({"params": params}, tokens, **arguments)
+
+
+def check_tokens(config: TransformerConfig, tokens: Array | np.ndarray) -> None:
   """Refuses tokens that a model cannot take; under a trace, only their shape can be seen.
 
   An embedding lookup would clamp an id that is out of range and answer with another token.

@@ -8,10 +8,11 @@ that it has copied, or writes from a dictionary that holds them all.
 import dataclasses
 import json
 import math
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -118,31 +119,44 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     raise ValueError(f"{path}: truncated, damaged, or no safetensors file: no room for its header")
   try:
     header = json.loads(file[8:base])
-    header.pop("__metadata__", None)
-    tensors = {name: _info(file, base, name, **entry) for name, entry in header.items()}
-  except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
+  except ValueError as error:
     raise ValueError(f"{path}: damaged: its header cannot be read: {error}") from error
+  if not isinstance(header, dict):
+    raise ValueError(f"{path}: damaged: its header is no JSON object")
+  header.pop("__metadata__", None)
+  tensors = {name: _info(file, base, name, entry) for name, entry in header.items()}
   end = max((info.start + _bytes(info) for info in tensors.values()), default=base)
   if end < file.size:
     raise ValueError(f"{path}: damaged: {file.size - end} bytes after the last tensor")
   return tensors
 
 
-def _info(
-  file: MappedFile, base: int, name: str, dtype: str, shape: list[int], data_offsets: list[int]
-) -> TensorInfo:
+def _info(file: MappedFile, base: int, name: str, entry: Any) -> TensorInfo:
+  if not _is_entry(entry):
+    raise ValueError(f"{file.path}: damaged: its header describes tensor {name!r} as {entry}")
+  dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
   if dtype not in DTYPES:
     raise ValueError(f"{file.path}: tensor {name!r} is {dtype}; allowed: {', '.join(DTYPES)}")
-  begin, end = data_offsets
   info = TensorInfo(file, tuple(shape), DTYPES[dtype], base + begin)
-  if begin < 0 or end - begin != _bytes(info):
-    raise ValueError(f"{file.path}: damaged: tensor {name!r} spans {data_offsets} for {shape}")
+  if end - begin != _bytes(info):
+    raise ValueError(f"{file.path}: damaged: tensor {name!r} is {dtype}{shape} in bytes {begin}–{end}")
   if base + end > file.size:
     raise ValueError(
       f"{file.path}: truncated: tensor {name!r} ends at byte {base + end}, "
       f"and the file has {file.size}"
     )
   return info
+
+
+def _is_entry(entry: Any) -> bool:
+  counts = lambda x: isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
+  return (
+    isinstance(entry, dict)
+    and isinstance(entry.get("dtype"), str)
+    and counts(entry.get("shape"))
+    and counts(entry.get("data_offsets"))
+    and len(entry["data_offsets"]) == 2
+  )
 
 
 def _bytes(info: TensorInfo) -> int:
@@ -152,11 +166,11 @@ def _bytes(info: TensorInfo) -> int:
 Stored = tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
 
 
-def write(file: IO[bytes], tensors: dict[str, Stored]) -> None:
+def write(path: Path, tensors: dict[str, Stored]) -> None:
   """Writes tensors one after the other, so that one at a time is in memory.
 
   Args:
-    file: open for binary writing.
+    path: the file to write, and to flush to disk.
     tensors: name → (shape, type, function that gives the array).
 
   Raises:
@@ -173,6 +187,9 @@ def write(file: IO[bytes], tensors: dict[str, Stored]) -> None:
     at += size
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % ALIGNMENT)
-  file.write(struct.pack("<Q", len(text)) + text)
-  for _, dtype, make in tensors.values():
-    file.write(np.ascontiguousarray(make(), dtype).reshape(-1).view(np.uint8).data)
+  with path.open("wb") as file:
+    file.write(struct.pack("<Q", len(text)) + text)
+    for _, dtype, make in tensors.values():
+      file.write(np.ascontiguousarray(make(), dtype).reshape(-1).view(np.uint8).data)
+    file.flush()
+    os.fsync(file.fileno())

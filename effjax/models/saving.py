@@ -50,10 +50,7 @@ def _write(folder: Path, description: dict[str, Any], tensors: dict, model: Mode
   (folder / "config.json").write_text(json.dumps(description, indent=2))
   if model.tokenizer is not None:
     model.tokenizer.save(folder)
-  with (folder / safetensors_files.SINGLE).open("wb") as file:
-    safetensors_files.write(file, tensors)
-    file.flush()
-    os.fsync(file.fileno())
+  safetensors_files.write(folder / safetensors_files.SINGLE, tensors)
 
 
 def _description(model: Model) -> dict[str, Any]:
