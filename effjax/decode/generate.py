@@ -1,0 +1,211 @@
+"""Generation: prompts in, tokens out, the loop over tokens inside one compiled program."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.core.typing import Array, Int, Key, Params, PyTree
+from effjax.decode import sampling
+from effjax.decode.cache import bucket, prefill
+
+NO_END = -1
+
+
+class Generation(NamedTuple):
+  """What `generate` returns.
+
+  Attributes:
+    tokens: [B, max_new_tokens], the new tokens of each row; `pad_id` after its end.
+    lengths: [B], how many there are, an end token included.
+  """
+
+  tokens: Int[Array, "B T"]
+  lengths: Int[Array, "B"]
+
+
+class _State(NamedTuple):
+  """Loop state: step, output so far, last token and its position, rows that ended, cache."""
+
+  step: Array
+  tokens: Array
+  lengths: Array
+  last: Array
+  position: Array
+  ended: Array
+  cache: PyTree
+
+
+def generate(
+  module: nn.Module,
+  params: Params,
+  prompts: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  lengths: Int[Array | np.ndarray, "B"] | Sequence[int] | None = None,
+  key: Key | None = None,
+  temperature: float | int = 0.0,
+  top_k: int | None = None,
+  top_p: float | int | None = None,
+  eos_id: int | Sequence[int] | None = None,
+  pad_id: int = 0,
+) -> Generation:
+  """Continues each prompt until an end token or `max_new_tokens`, all rows together.
+
+  x_t ~ distribution(logits(x_<t)), see `sampling.distribution`; temperature 0 takes the largest
+  logit. Prompt and loop are one jitted program that stops when every row has ended, without a
+  host round trip between tokens. It is compiled for a batch size and for buckets of the prompt
+  length and of the total length (`cache.bucket`), not for their values, nor for temperature,
+  top_k, top_p or end tokens. A row's tokens do not depend on the rows beside it.
+
+  Args:
+    module: a decoder with a causal mixer in each layer, as `Transformer`. `unrolled` makes one
+      that is faster on a CPU.
+    params: its parameters, in any weight representation.
+    prompts: sequences of token ids, or an array [B, T] padded on the right.
+    max_new_tokens: tokens to add at most.
+    lengths: [B], tokens in each row of an array of prompts; None means T.
+    key: key of the draws; not needed at temperature 0.
+    temperature, top_k, top_p: as in `sampling.distribution`.
+    eos_id: one or several tokens that end a row, or None.
+    pad_id: fills a row after its end.
+
+  Returns:
+    A `Generation`: the new tokens and their number.
+
+  Raises:
+    ValueError: for prompts that are empty, no integers, out of the vocabulary or, with
+      `max_new_tokens`, longer than the model's context; for lengths that do not fit; for sampling
+      arguments that define no distribution; and for a missing key.
+
+  Example:
+    >>> from effjax.models import Transformer, presets
+    >>> module = Transformer(presets.TINY)
+    >>> params = module.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    >>> out = generate(module, params, [[1, 2, 3], [4]], max_new_tokens=5)
+    >>> out.tokens.shape, out.lengths.tolist()
+    ((2, 5), [5, 5])
+  """
+  tokens, counts = _padded(prompts, lengths)
+  _check(module.config, tokens, counts, max_new_tokens)
+  sampling.check_sampling(temperature, top_k, top_p)
+  greedy = sampling.is_greedy(temperature)
+  if not greedy and key is None:
+    raise ValueError(f"key is None with temperature {temperature}; allowed: a jax.random key")
+  context, longest = module.config.context, int(counts.max())
+  width = min(bucket(longest), context)
+  prompt = np.zeros((len(tokens), width), np.int32)
+  prompt[:, :longest] = tokens[:, :longest]
+  rule = {} if greedy else {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+  tokens, counts = _run(
+    module,
+    params,
+    prompt,
+    counts,
+    jnp.asarray(_ends(eos_id, module.config.vocab_size)),
+    np.int32(max_new_tokens),
+    np.int32(pad_id),
+    None if greedy else key,
+    jax.tree.map(jnp.asarray, rule),
+    slots=min(bucket(max(longest + max_new_tokens, width)), context),
+    room=bucket(max_new_tokens),
+  )
+  return Generation(tokens[:, :max_new_tokens], counts)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "slots", "room"))
+def _run(module, params, prompt, counts, ends, limit, pad, key, rule, *, slots, room):
+  batch = prompt.shape[0]
+  rows = jnp.arange(batch)
+  cache = prefill(module, params, prompt, module.init_cache(batch, slots))
+  state = _State(
+    step=jnp.int32(0),
+    tokens=jnp.full((batch, room), pad, jnp.int32),
+    lengths=jnp.zeros(batch, jnp.int32),
+    last=prompt[rows, counts - 1],
+    position=counts - 1,
+    ended=jnp.zeros(batch, bool),
+    cache=cache,
+  )
+
+  def advance(state: _State) -> _State:
+    inputs = {"positions": state.position[:, None], "cache": state.cache}
+    logits, cache = module.apply({"params": params}, state.last[:, None], **inputs)
+    chosen = _choose(logits[:, 0], key, state.step, rule)
+    chosen = jnp.where(state.ended, pad, chosen)
+    alive = ~state.ended
+    return _State(
+      step=state.step + 1,
+      tokens=jax.lax.dynamic_update_slice(state.tokens, chosen[:, None], (0, state.step)),
+      lengths=state.lengths + alive,
+      last=chosen,
+      position=state.position + alive,
+      ended=state.ended | (chosen[:, None] == ends[None]).any(1),
+      cache=cache,
+    )
+
+  unfinished = lambda state: (state.step < limit) & ~state.ended.all()
+  state = jax.lax.while_loop(unfinished, advance, state)
+  return state.tokens, state.lengths
+
+
+def _choose(logits: Array, key: Key | None, step: Array, rule: dict) -> Int[Array, "B"]:
+  if key is None:
+    return sampling.sample(logits, temperature=0)
+  step_key = jax.random.fold_in(key, step)
+  row_keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(jnp.arange(len(logits)))
+  return jax.vmap(lambda row, row_key: sampling.sample(row, row_key, **rule))(logits, row_keys)
+
+
+def _padded(prompts, lengths) -> tuple[np.ndarray, np.ndarray]:
+  if not hasattr(prompts, "shape"):
+    if lengths is not None:
+      raise ValueError("lengths given with a list of prompts; allowed: with an array [B, T]")
+    lengths = [len(row) for row in prompts]
+    rows = np.zeros((len(lengths), max(lengths, default=0)), np.int64)
+    for i, row in enumerate(prompts):
+      rows[i, : lengths[i]] = row
+    prompts = rows
+  tokens = np.asarray(prompts)
+  if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+    raise ValueError(f"prompts: {tokens.dtype}{list(tokens.shape)}; allowed: integers [B, T]")
+  lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
+  counts = np.asarray(lengths, None if len(tokens) else np.int32)
+  if counts.shape != tokens.shape[:1] or not np.issubdtype(counts.dtype, np.integer):
+    raise ValueError(f"lengths: {counts.dtype}{list(counts.shape)}; allowed: integers [B]")
+  if not len(tokens) or counts.min() < 1:
+    raise ValueError("prompts: one is empty; allowed: at least one prompt, each of a token or more")
+  if counts.max() > tokens.shape[1]:
+    raise ValueError(f"lengths: {counts.max()}; allowed: up to the width {tokens.shape[1]}")
+  return tokens, counts.astype(np.int32)
+
+
+def _check(config, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int) -> None:
+  if max_new_tokens < 1:
+    raise ValueError(f"max_new_tokens {max_new_tokens}; allowed: from 1")
+  real = np.arange(tokens.shape[1])[None] < counts[:, None]
+  outside = np.argwhere(real & ((tokens < 0) | (tokens >= config.vocab_size)))
+  if len(outside):
+    row, column = map(int, outside[0])
+    found = tokens[row, column]
+    raise ValueError(
+      f"prompts: id {found} at [{row}, {column}]; allowed: 0 to {config.vocab_size - 1}"
+    )
+  total = int(counts.max()) + max_new_tokens
+  if total > config.context:
+    raise ValueError(
+      f"prompt of {counts.max()} tokens and max_new_tokens {max_new_tokens}: {total} positions; "
+      f"allowed: up to {config.context}"
+    )
+
+
+def _ends(eos_id, vocab_size: int) -> np.ndarray:
+  ends = [] if eos_id is None else np.atleast_1d(np.asarray(eos_id)).tolist()
+  for end in ends:
+    if not 0 <= end < vocab_size:
+      raise ValueError(f"eos_id {end}; allowed: 0 to {vocab_size - 1}")
+  return np.asarray(ends or [NO_END], np.int32)

