@@ -1,0 +1,217 @@
+"""The MoE layer against a loop in float64, against an MLP, and against transformers' Mixtral."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from effjax.layers import MLP, Context
+from effjax.moe import MoE
+from effjax.peft import lora
+from effjax.quant.int8 import Int8
+
+E, K, D, F = 5, 2, 6, 8
+LAYER = MoE(experts=E, top_k=K, width=F, activation="silu", gated=True)
+
+
+@pytest.fixture
+def x(key):
+  return jax.random.normal(key, (2, 9, D))
+
+
+def params_of(layer, x, seed=1):
+  """Random parameters, biases included."""
+  params = layer.init(jax.random.key(seed), x)["params"]
+  keys = iter(jax.random.split(jax.random.key(seed + 1), 99))
+  return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
+
+
+def apply(layer, params, x, context=Context()):
+  return layer.apply({"params": params}, x, context)
+
+
+def definition(layer, params, x):
+  """Token by token, in float64."""
+  p = jax.tree.map(lambda a: np.asarray(a, np.float64), dict(params))
+  act = {"silu": lambda a: a / (1 + np.exp(-a)), "relu": lambda a: np.maximum(a, 0)}[
+    layer.activation
+  ]
+  rows = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+  out = np.zeros_like(rows)
+  linear = lambda name, e, row: row @ p[name]["kernel"][e] + p[name].get("bias", np.zeros(E))[e]
+  for t, row in enumerate(rows):
+    logits = row @ p["router"]["kernel"]
+    probs = np.exp(logits - logits.max())
+    probs /= probs.sum()
+    chosen = np.argsort(-probs)[: layer.top_k]
+    scale = probs[chosen].sum() if layer.renormalize else 1.0
+    for e in chosen:
+      hidden = linear("up", e, row)
+      hidden = act(linear("gate", e, row)) * hidden if layer.gated else act(hidden)
+      out[t] += probs[e] / scale * linear("down", e, hidden)
+  return out.reshape(x.shape)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, E])
+@pytest.mark.parametrize("form", ["gated", "plain"])
+def test_equals_float64(x, top_k, form):
+  layer = MoE(experts=E, top_k=top_k, width=F, activation="silu", gated=True, renormalize=False)
+  if form == "plain":
+    layer = MoE(experts=E, top_k=top_k, width=F, activation="relu", use_bias=True)
+  params = params_of(layer, x)
+  got = jax.jit(lambda params, x: apply(layer, params, x))(params, x)
+  chex.assert_trees_all_close(got, definition(layer, params, x), atol=1e-5)
+  chex.assert_trees_all_close(got, apply(layer, params, x), atol=1e-6)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_one_expert_is_an_mlp(key, x, gated):
+  mlp = MLP(F, "gelu", gated, use_bias=True)
+  layer = MoE(experts=1, top_k=1, width=F, activation="gelu", gated=gated, use_bias=True)
+  dense = params_of(mlp, x)
+  params = {**jax.tree.map(lambda p: p[None], dense), "router": {"kernel": jnp.ones((D, 1))}}
+  expected = mlp.apply({"params": dense}, x)
+  chex.assert_trees_all_close(apply(layer, params, x), expected, atol=1e-6)
+
+
+def test_gradients_equal_finite_differences(x):
+  params = params_of(LAYER, x)
+  loss = lambda params, x: jnp.sin(apply(LAYER, params, x)).sum()
+  grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+  exact = lambda params, x: np.sin(definition(LAYER, params, x)).sum()
+  direction = jax.tree.map(
+    lambda a: np.random.default_rng(a.size).normal(size=a.shape), (params, x)
+  )
+  step = lambda h: exact(
+    *jax.tree.map(lambda a, d: np.asarray(a, np.float64) + h * d, (params, x), direction)
+  )
+  slope = (step(1e-5) - step(-1e-5)) / 2e-5
+  ours = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), grads, direction)))
+  assert float(ours) == pytest.approx(slope, rel=1e-3)
+
+
+def test_expert_without_tokens_gets_exactly_zero_gradient(x):
+  params = params_of(LAYER, x)
+  x = x.at[..., 0].set(10.0)
+  params["router"]["kernel"] = params["router"]["kernel"].at[0, 3].set(-50.0)
+  grads = jax.grad(lambda params: (apply(LAYER, params, x) ** 2).sum())(params)
+  for name in ("up", "gate", "down"):
+    assert not np.asarray(grads[name]["kernel"][3]).any()
+    assert np.asarray(grads[name]["kernel"]).any()
+
+
+def test_order_of_tokens_and_of_experts_does_not_matter(key, x):
+  params = params_of(LAYER, x)
+  y = apply(LAYER, params, x)
+  tokens, experts = jax.random.permutation(key, 9), jax.random.permutation(key, E)
+  chex.assert_trees_all_close(apply(LAYER, params, x[:, tokens]), y[:, tokens], atol=1e-6)
+  shuffled = {name: {"kernel": params[name]["kernel"][experts]} for name in ("up", "gate", "down")}
+  shuffled["router"] = {"kernel": params["router"]["kernel"][:, experts]}
+  chex.assert_trees_all_close(apply(LAYER, shuffled, x), y, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_padding_gives_zero_and_counts_nowhere(x, shared):
+  layer = LAYER.copy(shared_experts=shared, use_bias=True)
+  params = params_of(layer, x)
+  ids = jnp.array([[0] * 6 + [-1] * 3, [0] * 4 + [1] * 5])
+  run = lambda x: layer.apply(
+    {"params": params}, x, Context(segment_ids=ids), mutable=["losses", "metrics"]
+  )
+  y, sown = run(x)
+  other, other_sown = run(jnp.where(ids[..., None] < 0, 7.0, x))
+  assert not np.asarray(y[0, 6:]).any()
+  chex.assert_trees_all_close((y, sown), (other, other_sown), atol=1e-6)
+  chex.assert_trees_all_close(y[1], apply(layer, params, x)[1], atol=1e-6)
+
+
+def test_sown_losses_carry_their_coefficients(x):
+  layer = LAYER.copy(load_balance=0.5, z=0.0)
+  _, sown = layer.apply({"params": params_of(layer, x)}, x, mutable=["losses", "metrics"])
+  assert set(sown["losses"]) == {"load_balance"}
+  raw = sown["metrics"]["load_balance_raw"][0]
+  assert float(sown["losses"]["load_balance"][0]) == pytest.approx(0.5 * float(raw))
+  assert 1 <= float(sown["metrics"]["max_load"][0]) <= E / K
+
+
+def test_shared_experts_are_an_mlp_beside(x):
+  layer = LAYER.copy(shared_experts=2)
+  params = params_of(layer, x)
+  shared = MLP(2 * F, "silu", gated=True).apply({"params": params["shared"]}, x)
+  routed = apply(LAYER, {n: p for n, p in params.items() if n != "shared"}, x)
+  chex.assert_trees_all_close(apply(layer, params, x), routed + shared, atol=1e-6)
+
+
+def test_bfloat16_follows_float32(x):
+  params = params_of(LAYER, x)
+  y = apply(LAYER, params, x.astype(jnp.bfloat16))
+  assert y.dtype == jnp.bfloat16
+  expected = apply(LAYER, params, x.astype(jnp.bfloat16).astype(jnp.float32))
+  chex.assert_trees_all_close(y.astype(jnp.float32), expected, atol=0.05)
+
+
+def test_kernels_may_be_weights(key, x):
+  params = params_of(LAYER, x)
+  quantized = {**params, "up": {"kernel": Int8.quantize(params["up"]["kernel"])}}
+  plain = {**params, "up": {"kernel": quantized["up"]["kernel"].materialize()}}
+  expected = apply(LAYER, plain, x)
+  chex.assert_trees_all_close(apply(LAYER, quantized, x), expected, atol=1e-5)
+  adapted = lora.add(quantized, key, rank=2, targets="(up|down)/kernel$")
+  chex.assert_trees_all_close(apply(LAYER, adapted, x), expected, atol=1e-5)
+  loss = lambda params: (apply(LAYER, params, x) ** 2).sum()
+  grads = jax.grad(loss, allow_int=True)(adapted)
+  assert np.asarray(grads["up"]["kernel"].b).any()
+  assert np.asarray(grads["down"]["kernel"].b).any()
+
+
+def test_on_a_mesh(x):
+  params = params_of(LAYER, x)
+  x = jnp.tile(x, (4, 1, 1))
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  place = lambda a, *spec: jax.device_put(a, jax.NamedSharding(mesh, PartitionSpec(*spec)))
+  step = jax.jit(jax.value_and_grad(lambda params, x: (apply(LAYER, params, x) ** 2).mean()))
+  expected = step(params, x)
+  spread = {**params, "up": {"kernel": place(params["up"]["kernel"], None, None, "data")}}
+  chex.assert_trees_all_close(step(spread, place(x, "data")), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_costs(x):
+  layer = LAYER.copy(shared_experts=1)
+  params = params_of(layer, x)
+  assert layer.flops(D, 9) == 2 * D * E + (K + 1) * 6 * D * F
+  assert layer.active(params) == D * E + (K + 1) * 3 * D * F
+
+
+def test_more_choices_than_experts(x):
+  with pytest.raises(ValueError, match="top_k=3, experts=2; allowed: 1 ≤ top_k ≤ experts"):
+    MoE(experts=2, top_k=3, width=4).init(jax.random.key(0), x)
+
+
+def test_equals_mixtral_of_transformers(x):
+  torch = pytest.importorskip(
+    "torch", reason="compares with transformers, which needs torch (3.11)"
+  )
+  from transformers import MixtralConfig
+  from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+  config = MixtralConfig(
+    hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=K
+  )
+  block = MixtralSparseMoeBlock(config).eval()
+  torch.manual_seed(0)
+  with torch.no_grad():
+    for parameter in block.parameters():
+      parameter.normal_(std=0.4)
+    theirs = block(torch.tensor(np.asarray(x)))
+  theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+  state = {name: value.detach().numpy() for name, value in block.named_parameters()}
+  gate_up, down = state["experts.gate_up_proj"], state["experts.down_proj"]  # [E, 2F, D], [E, D, F]
+  params = {
+    "router": {"kernel": jnp.asarray(state["gate.weight"].T)},
+    "gate": {"kernel": jnp.asarray(gate_up[:, :F].swapaxes(1, 2))},
+    "up": {"kernel": jnp.asarray(gate_up[:, F:].swapaxes(1, 2))},
+    "down": {"kernel": jnp.asarray(down.swapaxes(1, 2))},
+  }
+  chex.assert_trees_all_close(apply(LAYER, params, x), theirs.numpy(), atol=1e-5)
