@@ -139,7 +139,8 @@ def _info(file: MappedFile, base: int, name: str, entry: Any) -> TensorInfo:
     raise ValueError(f"{file.path}: tensor {name!r} is {dtype}; allowed: {', '.join(DTYPES)}")
   info = TensorInfo(file, tuple(shape), DTYPES[dtype], base + begin)
   if end - begin != _bytes(info):
-    raise ValueError(f"{file.path}: damaged: tensor {name!r} is {dtype}{shape} in bytes {begin}–{end}")
+    what = f"tensor {name!r} is {dtype}{shape} in bytes {begin} to {end}"
+    raise ValueError(f"{file.path}: damaged: {what}")
   if base + end > file.size:
     raise ValueError(
       f"{file.path}: truncated: tensor {name!r} ends at byte {base + end}, "

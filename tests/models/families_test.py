@@ -64,7 +64,7 @@ def test_scanned_and_flat_layers_load_the_same(model_type, tiny_folder):
 
 
 def test_bare_models_without_prefix_load(tiny_folder, reference, tmp_path):
-  folder, theirs = tiny_folder("gpt2")
+  _, theirs = tiny_folder("gpt2")
   theirs.transformer.save_pretrained(tmp_path / "bare")
   np.testing.assert_allclose(
     models.load(tmp_path / "bare")(TOKENS), reference(theirs, TOKENS), atol=2e-5
@@ -73,7 +73,7 @@ def test_bare_models_without_prefix_load(tiny_folder, reference, tmp_path):
 
 def test_bert_with_a_head_loads_its_encoder(tiny_folder, reference, tmp_path):
   transformers = pytest.importorskip("transformers")
-  folder, encoder = tiny_folder("bert")
+  _, encoder = tiny_folder("bert")
   masked = transformers.BertForMaskedLM(encoder.config)
   masked.bert.load_state_dict(encoder.state_dict(), strict=False)
   masked.save_pretrained(tmp_path / "masked")

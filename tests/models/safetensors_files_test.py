@@ -75,7 +75,7 @@ def test_shards_are_one_source(tmp_path):
 
 def test_a_missing_shard_is_named(tmp_path):
   (sharded(tmp_path) / "model-00002-of-00002.safetensors").unlink()
-  with pytest.raises(FileNotFoundError, match="missing: .'model-00002-of-00002.safetensors'."):
+  with pytest.raises(FileNotFoundError, match=r"missing: \['model-00002"):
     SafetensorsFolder(tmp_path)
 
 
@@ -83,19 +83,19 @@ def test_a_tensor_that_its_shard_lacks_is_named(tmp_path):
   index = json.loads((sharded(tmp_path) / INDEX).read_text())
   index["weight_map"]["c"] = "model-00001-of-00002.safetensors"
   (tmp_path / INDEX).write_text(json.dumps(index))
-  with pytest.raises(ValueError, match="'c' is missing in model-00001-of-00002.safetensors"):
+  with pytest.raises(ValueError, match="'c' is missing in model-00001"):
     SafetensorsFolder(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_a_damaged_index(tmp_path, text):
   (sharded(tmp_path) / INDEX).write_text(text)
-  with pytest.raises(ValueError, match="index.json: damaged"):
+  with pytest.raises(ValueError, match=r"index\.json: damaged"):
     SafetensorsFolder(tmp_path)
 
 
 def test_a_folder_without_weights(tmp_path):
-  with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
+  with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
     SafetensorsFolder(tmp_path)
 
 

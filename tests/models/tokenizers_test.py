@@ -129,7 +129,7 @@ def test_folders_without_and_with_damaged_tokenizers(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"no tokenizer; looked for tokenizer\.json"):
     tokenizers.from_folder(tmp_path)
   (tmp_path / "tokenizer.json").write_text("{")
-  with pytest.raises(ValueError, match="tokenizer.json: damaged"):
+  with pytest.raises(ValueError, match=r"tokenizer\.json: damaged"):
     tokenizers.from_folder(tmp_path)
   with pytest.raises(ValueError, match=r"lacks \[UNK\]"):
     tokenizers.wordpiece({"a": 0})

@@ -1,0 +1,249 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import chex
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from effjax import models
+from effjax.core import trees
+from effjax.models import packages, presets
+from effjax.models.families import gguf_names
+from effjax.models.safetensors_files import INDEX, SINGLE
+
+TOKENS = np.random.default_rng(0).integers(3, 64, (2, 13)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A saved random Llama with untied embeddings."""
+  config = presets.llama(64, 32, 3, 4, 2, 48, context=64, tied=False)
+  module = models.Transformer(config)
+  params = jax.jit(module.init)(jax.random.key(0), TOKENS)["params"]
+  model = models.Model(config, module, params)
+  return models.save(model, tmp_path_factory.mktemp("loading") / "llama")
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+  """A function: a copy of the folder whose tensors `change` has edited in place."""
+
+  def make(change):
+    shutil.copytree(folder, tmp_path / "copy")
+    tensors = safetensors.numpy.load_file(folder / SINGLE)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, tmp_path / "copy" / SINGLE)
+    return tmp_path / "copy"
+
+  return make
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def test_a_missing_tensor_is_named(copy):
+  with pytest.raises(ValueError, match=r"missing tensors: layers\.1\.mlp\.up_proj\.weight"):
+    models.load(copy(lambda tensors: tensors.pop(UP)))
+
+
+def test_an_unexpected_tensor_is_named(copy):
+  change = lambda tensors: tensors.update({"model.layers.9.strange": np.zeros(2, np.float32)})
+  with pytest.raises(ValueError, match=r"unexpected tensors: model\.layers\.9\.strange"):
+    models.load(copy(change))
+
+
+def test_a_wrong_shape_says_what_came_and_what_is_wanted(copy):
+  change = lambda tensors: tensors.update({UP: np.zeros((47, 32), np.float32)})
+  message = r"up_proj.weight' has shape \(47, 32\); the configuration wants \(48, 32\) .*ffn/up"
+  with pytest.raises(ValueError, match=message):
+    models.load(copy(change))
+
+
+def test_values_that_are_not_finite_are_refused(copy):
+  with pytest.raises(ValueError, match=f"'{UP}' holds values that are not finite"):
+    models.load(copy(lambda tensors: tensors[UP].fill(np.nan)))
+
+
+def test_a_truncated_file_is_refused(folder, copy):
+  damaged = copy(lambda tensors: None)
+  (damaged / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:-100])
+  with pytest.raises(ValueError, match="truncated: tensor"):
+    models.load(damaged)
+
+
+def test_folders_without_or_with_damaged_config(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    models.load(tmp_path)
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(ValueError, match=r"config\.json: damaged"):
+    models.load(tmp_path)
+  (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+  with pytest.raises(ValueError, match="model_type 't5'; allowed"):
+    models.load(tmp_path)
+
+
+def test_shards_load_as_one_file_does(folder, copy):
+  whole = models.load(folder)
+  sharded = copy(lambda tensors: None)
+  tensors = safetensors.numpy.load_file(sharded / SINGLE)
+  (sharded / SINGLE).unlink()
+  home = {}
+  for i in range(3):
+    part = dict(list(tensors.items())[i::3])
+    safetensors.numpy.save_file(part, sharded / f"model-{i}.safetensors")
+    home |= dict.fromkeys(part, f"model-{i}.safetensors")
+  (sharded / INDEX).write_text(json.dumps({"weight_map": home}))
+  chex.assert_trees_all_equal(models.load(sharded).params, whole.params)
+  (sharded / "model-1.safetensors").unlink()
+  with pytest.raises(FileNotFoundError, match=r"shards that are missing: \['model-1"):
+    models.load(sharded)
+
+
+def test_dtype_is_that_of_parameters_and_activations(folder):
+  half, full = models.load(folder, dtype=jnp.bfloat16), models.load(folder)
+  assert {x.dtype for x in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
+  expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), full.params)
+  chex.assert_trees_all_equal(half.params, expected)
+  assert half(TOKENS).dtype == jnp.bfloat16
+
+
+def test_parameters_go_straight_into_their_sharding(folder):
+  mesh = Mesh(np.array(jax.devices()), ("data",))
+
+  def last_axis(path, shape):
+    fits = shape[-1] % len(jax.devices()) == 0
+    axes = [None] * (len(shape) - 1) + ["data" if fits else None]
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+  plain, sharded = models.load(folder), models.load(folder, sharding=last_axis)
+  chex.assert_trees_all_equal(sharded.params, plain.params)
+  for path, leaf in trees.items(sharded.params).items():
+    assert leaf.sharding == last_axis(path, leaf.shape), path
+  up = trees.select(sharded.params, "up/kernel").popitem()[1]
+  assert up.addressable_shards[0].data.shape == (3, 32, 48 // 8)
+  tree = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec()), plain.params)
+  replicated = models.load(folder, sharding=tree)
+  assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(replicated.params))
+  with pytest.raises(ValueError, match="sharding: a tree unlike the parameters"):
+    models.load(folder, sharding={"embed": tree["embed"]})
+
+
+GGUF_FIELDS = {
+  "context_length": 64,
+  "embedding_length": 32,
+  "feed_forward_length": 48,
+  "attention.head_count": 4,
+}
+
+
+def write_gguf(path, architecture, tensors, fields, rename):
+  """A GGUF file as llama.cpp's converter lays it out, from the tensors of a folder."""
+  writer = gguf.GGUFWriter(path, architecture)
+  for name, value in fields.items():
+    add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+    add(f"{architecture}.{name}", value)
+  for name, value in tensors.items():
+    writer.add_tensor(*rename(name, value))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+def gguf_name(model_type, name):
+  name = name.removeprefix("model.")
+  top = {hf: ours for ours, hf in gguf_names.TOP_NAMES.items()}
+  if name in top:
+    return top[name]
+  _, i, rest = name.split(".", 2)
+  layer = {hf: ours for ours, hf in gguf_names.LAYER_NAMES[model_type].items()}
+  return f"blk.{i}.{layer[rest.removesuffix('.weight')]}.weight"
+
+
+def interleaved(x, heads):
+  """Rows (i, i + H/2) of each head next to each other, as llama.cpp wants rotary pairs."""
+  split = x.reshape(heads, 2, -1, x.shape[-1])
+  return np.ascontiguousarray(split.transpose(0, 2, 1, 3)).reshape(x.shape)
+
+
+def test_llama_gguf_computes_as_the_folder_it_came_from(folder, tmp_path):
+  def rename(name, value):
+    heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+    return gguf_name("llama", name), interleaved(value, heads) if heads else value
+
+  fields = {
+    "block_count": 3,
+    "attention.head_count_kv": 2,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "rope.freq_base": 10_000.0,
+  }
+  tensors = safetensors.numpy.load_file(folder / SINGLE)
+  write_gguf(tmp_path / "x.gguf", "llama", tensors, GGUF_FIELDS | fields, rename)
+  model = models.load(tmp_path / "x.gguf")
+  assert model.tokenizer is None
+  chex.assert_trees_all_equal(model.params, models.load(folder).params)
+  np.testing.assert_allclose(model(TOKENS), models.load(folder)(TOKENS), atol=1e-5)
+
+
+def test_gemma_gguf_computes_as_transformers(tiny_folder, reference, tmp_path):
+  folder, theirs = tiny_folder("gemma3_text", query_pre_attn_scalar=16)
+  shift = lambda name, x: x + 1 if name.endswith("norm.weight") else x
+  rename = lambda name, value: (gguf_name("gemma3", name), shift(name, value))
+  fields = {
+    "block_count": 7,
+    "attention.head_count_kv": 1,
+    "attention.key_length": 16,
+    "attention.sliding_window": 4,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "rope.freq_base": 1e6,
+  }
+  tensors = safetensors.numpy.load_file(folder / SINGLE)
+  write_gguf(tmp_path / "x.gguf", "gemma3", tensors, GGUF_FIELDS | fields, rename)
+  got = models.load(tmp_path / "x.gguf")(TOKENS)
+  np.testing.assert_allclose(got, reference(theirs, TOKENS), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("architecture", "fields", "message"),
+  [
+    ("mamba", {}, "architecture 'mamba'; allowed: llama, gemma3"),
+    ("llama", {}, "metadata 'llama.attention.head_count' is missing"),
+  ],
+)
+def test_unsupported_gguf_files(architecture, fields, message, tmp_path):
+  tensors = {"embed_tokens.weight": np.zeros((4, 32), np.float32)}
+  rename = lambda name, value: (gguf_name("llama", name), value)
+  write_gguf(tmp_path / "x.gguf", architecture, tensors, fields, rename)
+  with pytest.raises(ValueError, match=message):
+    models.load(tmp_path / "x.gguf")
+
+
+MEMORY = """
+import resource, sys, jax, jax.numpy as jnp
+from effjax import models
+from effjax.core import trees
+jnp.ones(3).block_until_ready()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = models.load(sys.argv[1])
+print((peak() - before) / trees.nbytes(model.params))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2-135m", "minilm"])
+def test_peak_memory_stays_under_1_3_models(name):
+  try:
+    packages.locate(name)
+  except ModuleNotFoundError as error:
+    pytest.skip(str(error))
+  command = [sys.executable, "-c", MEMORY, name]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+  assert 0.9 < float(done.stdout) < 1.3

@@ -1,0 +1,44 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax import models
+from effjax.models import presets
+
+CONFIG = dataclasses.replace(presets.TINY, context=8)
+
+
+@pytest.mark.parametrize(
+  ("tokens", "message"),
+  [
+    (np.array([[0, 512]]), r"tokens: id 512 at \[0, 1\]; allowed: 0 to 511"),
+    (jnp.array([[0], [-1]]), r"tokens: id -1 at \[1, 0\]; allowed: 0 to 511"),
+    (np.zeros((1, 9), int), "tokens: length 9; allowed: up to 8"),
+    (np.zeros(4, int), r"tokens: int64\[4\]; allowed: integers \[B, T\]"),
+    (np.zeros((1, 4)), r"tokens: float64\[1, 4\]; allowed: integers"),
+  ],
+)
+def test_bad_tokens_are_named(tokens, message):
+  with pytest.raises(ValueError, match=message):
+    models.check_tokens(CONFIG, tokens)
+
+
+def test_good_tokens_and_traced_ones_pass():
+  models.check_tokens(CONFIG, np.array([[0, 511]]))
+  jax.jit(lambda x: models.check_tokens(CONFIG, x))(np.array([[0, 9999]]))
+  with pytest.raises(ValueError, match="length 9"):
+    jax.jit(lambda x: models.check_tokens(CONFIG, x))(np.zeros((1, 9), int))
+
+
+def test_a_model_checks_and_computes(key):
+  module = models.Transformer(CONFIG)
+  tokens = jnp.arange(6)[None]
+  params = jax.jit(module.init)(key, tokens)["params"]
+  model = models.Model(CONFIG, module, params)
+  expected = jax.jit(module.apply)({"params": params}, tokens)
+  np.testing.assert_allclose(model(np.asarray(tokens)), expected, atol=1e-5)
+  with pytest.raises(ValueError, match="tokens: id 600"):
+    model(jnp.array([[600]]))
