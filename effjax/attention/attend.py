@@ -11,7 +11,7 @@ from effjax.attention import masks
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import reference, xla
 
-_SMALL = 2**16  # up to so many scores a head, writing them out is at least as fast
+_FEW = 16  # fewer queries than this, as in decoding, are not worth laying the keys out for
 _KNOWN = ("reference", "xla", "gpu", "hopper", "tpu", "cudnn", "interpret")
 _READY: dict[str, Callable] = {"reference": reference.attention, "xla": xla.attention}
 
@@ -81,7 +81,7 @@ def attend(
 
 def _pick(implementation: str | None, T: int, S: int) -> Callable:
   if implementation is None:
-    return _READY["reference" if T * S <= _SMALL else "xla"]
+    return _READY["reference" if T < _FEW else "xla"]
   if implementation in _READY:
     return _READY[implementation]
   ready = ", ".join(map(repr, _READY))

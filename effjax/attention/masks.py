@@ -184,7 +184,7 @@ class Documents(Mask):
   __hash__ = None
 
   @property
-  def pair(self) -> tuple[Array, Array]:
+  def pair(self) -> tuple[Index, Index]:
     """Ids of the queries and of the keys."""
     ids = self.segment_ids
     return ids if isinstance(ids, tuple) else (ids, ids)

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.typing import Array
-from effjax.kernels.flash_attention.spans import Spans
+from effjax.kernels.flash_attention.spans import Grid, Spans
 
-_CPU_TILE = 2**18  # scores worked on at once: a megabyte of float32 stays in a core's cache
+_CPU_TILE = 2**17  # scores worked on at once: half a megabyte of float32 stays in a core's cache
 _DEVICE_TILE = 2**24
+_SIZES = ((256, 512), (256, 256), (128, 128))
+_STEP = 2**12  # what one more tile costs, in scores of a head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +30,17 @@ class Tiles:
   keys: int
 
 
-def choose(B: int, T: int, S: int, K: int, G: int) -> Tiles:
+def choose(B: int, T: int, S: int, K: int, G: int, mask: Any) -> Tiles:
   """Tile sizes for the default backend; G is the number of query heads to a key-value head.
 
+  A mask known while tracing decides how fine the tiles are: a narrow window wants small ones.
   One CPU device takes heads a few at a time, so that a tile of scores stays in cache. With more
   devices, and on accelerators, a step spans the whole batch and all heads: a scan over an axis that
   the compiler shards would gather it.
   """
-  queries, keys = _even(T, 256), _even(S, 512)
+  static = not jax.tree.leaves(mask)
+  sizes = [(_even(T, queries), _even(S, keys)) for queries, keys in _SIZES]
+  queries, keys = min(sizes, key=lambda size: _cost(mask, T, S, *size)) if static else sizes[1]
   if jax.default_backend() == "cpu" and jax.device_count() == 1:
     room = max(_CPU_TILE // (G * queries * keys), 1)
     heads = _divisor(K, max(room, 2 if K % 2 == 0 else 1))
@@ -43,6 +48,11 @@ def choose(B: int, T: int, S: int, K: int, G: int) -> Tiles:
   while B * K * G * queries * keys > _DEVICE_TILE and max(queries, keys) > 128:
     queries, keys = _even(T, max(queries // 2, 128)), _even(S, max(keys // 2, 128))
   return Tiles(B, K, queries, keys)
+
+
+def _cost(mask: Any, T: int, S: int, queries: int, keys: int) -> int:
+  some, _ = mask.spans(Grid.of(T, S, queries, keys))
+  return int(some.count().sum()) * (queries * keys + _STEP)
 
 
 def _even(length: int, most: int) -> int:
@@ -66,13 +76,13 @@ class Visits:
     """True where it is known while tracing that there is nothing to visit."""
     return isinstance(self.spans.start, np.ndarray) and not self.spans.count().any()
 
-  def row(self, group: Array, i: Array) -> tuple[Array, Any]:
+  def row(self, group: Any, i: Any) -> tuple[Array, Any]:
     """Number of key tiles for query tile i, and a function from 0 … number − 1 to the tile."""
     start = _at(self.spans.start, group, i)
     size = jnp.maximum(_at(self.spans.stop, group, i) - start, 0)
     after = jnp.cumsum(size)
 
-    def tile(n: Array) -> Array:
+    def tile(n: Any) -> Array:
       if start.shape[0] == 1:
         return start[0] + n
       which = jnp.sum(after <= n)
@@ -81,7 +91,7 @@ class Visits:
     return after[-1], tile
 
 
-def _at(x: Any, group: Array, i: Array) -> Array:
+def _at(x: Any, group: Any, i: Any) -> Array:
   x = jnp.asarray(x, jnp.int32)
   return x[group if x.shape[0] > 1 else 0, i]
 

@@ -54,7 +54,7 @@ def attention(
   """
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
-  tiles = tiles or tiling.choose(B, T, S, K, N // K)
+  tiles = tiles or tiling.choose(B, T, S, K, N // K, mask)
   plan = _Plan(B, T, S, K, N // K, H, value.shape[-1], tiles, float(scale), logit_softcap)
   where = _Where(mask, segment_ids, query_positions)
   return _attention(plan, *_same_manual_axes((query, key, value, bias, where)))
@@ -263,7 +263,7 @@ class _Bias:
     heads = (t.heads, plan.G) if wide[1] else (1, 1)
     self.tile = (self.part[0], *heads, *self.part[2:])
 
-  def start(self, plan: _Plan, c: Array, i: Array, j: Array) -> list[Array]:
+  def start(self, plan: _Plan, c: Array, i: Array, j: Array) -> list[Any]:
     index = (*plan.split(c), i, j)
     return [n * x if w > 1 else 0 for n, x, w in zip(self.part, index, self.shape, strict=True)]
 

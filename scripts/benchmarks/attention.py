@@ -1,0 +1,178 @@
+"""Attention in tiles against jax.nn.dot_product_attention and torch: time, memory, a narrow window.
+
+    python -m scripts.benchmarks.attention --lengths=1024,4096,8192 --rounds=5
+
+One batch row, causal, forward and forward + backward. Contenders take turns in one process; times
+are medians, ratios are ours / the other's. A contender whose first call takes long runs once.
+Memory is what the compiled forward + backward holds beside its arguments and results, and the
+exponent e of its growth as N^e. The last line is one JSON object.
+"""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from effjax.attention import attend
+from effjax.attention.masks import Causal, Full, Mask, SlidingWindow
+
+LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "8192"], "Sequence lengths.")
+HEADS = flags.DEFINE_integer("heads", 8, "Heads.")
+WIDTH = flags.DEFINE_integer("width", 64, "Head width.")
+DTYPES = flags.DEFINE_list("dtypes", ["float32"], "Types: float32, bfloat16.")
+WINDOW = flags.DEFINE_integer("window", 256, "Keys before its own that a windowed query sees.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of interleaved timings.")
+PATIENCE = 8.0  # seconds: a contender slower than this is timed once
+
+Contenders = dict[str, Callable[[], object]]
+
+
+def inputs(length: int, dtype: str) -> list[jax.Array]:
+  """Query, key, value and the cotangent of the output, [1, length, heads, width]."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  shape = (1, length, HEADS.value, WIDTH.value)
+  return [jax.random.normal(key, shape, dtype) for key in keys]
+
+
+def tiled(mask: Mask) -> Callable:
+  """Our attention through `mask`."""
+  return lambda q, k, v: attend(q, k, v, mask=mask, implementation="xla")
+
+
+def plain(q, k, v):
+  """jax.nn's."""
+  return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+
+
+def with_backward(function: Callable) -> Callable:
+  """The function and the gradients of its three arguments."""
+
+  def both(q, k, v, cotangent):
+    out, backward = jax.vjp(function, q, k, v)
+    return out, backward(cotangent)
+
+  return both
+
+
+def bound(function: Callable, arrays: list[jax.Array], backward: bool) -> Callable:
+  """A call of the compiled function that waits for its result."""
+  compiled = jax.jit(with_backward(function) if backward else function)
+  arguments = arrays if backward else arrays[:3]
+  return lambda: jax.block_until_ready(compiled(*arguments))
+
+
+def torch_attention(arrays: list[jax.Array], backward: bool) -> Callable | None:
+  """torch's scaled_dot_product_attention on the same arrays, or None without torch."""
+  try:
+    import torch
+  except ModuleNotFoundError:
+    return None
+  kind = getattr(torch, str(arrays[0].dtype))
+  q, k, v, cotangent = (
+    torch.tensor(np.array(x.astype(jnp.float32))).transpose(1, 2).contiguous().to(kind)
+    for x in arrays
+  )
+
+  def call():
+    leaves = [x.detach().requires_grad_(backward) for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+    if backward:
+      out.backward(cotangent)
+
+  return call
+
+
+def medians(contenders: Contenders) -> dict[str, float]:
+  """Seconds of each contender, taking turns."""
+  times = {}
+  for name, call in contenders.items():
+    start = time.perf_counter()
+    call()
+    times[name] = [time.perf_counter() - start]  # with compilation
+  patient = {name: t[0] < PATIENCE for name, t in times.items()}
+  for turn in range(ROUNDS.value):
+    for name, call in contenders.items():
+      if turn and not patient[name]:
+        continue
+      start = time.perf_counter()
+      call()
+      times[name].append(time.perf_counter() - start)
+  return {name: statistics.median(t[1:]) for name, t in times.items()}
+
+
+def peers(length: int, dtype: str, backward: bool) -> dict[str, float]:
+  """Times of ours and the peers."""
+  arrays = inputs(length, dtype)
+  contenders = {"effjax": bound(tiled(Causal()), arrays, backward)}
+  peer = torch_attention(arrays, backward)
+  if peer is not None:
+    contenders["torch"] = peer
+  contenders["jax.nn"] = bound(plain, arrays, backward)
+  return medians(contenders)
+
+
+def windowed(length: int, backward: bool) -> dict[str, float]:
+  """Times through a window and dense, in tiles."""
+  arrays = inputs(length, "float32")
+  kinds = {"window": SlidingWindow(WINDOW.value, 0), "causal": Causal(), "full": Full()}
+  return medians({name: bound(tiled(mask), arrays, backward) for name, mask in kinds.items()})
+
+
+def temporaries(function: Callable, length: int) -> int:
+  """Bytes the compiled forward + backward holds beside arguments and results."""
+  arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(length, "float32")]
+  return (
+    jax.jit(with_backward(function)).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+  )
+
+
+def row(label: str, cells: dict[str, float], unit: float = 1e3) -> None:
+  print(f"{label:36s}" + "".join(f"{name:>9s} {x * unit:9.1f}" for name, x in cells.items()))
+
+
+def main(_):
+  lengths = [int(x) for x in LENGTHS.value]
+  result = {"device": jax.default_backend(), "jax": jax.__version__}
+  print("Time, ms (causal)")
+  jax_nn = {}
+  for dtype in DTYPES.value:
+    for length in lengths:
+      for backward in (False, True):
+        name = f"{dtype}_{length}_{'forward_backward' if backward else 'forward'}"
+        times = peers(length, dtype, backward)
+        jax_nn[name] = times["jax.nn"]
+        row(name, times)
+        for other in times.keys() - {"effjax"}:
+          result[f"{name}_over_{other}"] = round(times["effjax"] / times[other], 3)
+  if torch_attention(inputs(8, "float32"), False) is None:
+    print("torch is not installed here: no comparison with it (it comes with Python 3.11)")
+
+  longest = lengths[-1]
+  print(f"Window of {WINDOW.value} at {longest}, ms")
+  for backward in (False, True):
+    name = f"{longest}_{'forward_backward' if backward else 'forward'}"
+    times = windowed(longest, backward)
+    times["jax.nn"] = jax_nn.get(f"float32_{name}", math.nan)
+    row(f"window_{name}", times)
+    for dense in ("causal", "full", "jax.nn"):
+      result[f"window_{name}_faster_than_{dense}"] = round(times[dense] / times["window"], 2)
+
+  print("Temporaries of forward + backward, MiB")
+  for name, function in (("effjax", tiled(Causal())), ("jax.nn", plain)):
+    sizes = [temporaries(function, length) for length in lengths]
+    row(name, dict(zip(map(str, lengths), sizes, strict=True)), 2**-20)
+    if len(lengths) > 1:
+      growth = math.log(sizes[-1] / sizes[0]) / math.log(lengths[-1] / lengths[0])
+      result[f"memory_exponent_{name}"] = round(growth, 3)
+    result[f"memory_bytes_{name}"] = sizes[-1]
+  print(json.dumps(result))
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,194 @@
+"""Attention in tiles against the same thing written out in float64, values and all gradients."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from effjax.attention.masks import Causal, Documents, Full, SlidingWindow
+from effjax.kernels.flash_attention import reference, xla
+from effjax.kernels.flash_attention.tiles import Tiles
+
+SMALL = Tiles(1, 1, 16, 16)
+
+
+def problem(B, T, S, N, K, H, Hv, bias=None, dtype="float32", seed=0):
+  """Query, key, value, bias, and cotangents of out and lse."""
+  shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, Hv), bias, (B, T, N, Hv), (B, T, N)]
+  rng = np.random.default_rng(seed)
+  return [None if s is None else jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+
+
+def evaluate(function, arrays):
+  """out, lse and the gradients of query, key, value, bias."""
+  *inputs, d_out, d_lse = arrays
+  (out, lse), backward = jax.vjp(function, *inputs)
+  d_lse = jnp.where(jnp.isfinite(lse), d_lse.astype(lse.dtype), 0)
+  return out, lse, *jax.tree.leaves(backward((d_out.astype(out.dtype), d_lse)))
+
+
+def exact(arrays, **arguments):
+  """The same in float64."""
+  with jax.enable_x64(True):
+    wide = [None if x is None else jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
+    function = lambda q, k, v, b: reference.attention(q, k, v, bias=b, **arguments)
+    return jax.tree.map(np.asarray, jax.jit(functools.partial(evaluate, function))(wide))
+
+
+def compare(arrays, tolerance, tiles=SMALL, **arguments):
+  function = lambda q, k, v, b: xla.attention(q, k, v, bias=b, tiles=tiles, **arguments)
+  got = jax.jit(functools.partial(evaluate, function))(arrays)
+  for x, y in zip(got, exact(arrays, **arguments), strict=True):
+    x = np.asarray(x, np.float64)
+    np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y))
+    x, y = (np.where(np.isfinite(y), z, 0) for z in (x, y))
+    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(), 1))
+
+
+@st.composite
+def cases(draw):
+  B, K, G = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+  T, S = draw(st.integers(1, 50)), draw(st.integers(1, 50))
+  width = st.one_of(st.none(), st.integers(0, 40))
+  band = st.one_of(st.just(Causal()), st.just(Full()), st.builds(SlidingWindow, width, width))
+  mask = draw(st.one_of(band, st.builds(lambda a, b: a & ~b, band, band), st.builds(Full)))
+  shape = (B, K * G, T, S)
+  bias = draw(st.one_of(st.none(), st.tuples(*(st.sampled_from((1, n)) for n in shape))))
+  cap = draw(st.sampled_from((None, 1.5)))
+  tiles = Tiles(draw(st.sampled_from((1, B))), draw(st.sampled_from((1, K))), 16, 8)
+  return problem(B, T, S, K * G, K, 4, 6, bias, seed=T), mask, cap, tiles
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(cases())
+def test_random_problems(case):
+  arrays, mask, cap, tiles = case
+  compare(arrays, 2e-6, tiles, mask=mask, scale=0.4, logit_softcap=cap)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_segments_and_padding(batch):
+  ids = jnp.array([[0] * 20 + [1] * 13 + [-1] * 7, [-1] * 5 + [3] * 30 + [-1] * 5])
+  arrays = problem(2, 40, 40, 4, 2, 8, 8)
+  tiles = Tiles(batch, 1, 16, 8)
+  compare(arrays, 2e-6, tiles, mask=Causal(), scale=0.3, segment_ids=(ids, ids))
+  compare(arrays, 2e-6, tiles, mask=Causal() & Documents(ids), scale=0.3)
+
+
+def test_query_positions():
+  positions = jnp.array([[3, 9, 2, 30], [0, 1, 2, 3]])
+  compare(problem(2, 4, 40, 2, 1, 8, 8), 2e-6, mask=Causal(), scale=1.0, query_positions=positions)
+
+
+def test_rows_that_see_nothing_are_zero_with_zero_gradients():
+  arrays = problem(1, 20, 20, 2, 1, 8, 8, bias=(1, 1, 20, 20))
+  ids = jnp.where(jnp.arange(20) < 12, 0, -1)[None]
+  function = lambda q, k, v, b: xla.attention(
+    q, k, v, bias=b, mask=Full(), scale=1.0, segment_ids=(ids, ids), tiles=SMALL
+  )
+  out, lse, d_q, d_k, d_v, d_b = jax.jit(functools.partial(evaluate, function))(arrays)
+  assert (lse[:, 12:] == -jnp.inf).all() and jnp.isfinite(lse[:, :12]).all()
+  for x in (out, d_q, d_k, d_v, d_b[0]):
+    assert (x[:, 12:] == 0).all() and jnp.abs(x[:, :12]).sum() > 0
+
+
+def test_bias_of_minus_infinity_hides_like_a_mask():
+  q, k, v, *_ = problem(1, 24, 24, 2, 2, 8, 8)
+  bias = jnp.where(Causal().dense(24), 0.0, -jnp.inf)[None, None]
+  hidden = xla.attention(q, k, v, mask=Full(), scale=1.0, bias=bias, tiles=SMALL)
+  chex.assert_trees_all_close(
+    hidden, xla.attention(q, k, v, mask=Causal(), scale=1.0, tiles=SMALL), atol=1e-6
+  )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 1e-2), ("float16", 2e-3)])
+def test_half_precision(dtype, tolerance):
+  arrays = problem(1, 40, 40, 4, 2, 16, 16, dtype=dtype)
+  compare(arrays, tolerance, mask=Causal(), scale=0.25)
+  assert xla.attention(*arrays[:3], mask=Causal(), scale=0.25)[0].dtype == dtype
+
+
+def test_transformations_agree():
+  arrays = problem(2, 40, 40, 4, 2, 8, 8)[:3]
+  ids = jnp.sort(jax.random.randint(jax.random.key(1), (2, 40), -1, 3), 1)
+
+  def attention(q, k, v, ids):
+    return xla.attention(q, k, v, mask=Causal(), scale=1.0, segment_ids=(ids, ids), tiles=SMALL)[0]
+
+  def gradients(function):
+    return jax.jit(jax.grad(lambda *x: (function(*x, ids) ** 2).sum(), (0, 1, 2)))(*arrays)
+
+  def mapped(*x):
+    return jax.vmap(lambda *x: attention(*(y[None] for y in x))[0])(*x)
+
+  mesh = jax.make_mesh((2, 2), ("b", "h"), axis_types=(AxisType.Auto,) * 2)
+  spec = P("b", None, "h")
+  sharded = jax.shard_map(attention, mesh=mesh, in_specs=(spec, spec, spec, P("b")), out_specs=spec)
+  want = gradients(attention)
+  for function in (jax.checkpoint(attention), mapped, sharded):
+    chex.assert_trees_all_close(gradients(function), want, atol=1e-5)
+
+
+def test_sharded_arguments_are_not_gathered():
+  mesh = jax.make_mesh((4, 2), ("b", "h"), axis_types=(AxisType.Auto,) * 2)
+  x = jax.device_put(jnp.ones((4, 64, 2, 8)), NamedSharding(mesh, P("b", None, "h")))
+  loss = lambda q, k, v: xla.attention(q, k, v, mask=Causal(), scale=1.0)[0].sum()
+  compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+  assert "all-gather" not in compiled.as_text()
+
+
+def test_second_derivatives_forward_over_reverse_or_a_clear_error():
+  q, k, v, *_ = problem(1, 20, 20, 1, 1, 4, 4)
+
+  def gradient(attention):
+    return jax.grad(lambda q: (attention(q, k, v, mask=Causal(), scale=1.0)[0] ** 2).sum())
+
+  product = lambda attention: jax.jit(lambda q: jax.jvp(gradient(attention), (q,), (q,))[1])(q)
+  chex.assert_trees_all_close(product(xla.attention), product(reference.attention), atol=1e-4)
+  with pytest.raises(ValueError, match="Reverse-mode"):
+    jax.grad(lambda q: gradient(xla.attention)(q).sum())(q)
+  with pytest.raises(TypeError, match="custom_vjp"):
+    jax.jvp(lambda q: xla.attention(q, k, v, mask=Causal(), scale=1.0)[0], (q,), (q,))
+
+
+def temporaries(length: int, mask) -> int:
+  x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+  loss = lambda q, k, v: xla.attention(q, k, v, mask=mask, scale=1.0, tiles=Tiles(1, 2, 128, 128))[
+    0
+  ].sum()
+  compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_linear():
+  sizes = [temporaries(length, Causal()) for length in (2048, 4096, 8192)]
+  assert sizes[2] - sizes[1] <= 2.2 * (sizes[1] - sizes[0])
+  assert sizes[2] < 8192**2
+
+
+def test_work_follows_the_visited_tiles():
+  """A window's steps, counted through the predicate's callbacks, are those of its tile map."""
+  visited = []
+
+  class Counted(SlidingWindow):
+    def predicate(self, q_index, k_index):
+      jax.debug.callback(
+        lambda q, k: visited.append((int(q), int(k))), q_index[0, 0, 0, 0], k_index[0, 0, 0, 0]
+      )
+      return super().predicate(q_index, k_index)
+
+  jax.tree_util.register_static(Counted)
+  mask = Counted(40, 0)
+  q, k, v, *_ = problem(1, 256, 256, 1, 1, 4, 4)
+  jax.jit(lambda q: xla.attention(q, k, v, mask=mask, scale=1.0, tiles=SMALL))(q)
+  jax.effects_barrier()
+  status = SlidingWindow(40, 0).blocks(256, 256, 16, 16).dense()
+  partial = {(16 * i, 16 * j) for i, j in zip(*np.nonzero(status == 1), strict=True)}
+  assert set(visited) == partial and len(visited) == len(partial)
