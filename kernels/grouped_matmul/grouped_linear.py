@@ -80,12 +80,15 @@ def _choose(implementation: str | None, by_tiles, by_ragged, *operands):
   return (by_tiles if implementation == "tiles" else by_ragged)(*operands)
 
 
+# `jax.lax.ragged_dot` has no batching rule for what vmap asks of it here.
+@jax.custom_batching.sequential_vmap
 def _ragged(x, floats, others, group_sizes):
   return _dense(jax.lax.ragged_dot, x, trees.merge(floats, others), group_sizes)
 
 
+@jax.custom_batching.sequential_vmap
 def _ragged_backward(x, floats, others, group_sizes, dy):
-  apply = lambda x, floats: _ragged(x, floats, others, group_sizes)
+  apply = lambda x, floats: _ragged.fun(x, floats, others, group_sizes)
   return jax.vjp(apply, x, floats)[1](dy)
 
 
