@@ -217,10 +217,12 @@ ROWS = [
 ]  # fmt: skip
 
 
-def rows(trait: str | None = None):
+def rows(trait: str | None = None, *, slow_models: bool = False):
   """The rows that promise `trait`."""
   chosen = [row for row in ROWS if trait is None or getattr(row, trait)]
-  return pytest.mark.parametrize("row", chosen, ids=lambda row: row.name)
+  marks = lambda row: [pytest.mark.slow] if slow_models and row.inputs is TOKENS else []
+  cases = [pytest.param(row, id=row.name, marks=marks(row)) for row in chosen]
+  return pytest.mark.parametrize("row", cases)
 
 
 def assert_close(got, expected, tolerance=1e-4):
@@ -235,7 +237,7 @@ def vary(inputs, at):
   return jnp.where(at if inputs.ndim == 2 else at[..., None], other, inputs)
 
 
-@rows()
+@rows(slow_models=True)
 def test_jit_equals_eager(row):
   assert row.output.dtype == jnp.float32
   assert_close(row.apply(row.params, row.inputs, None, jnp.float32), row.output)
