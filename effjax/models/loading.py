@@ -15,7 +15,7 @@ from effjax.core import trees
 from effjax.core.typing import DTypeLike, PyTree
 from effjax.layers.spec import TransformerConfig
 from effjax.layers.stack import places
-from effjax.models import families, packages, tokenizers
+from effjax.models import families, gguf_tokenizers, packages, tokenizers
 from effjax.models.families import gguf_names
 from effjax.models.families.table import Entry, Family
 from effjax.models.gguf_file import GGUFFile
@@ -86,7 +86,7 @@ def _open_gguf(path: Path) -> Checkpoint:
   fields = gguf_names.hf_fields(file)
   family = families.of_model_type(fields["model_type"])
   source = gguf_names.RenamedGGUF(file, fields)
-  tokenizer = tokenizers.from_gguf(file.metadata) if _has_tokenizer(file) else None
+  tokenizer = gguf_tokenizers.from_gguf(file.metadata) if _has_tokenizer(file) else None
   return Checkpoint(path, family, family.to_config(fields), source, tokenizer)
 
 

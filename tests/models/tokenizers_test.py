@@ -5,7 +5,7 @@ import pytest
 import tokenizers as hf
 
 from effjax.data.tokenizers import Tokenizer
-from effjax.models import packages, tokenizers
+from effjax.models import gguf_tokenizers, packages, tokenizers
 from effjax.models.gguf_file import GGUFFile
 
 LETTERS = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
@@ -41,7 +41,7 @@ def named(tokens, text):
 
 
 def test_byte_level_from_gguf():
-  tokenizer = tokenizers.from_gguf(BYTE_LEVEL)
+  tokenizer = gguf_tokenizers.from_gguf(BYTE_LEVEL)
   assert isinstance(tokenizer, Tokenizer)
   ids = tokenizer.encode("hello<|end|>é")
   assert named(TOKENS, ids) == ["hello", "<|end|>", "Ã", "©"]
@@ -53,21 +53,21 @@ def test_byte_level_from_gguf():
 
 
 def test_released_smollm_split_keeps_spaces_before_digits_together():
-  theirs, released = (tokenizers.from_gguf(BYTE_LEVEL, split) for split in (None, "digits"))
+  theirs, released = (gguf_tokenizers.from_gguf(BYTE_LEVEL, split) for split in (None, "digits"))
   assert named(TOKENS, theirs.encode("   1")) == ["ĠĠ", "Ġ", "1"]
   assert named(TOKENS, released.encode("   1")) == ["ĠĠĠ", "1"]
   assert theirs.encode(" 12 3") == released.encode(" 12 3")
 
 
 def test_sentencepiece_from_gguf():
-  tokenizer = tokenizers.from_gguf(SENTENCEPIECE)
+  tokenizer = gguf_tokenizers.from_gguf(SENTENCEPIECE)
   ids = tokenizer.encode("ab ab  é")
   named_ids = [*named(PIECES, ids[:3]), *named(PIECES, ids[3:])]
   assert named_ids == ["<bos>", "ab", "▁ab", "  ", "<0xC3>", "<0xA9>"]
   assert tokenizer.decode(ids) == "ab ab  é"
   assert tokenizer.encode("ab", add_special=False) == ids[1:2]
   flag = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": True}
-  assert tokenizers.from_gguf(SENTENCEPIECE | flag).encode("ab") == [ids[1], 1]
+  assert gguf_tokenizers.from_gguf(SENTENCEPIECE | flag).encode("ab") == [ids[1], 1]
 
 
 @pytest.mark.parametrize(
@@ -81,19 +81,19 @@ def test_sentencepiece_from_gguf():
 )
 def test_unsupported_gguf_tokenizers(metadata, split, message):
   with pytest.raises(ValueError, match=message):
-    tokenizers.from_gguf(metadata, split)
+    gguf_tokenizers.from_gguf(metadata, split)
 
 
 @pytest.mark.parametrize("token", [-1, 10**6])
 def test_decode_refuses_ids_out_of_range(token):
-  tokenizer = tokenizers.from_gguf(BYTE_LEVEL)
+  tokenizer = gguf_tokenizers.from_gguf(BYTE_LEVEL)
   with pytest.raises(ValueError, match=f"token id {token}; allowed: 0 to"):
     tokenizer.decode([0, token])
 
 
 @pytest.mark.parametrize("metadata", [BYTE_LEVEL, SENTENCEPIECE])
 def test_saved_tokenizers_reopen(metadata, tmp_path, snippets):
-  tokenizer = tokenizers.from_gguf(metadata)
+  tokenizer = gguf_tokenizers.from_gguf(metadata)
   tokenizer.save(tmp_path)
   again = tokenizers.from_folder(tmp_path)
   fields = ("bos_id", "eos_id", "pad_id", "chat_template", "vocab_size", "fingerprint")
@@ -161,7 +161,7 @@ def test_minilm_has_the_ids_of_transformers(snippets, tmp_path):
 def test_gguf_models_have_the_ids_of_transformers(name, snippets):
   transformers = pytest.importorskip("transformers")
   path = named_model(name)
-  ours = tokenizers.from_gguf(GGUFFile(path).metadata)
+  ours = gguf_tokenizers.from_gguf(GGUFFile(path).metadata)
   theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
   for text in snippets:
     ids = theirs(text)["input_ids"]
