@@ -24,6 +24,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from absl import app, flags, logging
 from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -131,14 +132,17 @@ def progress(items: Iterable, label: str, **options) -> tqdm:
   return tqdm(items, desc=label, dynamic_ncols=True, mininterval=0.5, **options)
 
 
-def finish(folder: Path, rows: Sequence[Row], columns: Mapping[str, str], claim: str, held: bool):
-  """Writes `result.csv`, prints the table, the claim and whether it held.
+def finish(
+  folder: Path, rows: Sequence[Row], columns: Mapping[str, str], claims: Mapping[str, bool]
+) -> None:
+  """Prints the table, and of each claim whether it held.
 
   `columns` maps the columns of the table to their formats.
   """
-  write_csv(folder, rows)
-  print("\n" + table(rows, columns))
-  print(f"\nClaim: {claim}\n{'It held.' if held else 'It did NOT hold.'}  Results: {folder}")
+  print("\n" + table(rows, columns) + "\n")
+  for claim, held in claims.items():
+    print(f"{'held:        ' if held else 'did NOT hold:'} {claim}")
+  print(f"results: {folder}")
 
 
 def write_csv(folder: Path, rows: Sequence[Row]) -> None:
@@ -194,6 +198,31 @@ def plot(
   except OSError as error:
     raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from error
   return path
+
+
+def label(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+  """Writes names beside points, moved up or down where they would cover one another.
+
+  Call it last: places are found in pixels of the axes as they then are.
+  """
+  axes.figure.canvas.draw()
+  taken = [_around(axes.transData.transform(point), 6) for point in points]
+  order = sorted(range(len(points)), key=lambda i: points[i][1])
+  for i in order:
+    for shift in sorted(range(-90, 91, 6), key=abs):
+      text = axes.annotate(
+        names[i], points[i], (8, shift), textcoords="offset points", fontsize=8, va="center"
+      )
+      box = text.get_window_extent().expanded(1.0, 1.05)
+      if not any(box.overlaps(other) for other in taken):
+        taken.append(box)
+        break
+      text.remove()
+
+
+def _around(pixel: Sequence[float], reach: float) -> Bbox:
+  x, y = pixel
+  return Bbox.from_extents(x - reach, y - reach, x + reach, y + reach)
 
 
 def _cell(value: Any, form: str) -> str:
