@@ -61,17 +61,7 @@ def upcycle(
   for index, layer_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
     ffn = upcycle_ffn(trees[index]["ffn"], layer_key, experts=experts)
     trees[index] = {**trees[index], "ffn": ffn}
-    mlp = specs[index].ffn
-    moe = MoE(
-      experts=experts,
-      top_k=top_k,
-      width=mlp.width,
-      activation=mlp.activation,
-      gated=mlp.gated,
-      use_bias=mlp.use_bias,
-      load_balance=load_balance,
-      z=z,
-    )
+    moe = _mixture(specs[index].ffn, experts=experts, top_k=top_k, load_balance=load_balance, z=z)
     specs[index] = dataclasses.replace(specs[index], ffn=moe)
   changed = dataclasses.replace(config, layers=tuple(specs), family=None)
   return changed, join(changed, trees, rest)
@@ -103,6 +93,12 @@ def upcycle_ffn(params: Params, key: Key, *, experts: int, stddev: float = 0.02)
   width = params["up"]["kernel"].shape[0]
   router = stddev * jax.random.normal(key, (width, experts), jnp.float32)
   return {**copies, "router": {"kernel": router}}
+
+
+def _mixture(mlp: MLP, **attributes) -> MoE:
+  """An `MoE` whose experts have the form of `mlp`."""
+  form = {name: getattr(mlp, name) for name in ("width", "activation", "gated", "use_bias")}
+  return MoE(**form, **attributes)
 
 
 def _chosen(config: TransformerConfig, layers: Sequence[int] | None) -> list[int]:

@@ -30,7 +30,7 @@ def tokens(key):
 
 @pytest.fixture
 def params(key, tokens):
-  params = Transformer(CONFIG).init(key, tokens)["params"]
+  params = jax.jit(Transformer(CONFIG).init)(key, tokens)["params"]
   return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(key, p.shape), params)
 
 
