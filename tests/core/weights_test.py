@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from effjax.core import Weight, linear, weights
 from effjax.core.typing import PyTree
 from effjax.layers import Linear
+from effjax.parallel.mesh import make_mesh
 
 
 @weights.register(static=("power",))
@@ -126,7 +127,7 @@ def test_scanned_layers_take_a_weight_in_value_and_gradient(remat):
 
 
 def test_a_sharded_weight_computes_the_same():
-  mesh = jax.make_mesh((8,), ("data",))
+  mesh = make_mesh(data=8)
   w, x = scaled((8, 16)), jax.random.normal(jax.random.key(1), (4, 8))
   place = lambda spec: NamedSharding(mesh, PartitionSpec(*spec))
   sharded = jax.device_put(w, Scaled(place(("data", None)), place(()), power=2))
