@@ -1,1 +1,0 @@
-from effjax.layers.spec import *  # noqa: F403

@@ -1,1 +1,0 @@
-from effjax.layers.stack import *  # noqa: F403
