@@ -9,6 +9,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from effjax import cost, data
@@ -95,7 +96,7 @@ class Lab:
     steps = self.steps(run)
     optimizer, step = self._step(run, steps)
     state = init_state(
-      jax.tree.map(jax.numpy.copy, subject.params), optimizer, trainable=subject.trainable
+      jax.tree.map(jnp.copy, subject.params), optimizer, trainable=subject.trainable
     )
     batches = data.loader(
       self.corpus, self.tokenizer, batch_size=shape.batch, length=shape.length, seed=seed
@@ -143,4 +144,4 @@ class Lab:
 @functools.partial(jax.jit, static_argnums=0)
 def init(module: Transformer, key: Key) -> Params:
   """The parameters of a module at initialisation."""
-  return module.init(key, np.zeros((1, 2), np.int32))["params"]
+  return module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
