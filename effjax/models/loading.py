@@ -201,7 +201,7 @@ def _placement(sharding: Sharding | None, shapes: PyTree) -> Callable:
     return lambda path, shape: None
   if callable(sharding):
     return sharding
-  if jax.tree.structure(sharding) != jax.tree.structure(shapes):
+  if trees.items(sharding).keys() != trees.items(shapes).keys():
     raise ValueError("sharding: a tree unlike the parameters; allowed: one Sharding a parameter")
   by_path = trees.items(sharding)
   return lambda path, shape: by_path[path]

@@ -69,7 +69,7 @@ def _comparable(config: TransformerConfig) -> Mapping[str, Any]:
 
 def _resolved(spec: LayerSpec, width: int) -> LayerSpec:
   # Defaults spelled out, so that None and the value it stands for are equal.
-  mixer = spec.mixer
+  mixer: Any = spec.mixer
   head_width = mixer.head_width or width // mixer.heads
   mixer = mixer.copy(
     kv_heads=mixer.kv_heads or mixer.heads,

@@ -82,10 +82,10 @@ def _ffn(config: Mapping[str, Any]) -> MLP:
 def from_config(config: TransformerConfig) -> dict[str, Any]:
   """The config.json of a `TransformerConfig`."""
   attention, ffn = reading.first_layer(config, "gemma3", Attention, MLP)
-  mixers = [spec.mixer for spec in config.layers]
+  mixers: list[Any] = [spec.mixer for spec in config.layers]
   local = next((m for m in mixers if isinstance(m.mask, SlidingWindow)), None)
   whole = next((m for m in mixers if isinstance(m.mask, Causal)), None)
-  rope = {LOCAL: getattr(local, "rope", None), GLOBAL: getattr(whole, "rope", None)}
+  local_rope, rope = getattr(local, "rope", None), getattr(whole, "rope", None)
   return {
     "model_type": "gemma3_text",
     "vocab_size": config.vocab_size,
@@ -101,9 +101,9 @@ def from_config(config: TransformerConfig) -> dict[str, Any]:
     "query_pre_attn_scalar": _pre_attention_scalar(attention, config.width),
     "sliding_window": local.mask.left + 1 if local else 4096,
     "layer_types": [LOCAL if isinstance(m.mask, SlidingWindow) else GLOBAL for m in mixers],
-    "rope_local_base_freq": rope[LOCAL].theta if rope[LOCAL] else 1e4,
-    "rope_theta": rope[GLOBAL].theta if rope[GLOBAL] else 1e6,
-    "rope_scaling": reading.rope_scaling(rope[GLOBAL]) if rope[GLOBAL] else None,
+    "rope_local_base_freq": local_rope.theta if local_rope else 1e4,
+    "rope_theta": rope.theta if rope else 1e6,
+    "rope_scaling": reading.rope_scaling(rope) if rope else None,
     "attention_bias": attention.use_bias,
     "attn_logit_softcapping": attention.logit_softcap,
     "final_logit_softcapping": config.logit_softcap,
