@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core.typing import Array, Float, Int
+from effjax.core.typing import Array, Float, Int, PyTree
 
 
 def expand(x: Array | np.ndarray, ndim: int) -> Array | np.ndarray:
@@ -40,3 +40,17 @@ def cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> 
   logits = logits.astype(jnp.float32)
   chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def vary_alike(tree: PyTree, *others: PyTree) -> PyTree:
+  """`tree` marked as varying over every mesh axis that `others` vary over, as a loop carry of a
+  `shard_map` body has to be."""
+  axes = frozenset().union(
+    *(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(others))
+  )
+
+  def mark(leaf: Array) -> Array:
+    missing = tuple(sorted(axes - jax.typeof(leaf).manual_axis_type.varying))
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+  return jax.tree.map(mark, tree)

@@ -1,5 +1,7 @@
 """Linear maps whose matrix may be any weight representation."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -20,7 +22,7 @@ def weight(module: nn.Module, name: str, init, shape: tuple[int, ...]):
   """
   if not module.has_variable("params", name):
     return module.param(name, init, shape, jnp.float32)
-  value = module.get_variable("params", name)
+  value: Any = module.get_variable("params", name)
   if tuple(value.shape) != tuple(shape):
     path = "/".join((*module.path, name))
     raise ValueError(f"parameter {path!r} has shape {tuple(value.shape)}; allowed: {tuple(shape)}")

@@ -57,7 +57,8 @@ def attention(
   tiles = tiles or tiling.choose(B, T, S, K, N // K, mask)
   plan = _Plan(B, T, S, K, N // K, H, value.shape[-1], tiles, float(scale), logit_softcap)
   where = _Where(mask, segment_ids, query_positions)
-  return _attention(plan, *_same_manual_axes((query, key, value, bias, where)))
+  operands = (query, key, value, bias, where)
+  return _attention(plan, *numerics.vary_alike(operands, operands))
 
 
 class _Where(NamedTuple):
@@ -406,22 +407,5 @@ def _backward(plan, saved, cotangents):
   return _from_rows(plan, d_q), _from_keys(plan, d_k), _from_keys(plan, d_v), d_bias
 
 
-# Inside shard_map every array says over which mesh axes it varies, and a loop's carry must agree.
-
-
-def _manual_axes(x: Any) -> frozenset:
-  return jax.typeof(x).manual_axis_type.varying
-
-
-def _same_manual_axes(tree: Any) -> Any:
-  axes = frozenset().union(*(_manual_axes(x) for x in jax.tree.leaves(tree)))
-  return jax.tree.map(lambda x: _vary(x, axes), tree) if axes else tree
-
-
-def _vary(x: Array, axes: frozenset) -> Array:
-  missing = tuple(axes - _manual_axes(x))
-  return lax.pcast(x, missing, to="varying") if missing else x
-
-
 def _zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
-  return _vary(jnp.zeros(shape, dtype), _manual_axes(like))
+  return numerics.vary_alike(jnp.zeros(shape, dtype), like)

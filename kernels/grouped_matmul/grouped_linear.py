@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from effjax.core import trees
+from effjax.core import numerics, trees
 from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.core.weights import materialize
 from effjax.kernels.grouped_matmul import reference, tiles
@@ -53,7 +53,7 @@ def grouped_linear(
     return _dense(reference.grouped_matmul, x, (w, bias), group_sizes)
   floats, others = _floats((w, bias)), _others((w, bias))
   operands = (x, floats, others, group_sizes)
-  return _grouped(implementation, *tiles.vary_alike(operands, operands))
+  return _grouped(implementation, *numerics.vary_alike(operands, operands))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

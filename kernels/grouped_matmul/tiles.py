@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effjax.core import trees
+from effjax.core import numerics, trees
 from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.core.weights import linear
 
@@ -54,7 +54,9 @@ def forward(
       lambda tile, out: tile.write(out, linear(tile.read(x), weight, bias)), out
     )
 
-  out = vary_alike(jnp.zeros((x.shape[0], params[0].shape[-1]), x.dtype), x, params, group_sizes)
+  out = numerics.vary_alike(
+    jnp.zeros((x.shape[0], params[0].shape[-1]), x.dtype), x, params, group_sizes
+  )
   return _each_group(group_sizes, x.shape[0], on_group, out)
 
 
@@ -79,14 +81,14 @@ def backward(
       return tile.write(dx, d_rows), jax.tree.map(_add, sums, d_weights)
 
     sums = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, _sum_dtype(leaf.dtype)), weights)
-    dx, sums = span.each_tile(on_tile, (dx, vary_alike(sums, x, dy)))
+    dx, sums = span.each_tile(on_tile, (dx, numerics.vary_alike(sums, x, dy)))
     put = lambda grad, total: lax.dynamic_update_index_in_dim(
       grad, total.astype(grad.dtype), group, 0
     )
     return dx, jax.tree.map(put, grads, sums)
 
   zeros = jax.tree.map(jnp.zeros_like, (x, floats))
-  carry = vary_alike(zeros, x, floats, group_sizes, dy)
+  carry = numerics.vary_alike(zeros, x, floats, group_sizes, dy)
   return _each_group(group_sizes, x.shape[0], on_group, carry)
 
 
@@ -164,17 +166,3 @@ def _add(total: Array, part: Array) -> Array:
 
 def _sum_dtype(dtype) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
-
-
-def vary_alike(tree: PyTree, *others: PyTree) -> PyTree:
-  """`tree` marked as varying over every mesh axis that `others` vary over, as a loop carry of a
-  `shard_map` body has to be."""
-  axes = frozenset().union(
-    *(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(others))
-  )
-
-  def mark(leaf: Array) -> Array:
-    missing = tuple(sorted(axes - jax.typeof(leaf).manual_axis_type.varying))
-    return lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-  return jax.tree.map(mark, tree)
