@@ -66,12 +66,12 @@ class Attention(nn.Module):
   ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     width = self._head_width(x.shape[-1])
     kv_heads = self._kv_heads()
-    if self.cross and context.memory is None:
+    source = x if not self.cross else context.memory
+    if source is None:
       raise ValueError("Attention: cross=True needs context.memory [B, S, D], and it is None")
-    source = context.memory.astype(x.dtype) if self.cross else x
 
     def project(name, inputs, heads):
-      y = Linear(heads * width, self.use_bias, name=name)(inputs)
+      y = Linear(heads * width, self.use_bias, name=name)(inputs.astype(x.dtype))
       return y.reshape(*y.shape[:-1], heads, width)
 
     query = project("query", x, self.heads)

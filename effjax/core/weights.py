@@ -15,7 +15,8 @@ Invariants of a `Weight`:
 import abc
 import dataclasses
 import math
-from typing import TypeVar
+from collections.abc import Callable
+from typing import TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,8 @@ class Weight(abc.ABC):
     return math.prod(self.shape)
 
 
-def register(*, static: tuple[str, ...] = ()):
+@dataclass_transform(frozen_default=True)
+def register(*, static: tuple[str, ...] = ()) -> Callable[[type[T]], type[T]]:
   """Class decorator: a frozen dataclass and pytree whose fields are arrays, but for `static`.
 
   Annotate array fields as `PyTree`: tree maps put shapes, shardings and None in their place.

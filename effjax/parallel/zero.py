@@ -7,7 +7,7 @@ stage is shardings; the compiler derives the all-gathers and reduce-scatters.
 """
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -47,7 +47,7 @@ class Zero:
   def replicated(self) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec())
 
-  def split(self, x: jax.typing.ArrayLike) -> NamedSharding:
+  def split(self, x: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
     """The longest axis that N divides, the last of equals; replicated when N divides none.
 
     The first of three or more counts layers or experts and is the last resort: a scan reads it
@@ -81,7 +81,7 @@ class Zero:
     """Shardings of gradients."""
     return self._from(2, grads)
 
-  def state(self, state: T) -> T:
+  def state(self, state: Any) -> Any:
     """Shardings of a `train.TrainState`."""
     return dataclasses.replace(
       state,

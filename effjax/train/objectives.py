@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core.numerics import cross_entropy, weighted_mean
 from effjax.core.typing import Array, Key, Params
 from effjax.layers.forward import forward, layer_means
 
-Batch = Mapping[str, Array]
+Batch = Mapping[str, Array | np.ndarray]
 Objective = Callable[[Params, Batch, Key | None], tuple[Array, dict[str, Array]]]
 
 

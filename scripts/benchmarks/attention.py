@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from effjax import cost
 from effjax.attention import attend
 from effjax.attention.masks import Causal, Full, Mask, SlidingWindow
 
@@ -127,9 +128,7 @@ def windowed(length: int, backward: bool) -> dict[str, float]:
 def temporaries(function: Callable, length: int) -> int:
   """Bytes the compiled forward + backward holds beside arguments and results."""
   arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(length, "float32")]
-  return (
-    jax.jit(with_backward(function)).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
-  )
+  return cost.compiled(with_backward(function), *arrays).temporaries
 
 
 def row(label: str, cells: dict[str, float], unit: float = 1e3) -> None:

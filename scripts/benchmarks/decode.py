@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def peer(model: Model, prompt: np.ndarray) -> Callable | None:
     save(model, folder)
     net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
   tokens = torch.from_numpy(prompt).long()
-  settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+  settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
   settings |= {"max_new_tokens": NEW.value, "attention_mask": torch.ones_like(tokens)}
 
   def call():

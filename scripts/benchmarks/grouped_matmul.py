@@ -51,7 +51,7 @@ def ratios(functions: dict, x, w, rounds: int) -> dict[str, float]:
   compiled = {name: jax.jit(function) for name, function in functions.items()}
   for function in compiled.values():
     jax.block_until_ready(function(x, w))
-  times = {name: [] for name in compiled}
+  times: dict[str, list[float]] = {name: [] for name in compiled}
   for _ in range(rounds):
     for name, function in compiled.items():
       start = time.perf_counter()

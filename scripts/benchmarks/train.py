@@ -117,7 +117,7 @@ def main(_) -> None:
   contenders = {"theirs": theirs(config, params, batch), "ours": ours(config, params, batch)}
   for name, take in contenders.items():
     print(f"first two losses, {name}: {take():.5f} {take():.5f}")
-  times = {name: [] for name in contenders}
+  times: dict[str, list[float]] = {name: [] for name in contenders}
   for _ in tqdm(range(ROUNDS.value), unit="round"):
     for name, take in contenders.items():
       start = time.perf_counter()
