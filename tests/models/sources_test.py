@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from effjax.models.sources import CHUNK_BYTES, MappedFile, TensorSource, missing_tensor
 from effjax.models.gguf_file import GGUFFile
 from effjax.models.safetensors_files import SafetensorsFolder
+from effjax.models.sources import CHUNK_BYTES, MappedFile, TensorSource, missing_tensor
 
 
 def test_readers_are_tensor_sources():
