@@ -3,15 +3,13 @@
     python -m scripts.benchmarks.attention --lengths=1024,4096,8192 --rounds=5
 
 One batch row, causal, forward and forward + backward. Contenders take turns in one process; times
-are medians, ratios are ours / the other's. A contender whose first call takes long runs once.
+are medians, ratios are ours / the other's. A contender that takes longer than 8 seconds is timed once.
 Memory is what the compiled forward + backward holds beside its arguments and results, and the
 exponent e of its growth as N^e. The last line is one JSON object.
 """
 
 import json
 import math
-import statistics
-import time
 from collections.abc import Callable
 
 import jax
@@ -22,6 +20,7 @@ from absl import app, flags
 from effjax import cost
 from effjax.attention import attend
 from effjax.attention.masks import Causal, Full, Mask, SlidingWindow
+from scripts.timing import interleaved, medians
 
 LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "8192"], "Sequence lengths.")
 HEADS = flags.DEFINE_integer("heads", 8, "Heads.")
@@ -89,24 +88,6 @@ def torch_attention(arrays: list[jax.Array], backward: bool) -> Callable | None:
   return call
 
 
-def medians(contenders: Contenders) -> dict[str, float]:
-  """Seconds of each contender, taking turns."""
-  times = {}
-  for name, call in contenders.items():
-    start = time.perf_counter()
-    call()
-    times[name] = [time.perf_counter() - start]  # with compilation
-  patient = {name: t[0] < PATIENCE for name, t in times.items()}
-  for turn in range(ROUNDS.value):
-    for name, call in contenders.items():
-      if turn and not patient[name]:
-        continue
-      start = time.perf_counter()
-      call()
-      times[name].append(time.perf_counter() - start)
-  return {name: statistics.median(t[1:]) for name, t in times.items()}
-
-
 def peers(length: int, dtype: str, backward: bool) -> dict[str, float]:
   """Times of ours and the peers."""
   arrays = inputs(length, dtype)
@@ -115,14 +96,15 @@ def peers(length: int, dtype: str, backward: bool) -> dict[str, float]:
   if peer is not None:
     contenders["torch"] = peer
   contenders["jax.nn"] = bound(plain, arrays, backward)
-  return medians(contenders)
+  return medians(interleaved(contenders, ROUNDS.value, patience=PATIENCE))
 
 
 def windowed(length: int, backward: bool) -> dict[str, float]:
   """Times through a window and dense, in tiles."""
   arrays = inputs(length, "float32")
   kinds = {"window": SlidingWindow(WINDOW.value, 0), "causal": Causal(), "full": Full()}
-  return medians({name: bound(tiled(mask), arrays, backward) for name, mask in kinds.items()})
+  contenders = {name: bound(tiled(mask), arrays, backward) for name, mask in kinds.items()}
+  return medians(interleaved(contenders, ROUNDS.value, patience=PATIENCE))
 
 
 def temporaries(function: Callable, length: int) -> int:

@@ -4,13 +4,11 @@
 
 "dense" multiplies the same rows by one matrix: the useful work and no more. "loop" is an unrolled
 Python loop over experts that knows the group sizes when it is compiled. Contenders take turns in
-one process; each ratio is the median over rounds of times taken side by side. The last line is one
+one process; ratios are of medians. The last line is one
 JSON object of ratios: time of grouped_linear / time of the other, forward and with its backward.
 """
 
 import json
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from effjax.kernels.grouped_matmul import grouped_linear
+from scripts.timing import interleaved, medians
 
 EXPERTS = flags.DEFINE_list("experts", ["8", "64"], "Numbers of experts.")
 ROWS = flags.DEFINE_integer("rows", 4096, "Rows over all experts.")
@@ -47,22 +46,13 @@ def with_backward(function):
 
 
 def ratios(functions: dict, x, w, rounds: int) -> dict[str, float]:
-  """Median over rounds of time("grouped") / time(other)."""
+  """Median time of "grouped" over that of each other."""
   compiled = {name: jax.jit(function) for name, function in functions.items()}
-  for function in compiled.values():
-    jax.block_until_ready(function(x, w))
-  times: dict[str, list[float]] = {name: [] for name in compiled}
-  for _ in range(rounds):
-    for name, function in compiled.items():
-      start = time.perf_counter()
-      jax.block_until_ready(function(x, w))
-      times[name].append(time.perf_counter() - start)
-  pairs = {name: zip(times["grouped"], times[name], strict=True) for name in compiled}
-  return {
-    name: round(statistics.median(ours / theirs for ours, theirs in pair), 3)
-    for name, pair in pairs.items()
-    if name != "grouped"
-  }
+  wait = lambda function: lambda: jax.block_until_ready(function(x, w))
+  times = {name: wait(function) for name, function in compiled.items()}
+  seconds = medians(interleaved(times, rounds))
+  ours = seconds.pop("grouped")
+  return {name: round(ours / theirs, 3) for name, theirs in seconds.items()}
 
 
 def main(_) -> None:

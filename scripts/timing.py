@@ -1,0 +1,33 @@
+"""Timing contenders against one another on a machine whose speed drifts."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+from tqdm import tqdm
+
+
+def interleaved(
+  contenders: Mapping[str, Callable[[], object]], rounds: int, *, patience: float = 30.0
+) -> dict[str, list[float]]:
+  """Seconds of each call that waits for its result; in every round all take a turn.
+
+  A round that is not counted goes first, with compilation. A contender that took longer than
+  `patience` seconds in the first counted round sits out the later ones.
+  """
+  for call in contenders.values():
+    call()
+  times: dict[str, list[float]] = {name: [] for name in contenders}
+  for _ in tqdm(range(rounds), unit="round", leave=False):
+    for name, call in contenders.items():
+      if times[name] and times[name][0] > patience:
+        continue
+      start = time.perf_counter()
+      call()
+      times[name].append(time.perf_counter() - start)
+  return times
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+  """The median of each contender."""
+  return {name: statistics.median(values) for name, values in times.items()}
