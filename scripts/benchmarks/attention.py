@@ -3,7 +3,7 @@
     python -m scripts.benchmarks.attention --lengths=1024,4096,8192 --rounds=5
 
 One batch row, causal, forward and forward + backward. Contenders take turns in one process; times
-are medians, ratios are ours / the other's. A contender that takes longer than 8 seconds is timed once.
+are medians, ratios are ours / the other's. A contender that takes over 8 seconds is timed once.
 Memory is what the compiled forward + backward holds beside its arguments and results, and the
 exponent e of its growth as N^e. The last line is one JSON object.
 """
