@@ -36,9 +36,9 @@ def test_lora_over_int8_trains_its_factors_and_nothing_else():
   layer = LayerSpec(Attention(2), MLP(32, "relu"))
   module = Transformer(TransformerConfig(32, 16, (layer,) * 2, context=8), remat=True)
   params = jax.jit(module.init)(jax.random.key(0), TOKENS[:, :-1])["params"]
-  params = lora.add(quantize(params), jax.random.key(1), rank=4, targets="kernel")
+  params = lora.add(quantize(params), jax.random.key(1), rank=4, targets="kernel|embedding")
   chosen, frozen = trees.partition(params, trainable(params))
-  optimizer = optax.adam(0.1)
+  optimizer = optax.adam(0.03)
 
   def loss_of(chosen):
     logits = module.apply({"params": trees.merge(chosen, frozen)}, TOKENS[:, :-1])
@@ -55,7 +55,7 @@ def test_lora_over_int8_trains_its_factors_and_nothing_else():
   for _ in range(30):
     chosen, state, loss = step(chosen, state)
     losses.append(float(loss))
-  assert losses[-1] < 0.9 * losses[0]
+  assert losses[-1] < 0.5 * losses[0]
   moved = jax.tree.map(lambda x, y: not np.array_equal(x, y), chosen, start)
   assert all(jax.tree.leaves(moved))
 
