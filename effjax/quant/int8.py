@@ -1,13 +1,11 @@
 """Weights as 8-bit integers with one scale an output channel."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 
 from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.core.weights import Weight, register
 from effjax.quant import basics
+from effjax.quant.product import integer_product
 
 
 @register()
@@ -60,7 +58,7 @@ class Int8(Weight):
     rows = self.scale.shape[-2]
     if rows > 1:
       x = (x * _along_last(self.scale[:, 0], x.ndim)).astype(x.dtype)
-    y = _product(x, self.q)
+    y = integer_product(x, self.q)
     if rows == 1:
       y = y * _along_last(jnp.broadcast_to(self.scale[0], (self.shape[-1],)), y.ndim)
     return y.astype(x.dtype)
@@ -75,13 +73,6 @@ class Int8(Weight):
   @property
   def T(self) -> "Int8":
     return Int8(jnp.matrix_transpose(self.q), jnp.matrix_transpose(self.scale))
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _product(x: Float[Array, "... D"], q: Int[Array, "D F"]) -> Float[Array, "... F"]:
-  """x @ q in float32; rematerialised, so that backward stores q and not a widened copy."""
-  axes = (((x.ndim - 1,), (0,)), ((), ()))
-  return jax.lax.dot_general(x, q.astype(x.dtype), axes, preferred_element_type=jnp.float32)
 
 
 def _along_last(v: Float[Array, "F"], ndim: int) -> Array:
