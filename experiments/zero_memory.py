@@ -8,7 +8,7 @@ others cut off (2218.75 is printed as 2218), so a cell agrees when it is within 
 digit printed. Part two lays out the training state of a small model on simulated devices, stage by
 stage, and adds up the bytes that the first of them holds.
 
-Measured (8 simulated devices, 918 784 parameters in float32): all 54 cells agree; ZeRO-0, 1, 2, 3
+Measured (8 simulated devices, 918 656 parameters in float32): all 54 cells agree; ZeRO-0, 1, 2, 3
 hold 14.70, 8.27, 5.05 and 1.84 MB a device, 1.0000 times the formula each.
 """
 
