@@ -1,6 +1,6 @@
 """Does a model of this layer pattern learn this text from nothing?
 
-  scripts/run pretrain                                                          (MEASURED_TIME)
+  scripts/run pretrain                                                          (about 80 seconds)
   scripts/run pretrain --config.pattern="window+mlp*5,attention+mlp" --config.depth=12
   scripts/run pretrain --config.pattern="attention+mlp,attention+moe"
   scripts/run pretrain --config.devices=8 --config.zero=3
@@ -11,7 +11,8 @@ are there. Stopped in any way and run again with the same flags, it goes on wher
 as if it had never stopped. It has learnt something when held-out text costs it fewer nats a token
 than the frequencies of single tokens in the training text do.
 
-Measured: MEASURED
+Measured: 869,504 parameters, 614,400 tokens: held-out text costs 4.02 nats a token, and
+token frequencies 5.91.
 """
 
 import contextlib
