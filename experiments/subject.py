@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from effjax import cost
 from effjax.core import trees
 from effjax.core.numerics import cross_entropy
 from effjax.core.typing import Params, PyTree
+from effjax.core.weights import is_weight
 from effjax.decode import unrolled
 from effjax.models import Transformer, TransformerConfig
 from effjax.train.state import trained
@@ -47,8 +49,21 @@ def costs(subject: Subject, length: int) -> Row:
     "active": cost.active_parameters(subject.config, subject.params),
     "trainable": cost.trainable(chosen),
     "bytes": trees.nbytes(subject.params),
-    "flops_token": cost.flops(subject.config, length),
+    "flops_token": cost.flops(subject.config, length) + added_flops(subject.params),
   }
+
+
+def added_flops(params: Params) -> float:
+  """FLOPs a token of what representations add to a matrix, such as LoRA's factors: two each.
+
+  Example:
+    >>> from effjax.peft import lora
+    >>> params = lora.add({"kernel": jnp.ones((4, 6))}, jax.random.key(0), rank=2, targets="kernel")
+    >>> added_flops(params)
+    40.0
+  """
+  leaves = trees.items(params).values()
+  return 2.0 * sum(leaf.parameters - math.prod(leaf.shape) for leaf in leaves if is_weight(leaf))
 
 
 class Runner:

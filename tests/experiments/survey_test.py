@@ -103,6 +103,7 @@ def test_costs_of_known_cases(lab, subject, key):
   assert halved["bytes"] * 2 == dense["bytes"]
   adapted = costs(techniques.with_lora(4)(subject, key), 32)
   assert adapted["parameters"] - dense["parameters"] == adapted["trainable"]
+  assert adapted["flops_token"] - dense["flops_token"] == 2 * adapted["trainable"]
   sparse = costs(techniques.upcycled(4)(subject, key), 32)
   mlp = trees.count({k: v for k, v in trees.items(subject.params).items() if "/ffn/" in k})
   assert sparse["active"] - dense["parameters"] == mlp + 2 * 32 * 4  # one copy more, two routers
