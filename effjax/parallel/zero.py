@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax.core import trees
@@ -47,7 +48,7 @@ class Zero:
   def replicated(self) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec())
 
-  def split(self, x: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+  def split(self, x: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> NamedSharding:
     """The longest axis that N divides, the last of equals; replicated when N divides none.
 
     The first of three or more counts layers or experts and is the last resort: a scan reads it

@@ -1,10 +1,12 @@
 """One jitted training step for every objective and every placement."""
 
-from collections.abc import Callable
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import Partial
 
 from effjax.core import trees
 from effjax.core.typing import Array, Key, PyTree
@@ -12,7 +14,30 @@ from effjax.parallel.zero import Zero
 from effjax.train.objectives import Batch, Objective
 from effjax.train.state import TrainState, trained
 
-Step = Callable[[TrainState, Batch, Key], tuple[TrainState, dict[str, Array]]]
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A compiled step(state, batch, rng) -> (state, metrics).
+
+  Arrays that the objective holds, such as a teacher's parameters in a `Partial`, are arguments of
+  the program and not constants in it.
+
+  Attributes:
+    program: the jitted function (objective, state, batch, rng).
+    objective: its first argument.
+  """
+
+  program: Any
+  objective: Partial
+
+  def __call__(
+    self, state: TrainState, batch: Batch, rng: Key
+  ) -> tuple[TrainState, dict[str, Array]]:
+    return self.program(self.objective, state, batch, rng)
+
+  def lower(self, state: TrainState, batch: Batch, rng: Key) -> jax.stages.Lowered:
+    """The program for these arguments, or their shapes, to be compiled or looked at."""
+    return self.program.lower(self.objective, state, batch, rng)
 
 
 def make_train_step(
@@ -53,7 +78,7 @@ def make_train_step(
     raise ValueError(f"microbatches={microbatches}; allowed: from 1")
   place = placement or _Anywhere()
 
-  def step(state: TrainState, batch: Batch, rng: Key):
+  def step(objective: Objective, state: TrainState, batch: Batch, rng: Key):
     chosen, rest = trained(state.params, trainable)
 
     def compute(part: Batch, key: Key):
@@ -72,7 +97,8 @@ def make_train_step(
     new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
     return place.on_state(new), {**metrics, "grad_norm": norm, "finite": finite}
 
-  return jax.jit(step, donate_argnums=0)
+  held = objective if isinstance(objective, Partial) else Partial(objective)
+  return Step(jax.jit(step, donate_argnums=1), held)
 
 
 class _Anywhere:

@@ -141,3 +141,15 @@ def test_bfloat16_parameters_keep_their_type_through_accumulation(bigram, stream
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   state, _ = _run(objective, params, next(stream()), optax.sgd(0.1), key, microbatches=2)
   assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_arrays_an_objective_holds_are_arguments_of_the_program():
+  def objective(held, params, batch, rng):
+    return (params["w"] * held * batch["x"][0]).sum(), {}
+
+  state = init_state({"w": jnp.ones(999)}, optax.sgd(0.1))
+  held = jax.tree_util.Partial(objective, jnp.arange(999.0))
+  batch = {"x": jnp.ones((1, 999))}
+  text = make_train_step(held, optax.sgd(0.1)).lower(state, batch, jax.random.key(0)).as_text()
+  assert text.count("tensor<999xf32>") > 0
+  assert not any("constant" in line and "999" in line for line in text.splitlines())
