@@ -70,14 +70,14 @@ def _rows_until_torn(workdir):
   return len((workdir / "metrics.jsonl").read_text().splitlines()) - 1
 
 
-def test_a_finished_run_is_not_repeated(tmp_path, run):
+def test_a_finished_run_is_not_repeated(tmp_path, run, stream):
+  class Never(stream):
+    def __next__(self):
+      raise AssertionError("a step was taken")
+
   first = run(tmp_path)
   before = (tmp_path / "metrics.jsonl").read_bytes()
-
-  def never(*_):
-    raise AssertionError("a step was taken")
-
-  _same(first, run(tmp_path, step=never))
+  _same(first, run(tmp_path, batches=Never()))
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
