@@ -39,7 +39,7 @@ class Run:
   spent: float = 0.0
   passes: float = 3.0
   extra_flops: float = 0.0
-  learning_rate: float = 3e-3
+  learning_rate: float = 5e-3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,13 +72,13 @@ class Config:
   length: int = 512
   decode: int = 8
   seeds: int = 3
-  steps: int = 80
+  steps: int = 240
   width: int = 96
   layers: int = 4
   heads: int = 4
-  vocab: int = 1024
-  batch: int = 8
-  short_length: int = 128
+  vocab: int = 512
+  batch: int = 2
+  short_length: int = 64
   short_rows: int = 64
 
 

@@ -133,13 +133,13 @@ def run_moe(lab: Lab, seed: int) -> Run:
 def run_upcycled(lab: Lab, seed: int) -> Run:
   """Half the budget dense, then every MLP becomes four experts for the other half."""
   start = lab.dense_after(0.5, seed)
-  return Run(upcycled(4)(start, jax.random.key(seed)), spent=0.5, learning_rate=1e-3)
+  return Run(upcycled(4)(start, jax.random.key(seed)), spent=0.5, learning_rate=2e-3)
 
 
 def run_lora(lab: Lab, seed: int) -> Run:
   """Half the budget dense, then only LoRA of rank 8 for the other half."""
   start = with_lora(8)(lab.dense_after(0.5, seed), jax.random.key(seed))
-  return Run(start, spent=0.5, passes=2.0, learning_rate=1e-3)
+  return Run(start, spent=0.5, passes=2.0)
 
 
 def run_half_depth(lab: Lab, seed: int) -> Run:
