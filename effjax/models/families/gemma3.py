@@ -9,7 +9,7 @@ from effjax.attention.multi_head import Attention
 from effjax.layers import MLP, RMSNorm
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.models.families import reading
-from effjax.models.families.table import Entry, Family, linear
+from effjax.models.families.table import GATED_MLP, SELF_ATTENTION, Entry, Family, linear
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
@@ -129,17 +129,12 @@ FAMILY = Family(
   from_config=from_config,
   layer=(
     _norm("mixer_norm", "layers.{i}.input_layernorm"),
-    *linear("mixer/query", "layers.{i}.self_attn.q_proj"),
-    *linear("mixer/key", "layers.{i}.self_attn.k_proj"),
-    *linear("mixer/value", "layers.{i}.self_attn.v_proj"),
-    *linear("mixer/out", "layers.{i}.self_attn.o_proj"),
+    *SELF_ATTENTION,
     _norm("mixer/query_norm", "layers.{i}.self_attn.q_norm"),
     _norm("mixer/key_norm", "layers.{i}.self_attn.k_norm"),
     _norm("mixer_post_norm", "layers.{i}.post_attention_layernorm"),
     _norm("ffn_norm", "layers.{i}.pre_feedforward_layernorm"),
-    *linear("ffn/gate", "layers.{i}.mlp.gate_proj", bias=False),
-    *linear("ffn/up", "layers.{i}.mlp.up_proj", bias=False),
-    *linear("ffn/down", "layers.{i}.mlp.down_proj", bias=False),
+    *GATED_MLP,
     _norm("ffn_post_norm", "layers.{i}.post_feedforward_layernorm"),
   ),
   rest=(

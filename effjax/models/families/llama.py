@@ -8,7 +8,7 @@ from effjax.attention.multi_head import Attention
 from effjax.layers import MLP, RMSNorm
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.models.families import reading
-from effjax.models.families.table import Entry, Family, linear
+from effjax.models.families.table import GATED_MLP, SELF_ATTENTION, Entry, Family, linear
 
 
 def to_config(config: Mapping[str, Any]) -> TransformerConfig:
@@ -68,14 +68,9 @@ FAMILY = Family(
   from_config=from_config,
   layer=(
     Entry("mixer_norm/scale", "layers.{i}.input_layernorm.weight"),
-    *linear("mixer/query", "layers.{i}.self_attn.q_proj"),
-    *linear("mixer/key", "layers.{i}.self_attn.k_proj"),
-    *linear("mixer/value", "layers.{i}.self_attn.v_proj"),
-    *linear("mixer/out", "layers.{i}.self_attn.o_proj"),
+    *SELF_ATTENTION,
     Entry("ffn_norm/scale", "layers.{i}.post_attention_layernorm.weight"),
-    *linear("ffn/gate", "layers.{i}.mlp.gate_proj"),
-    *linear("ffn/up", "layers.{i}.mlp.up_proj"),
-    *linear("ffn/down", "layers.{i}.mlp.down_proj"),
+    *GATED_MLP,
   ),
   rest=(
     Entry("embed/embedding", "embed_tokens.weight"),

@@ -65,6 +65,20 @@ def layer_norm(path: str, name: str) -> tuple[Entry, ...]:
   return Entry(f"{path}/scale", f"{name}.weight"), Entry(f"{path}/bias", f"{name}.bias")
 
 
+# The blocks as Llama names them, and whoever followed.
+SELF_ATTENTION = (
+  *linear("mixer/query", "layers.{i}.self_attn.q_proj"),
+  *linear("mixer/key", "layers.{i}.self_attn.k_proj"),
+  *linear("mixer/value", "layers.{i}.self_attn.v_proj"),
+  *linear("mixer/out", "layers.{i}.self_attn.o_proj"),
+)
+GATED_MLP = (
+  *linear("ffn/gate", "layers.{i}.mlp.gate_proj"),
+  *linear("ffn/up", "layers.{i}.mlp.up_proj"),
+  *linear("ffn/down", "layers.{i}.mlp.down_proj"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
   """A published layout: its configurations, and where each parameter lies.
