@@ -201,20 +201,28 @@ def plot(
 
 
 def label(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
-  """Writes names beside points, moved up or down where they would cover one another.
+  """Writes names beside points, moved where they would cover one another or leave the axes.
 
   Call it last: places are found in pixels of the axes as they then are.
   """
   axes.figure.canvas.draw()
+  inside = axes.get_window_extent()
   taken = [_around(axes.transData.transform(point), 6) for point in points]
-  order = sorted(range(len(points)), key=lambda i: points[i][1])
-  for i in order:
-    for shift in sorted(range(-90, 91, 6), key=abs):
+  places = [(side, shift) for shift in sorted(range(-90, 91, 6), key=abs) for side in (1, -1)]
+  for i in sorted(range(len(points)), key=lambda i: points[i][1]):
+    for side, shift in places:
       text = axes.annotate(
-        names[i], points[i], (8, shift), textcoords="offset points", fontsize=8, va="center"
+        names[i],
+        points[i],
+        (8 * side, shift),
+        textcoords="offset points",
+        fontsize=8,
+        va="center",
+        ha="left" if side > 0 else "right",
       )
       box = text.get_window_extent().expanded(1.0, 1.05)
-      if not any(box.overlaps(other) for other in taken):
+      fits = inside.x0 < box.x0 and box.x1 < inside.x1
+      if fits and not any(box.overlaps(other) for other in taken):
         taken.append(box)
         break
       text.remove()
