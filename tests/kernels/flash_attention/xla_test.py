@@ -42,7 +42,7 @@ def exact(arrays, **arguments):
     return jax.tree.map(np.asarray, jax.jit(functools.partial(evaluate, function))(wide))
 
 
-def compare(arrays, tolerance, tiles=SMALL, **arguments):
+def check_against_float64(arrays, tolerance, tiles=SMALL, **arguments):
   function = lambda q, k, v, b: xla.attention(q, k, v, bias=b, tiles=tiles, **arguments)
   got = jax.jit(functools.partial(evaluate, function))(arrays)
   for x, y in zip(got, exact(arrays, **arguments), strict=True):
@@ -66,19 +66,19 @@ def cases(draw):
   return problem(B, T, S, K * G, K, 4, 6, bias, seed=T), mask, cap, tiles
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None)
 @given(cases())
 def test_random_problems(case):
   arrays, mask, cap, tiles = case
-  compare(arrays, 2e-6, tiles, mask=mask, scale=0.4, logit_softcap=cap)
+  check_against_float64(arrays, 2e-6, tiles, mask=mask, scale=0.4, logit_softcap=cap)
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(cases())
 def test_many_random_problems(case):
   arrays, mask, cap, tiles = case
-  compare(arrays, 2e-6, tiles, mask=mask, scale=0.4, logit_softcap=cap)
+  check_against_float64(arrays, 2e-6, tiles, mask=mask, scale=0.4, logit_softcap=cap)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -86,13 +86,15 @@ def test_segments_and_padding(batch):
   ids = jnp.array([[0] * 20 + [1] * 13 + [-1] * 7, [-1] * 5 + [3] * 30 + [-1] * 5])
   arrays = problem(2, 40, 40, 4, 2, 8, 8)
   tiles = Tiles(batch, 1, 16, 8)
-  compare(arrays, 2e-6, tiles, mask=Causal(), scale=0.3, segment_ids=(ids, ids))
-  compare(arrays, 2e-6, tiles, mask=Causal() & Documents(ids), scale=0.3)
+  check_against_float64(arrays, 2e-6, tiles, mask=Causal(), scale=0.3, segment_ids=(ids, ids))
+  check_against_float64(arrays, 2e-6, tiles, mask=Causal() & Documents(ids), scale=0.3)
 
 
 def test_query_positions():
   positions = jnp.array([[3, 9, 2, 30], [0, 1, 2, 3]])
-  compare(problem(2, 4, 40, 2, 1, 8, 8), 2e-6, mask=Causal(), scale=1.0, query_positions=positions)
+  check_against_float64(
+    problem(2, 4, 40, 2, 1, 8, 8), 2e-6, mask=Causal(), scale=1.0, query_positions=positions
+  )
 
 
 def test_rows_that_see_nothing_are_zero_with_zero_gradients():
@@ -119,7 +121,7 @@ def test_bias_of_minus_infinity_hides_like_a_mask():
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 1e-2), ("float16", 2e-3)])
 def test_half_precision(dtype, tolerance):
   arrays = problem(1, 40, 40, 4, 2, 16, 16, dtype=dtype)
-  compare(arrays, tolerance, mask=Causal(), scale=0.25)
+  check_against_float64(arrays, tolerance, mask=Causal(), scale=0.25)
   assert xla.attention(*arrays[:3], mask=Causal(), scale=0.25)[0].dtype == dtype
 
 
