@@ -94,7 +94,7 @@ class Lab:
     """Trains `run` for the rest of its budget; the subject after it, and its [step, loss] curve."""
     shape, subject = self.shape, run.subject
     steps = self.steps(run)
-    optimizer, step = self._step(run, steps)
+    optimizer, step = self._step(run, steps, label)
     state = init_state(
       jax.tree.map(jnp.copy, subject.params), optimizer, trainable=subject.trainable
     )
@@ -127,9 +127,9 @@ class Lab:
     )
     return [next(batches) for _ in range(max(1, rows // shape.batch))]
 
-  def _step(self, run: Run, steps: int):
-    """Optimiser and jitted step, one for all seeds of a technique."""
-    kind = (run.subject.config, steps, run.learning_rate, run.objective is None)
+  def _step(self, run: Run, steps: int, label: str):
+    """Optimiser and jitted step, one for all seeds of a technique; an objective is a seed's own."""
+    kind = (label, run.subject.config, steps)
     if kind not in self._steps or run.objective is not None:
       config = OptimizerConfig(
         learning_rate=run.learning_rate, warmup=max(1, steps // 10), steps=steps
