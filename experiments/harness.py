@@ -6,7 +6,6 @@ An experiment is a module with a `Config` dataclass, a pure `run(config, workdir
     harness.main(run, Config())
 """
 
-import contextlib
 import csv
 import dataclasses
 import inspect
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib
 
 matplotlib.use("Agg")
@@ -73,20 +71,6 @@ def main(run: Callable[[Any, str], list[Row]], config: Any) -> None:
       sys.exit(2)
 
   app.run(call)
-
-
-def simulate_devices(count: int) -> list[jax.Device]:
-  """`count` CPU devices; a process that has begun to compute keeps the number it has.
-
-  Raises:
-    ValueError: when it has begun with fewer.
-  """
-  with contextlib.suppress(RuntimeError):
-    jax.config.update("jax_num_cpu_devices", count)
-  devices = jax.devices("cpu")
-  if len(devices) < count:
-    raise ValueError(f"{count} CPU devices are asked for and the process began with {len(devices)}")
-  return devices[:count]
 
 
 def chosen(text: str, known: Iterable[str], *, what: str) -> list[str]:

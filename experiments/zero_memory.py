@@ -24,7 +24,7 @@ from effjax.attention import Attention, masks
 from effjax.core import trees
 from effjax.layers import MLP
 from effjax.models import LayerSpec, Transformer, TransformerConfig
-from effjax.parallel import Zero, make_mesh, place
+from effjax.parallel import Zero, make_mesh, place, simulate_devices
 from effjax.train import init_state
 from effjax.train import workdir as files
 from experiments import harness
@@ -59,7 +59,7 @@ class Config:
 def run(config: Config, workdir: str) -> list[harness.Row]:
   """Rows of both parts; writes `metrics.jsonl`, `result.csv` and `plot.png` to `workdir`."""
   folder = files.claim(workdir, config)
-  devices = harness.simulate_devices(config.devices)
+  devices = simulate_devices(config.devices)
   cells = {
     f"{size} {part} dp={dp}": functools.partial(cell, size, part, dp)
     for dp in PUBLISHED

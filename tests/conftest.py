@@ -6,6 +6,7 @@ import pathlib
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+os.environ.setdefault("PJRT_NPROC", "64")  # as in effjax.parallel.simulate_devices
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -1,11 +1,15 @@
 """Meshes of devices by named axes."""
 
+import contextlib
 import math
+import os
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+
+THREADS_PER_DEVICE = 8
 
 
 def make_mesh(*, devices: Sequence[jax.Device] | None = None, **axes: int) -> Mesh:
@@ -37,3 +41,26 @@ def make_mesh(*, devices: Sequence[jax.Device] | None = None, **axes: int) -> Me
   sizes = {name: len(devices) // fixed if size == -1 else size for name, size in axes.items()}
   chosen = np.array(devices[: math.prod(sizes.values())]).reshape(tuple(sizes.values()))
   return Mesh(chosen, tuple(sizes))
+
+
+def simulate_devices(count: int) -> list[jax.Device]:
+  """`count` CPU devices; a process that has begun to compute keeps the number it has.
+
+  XLA's CPU backend gives a thread to each collective that waits. With no more threads than devices,
+  two collectives of one program can hold them all and wait for one another for ever, so the pool is
+  made larger too.
+
+  Raises:
+    ValueError: when the process has begun with fewer.
+
+  Example:
+    >>> len(simulate_devices(1))
+    1
+  """
+  os.environ.setdefault("PJRT_NPROC", str(THREADS_PER_DEVICE * count))
+  with contextlib.suppress(RuntimeError):
+    jax.config.update("jax_num_cpu_devices", count)
+  devices = jax.devices("cpu")
+  if len(devices) < count:
+    raise ValueError(f"{count} CPU devices are asked for and the process began with {len(devices)}")
+  return devices[:count]

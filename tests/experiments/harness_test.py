@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from effjax.parallel import simulate_devices
 from effjax.train import workdir
 from experiments import harness
 
@@ -142,4 +143,4 @@ def test_a_plot_that_cannot_be_written_is_named(tmp_path):
 def test_too_few_devices_are_refused():
   jax.devices()  # the process has begun
   with pytest.raises(ValueError, match="9 CPU devices are asked for"):
-    harness.simulate_devices(9)
+    simulate_devices(9)

@@ -71,7 +71,7 @@ def test_wrong_patterns_are_named(wrong, words):
   "wrong, words",
   [
     ({"dtype": "int8"}, "dtype='int8'"),
-    ({"devices": 16}, "make_mesh"),
+    ({"devices": 16}, "16 CPU devices are asked for"),
     ({"devices": 3}, "batch of 8 rows; allowed: multiples of data=3"),
     ({"devices": 8, "zero": 5}, "zero=5"),
     ({"microbatches": 3}, "microbatches=3 does not divide"),

@@ -226,11 +226,11 @@ def test_unsupported_gguf_files(architecture, fields, message, tmp_path):
 
 
 MEMORY = """
-import resource, sys, jax, jax.numpy as jnp
+import re, sys, jax, jax.numpy as jnp
 from effjax import models
 from effjax.core import trees
 jnp.ones(3).block_until_ready()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = peak()
 model = models.load(sys.argv[1])
 print((peak() - before) / trees.nbytes(model.params))
