@@ -11,7 +11,6 @@ is one JSON object.
 """
 
 import json
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +25,7 @@ from effjax.decode import generate, unrolled
 from effjax.models import load
 from effjax.models.model import Model
 from effjax.quant import quantize
+from scripts.timing import interleaved, medians
 
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "Name or path of the model.")
 PROMPT = flags.DEFINE_integer("prompt", 64, "Tokens of prompt.")
@@ -93,17 +93,6 @@ def bandwidth() -> Callable:
   return lambda: jax.block_until_ready(total(big))
 
 
-def measure(contenders: Contenders) -> dict[str, float]:
-  """Median seconds of each; in every round all take a turn."""
-  seconds: dict[str, list[float]] = {name: [] for name in contenders}
-  for _ in range(ROUNDS.value):
-    for name, call in contenders.items():
-      start = time.perf_counter()
-      call()
-      seconds[name].append(time.perf_counter() - start)
-  return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def agreement(found: list[int], expected: list[int]) -> int:
   """How many first tokens are the same."""
   pairs = zip(found, expected, strict=True)
@@ -124,7 +113,7 @@ def main(_):
     start = time.perf_counter()
     outputs[name] = call()
     print(f"{name}: first call {time.perf_counter() - start:.1f} s", flush=True)
-  report(measure(contenders), sizes, outputs)
+  report(medians(interleaved(contenders, ROUNDS.value)), sizes, outputs)
 
 
 def report(seconds: dict[str, float], sizes: dict[str, int], outputs: dict) -> None:

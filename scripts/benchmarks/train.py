@@ -11,19 +11,18 @@ ratio is the median over rounds of times taken side by side. The last line is on
 import json
 import os
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
-from tqdm import tqdm
 
 from effjax.core import trees
 from effjax.layers.stack import split
 from effjax.models import Transformer, presets
 from effjax.train import init_state, make_train_step, next_token
+from scripts.timing import interleaved
 
 BATCH = flags.DEFINE_integer("batch", 4, "Sequences of a batch.")
 LENGTH = flags.DEFINE_integer("length", 512, "Tokens of a sequence.")
@@ -117,12 +116,7 @@ def main(_) -> None:
   contenders = {"theirs": theirs(config, params, batch), "ours": ours(config, params, batch)}
   for name, take in contenders.items():
     print(f"first two losses, {name}: {take():.5f} {take():.5f}")
-  times: dict[str, list[float]] = {name: [] for name in contenders}
-  for _ in tqdm(range(ROUNDS.value), unit="round"):
-    for name, take in contenders.items():
-      start = time.perf_counter()
-      take()
-      times[name].append(time.perf_counter() - start)
+  times = interleaved(contenders, ROUNDS.value, patience=float("inf"))
   pairs = zip(times["ours"], times["theirs"], strict=True)
   found = {"tokens_per_second_ratio": statistics.median(b / a for a, b in pairs)}
   for name, taken in times.items():
