@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
 
+PAUSE = 1.0  # seconds
 
 def interleaved(
   contenders: Mapping[str, Callable[[], object]], rounds: int, *, patience: float = 30.0
 ) -> dict[str, list[float]]:
   """Seconds of each call that waits for its result; in every round all take a turn.
 
-  A round that is not counted goes first, with compilation. A contender that took longer than
-  `patience` seconds in the first counted round sits out the later ones.
+  A round that is not counted goes first, with compilation. A pause before each turn lets the one
+  before give its memory back, which a runtime may do after its result is ready. A contender that
+  took longer than `patience` seconds in the first counted round sits out the later ones.
   """
   for call in contenders.values():
     call()
@@ -22,6 +24,7 @@ def interleaved(
     for name, call in contenders.items():
       if times[name] and times[name][0] > patience:
         continue
+      time.sleep(PAUSE)
       start = time.perf_counter()
       call()
       times[name].append(time.perf_counter() - start)
