@@ -65,6 +65,16 @@ def test_a_wrong_argument_ends_in_one_clear_line(tmp_path, argument, said):
   assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+  ("script", "kind", "known"), [("run", "experiment", "survey"), ("bench", "benchmark", "decode")]
+)
+def test_an_unknown_script_is_refused_with_the_names(script, kind, known):
+  done = subprocess.run([ROOT / "scripts" / script, "mamba2"], capture_output=True, text=True)
+  assert done.returncode == 2
+  assert done.stderr.startswith(f"error: unknown {kind} 'mamba2'; allowed: ")
+  assert known in done.stderr
+
+
 def test_chosen_keeps_the_order_of_the_registry():
   assert harness.chosen("c, a", ["a", "b", "c"], what="x") == ["a", "c"]
   assert harness.chosen("all", ["a", "b"], what="x") == ["a", "b"]
