@@ -1,6 +1,6 @@
 """What does each technique cost and what is it worth, on one model and one text?
 
-  scripts/run                                          (every technique; 5 to 10 minutes, 2 cores)
+  scripts/run                                          (every technique; 6 minutes on 2 cores)
   scripts/run survey --config.techniques=int8,lora-r8  (some; finished rows are kept)
 
 First SmolLM2-135M on held-out text of the Python library and its reference: each technique that
@@ -11,10 +11,10 @@ technique that needs it, at the FLOPs of one dense run, over several seeds. The 
 Time is a ratio to the baseline's, measured in turns with it: prefill of one row of text, and greedy
 decoding after a cache of 64 tokens. FLOPs are those of the forward pass a token.
 
-Measured on 2 cores that were shared with other work (9.6 minutes, 8.2 of CPU time; jax 0.10.2):
+Measured on 2 cores (6.1 minutes, 8.5 of CPU time; jax 0.10.2):
 SmolLM2-135M at perplexity 12.87 keeps it with LoRA at its start, merged, and upcycled; int8 has
 12.84 at a quarter of the bytes; an untrained window of 128 costs 36.4, in every second layer 22.7.
-In the short runs of 30 thousand tokens (dense 148 ± 11) window 136 ± 8, mixture of experts 154 ± 3
+In the short runs of 30 thousand tokens (dense 147 ± 10) window 136 ± 8, mixture of experts 148 ± 8
 and half the depth 94 ± 3: with so little training, more steps of less model win.
 """
 
