@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 PAUSE = 1.0  # seconds
 
+
 def interleaved(
   contenders: Mapping[str, Callable[[], object]], rounds: int, *, patience: float = 30.0
 ) -> dict[str, list[float]]:
