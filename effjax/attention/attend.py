@@ -61,9 +61,9 @@ def attend(
   """
   mask = masks.Full() if mask is None else mask
   _check_arrays(query, key, value, bias)
-  B, T, _, H = query.shape
+  B, T, N, H = query.shape
   S = key.shape[1]
-  _check_places(B, T, S, mask, query_positions)
+  _check_places(B, T, S, N, mask, query_positions)
   run = _pick(implementation, T, S)
   out, lse = run(
     query,
@@ -119,13 +119,15 @@ def _check_arrays(query: Any, key: Any, value: Any, bias: Any) -> None:
       raise ValueError(f"bias has shape {bias.shape}, expected {whole} with any axis 1 instead")
 
 
-def _check_places(B: int, T: int, S: int, mask: Any, positions: Any) -> None:
+def _check_places(B: int, T: int, S: int, N: int, mask: Any, positions: Any) -> None:
   if not isinstance(mask, masks.Mask):
     raise ValueError(
       f"mask is {type(mask).__name__}, expected a mask of effjax.attention.masks; "
       "booleans can be given as a bias of 0 and -inf"
     )
   mask.check(B, T, S, positions is not None)
+  if mask.heads not in (1, N):
+    raise ValueError(f"mask: it tells {mask.heads} heads apart, and query has {N}")
   if positions is not None and (positions.ndim != 2 or positions.shape not in ((B, T), (1, T))):
     raise ValueError(f"query_positions has shape {positions.shape}, expected {(B, T)}")
 

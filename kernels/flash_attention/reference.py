@@ -42,13 +42,11 @@ def attention(
 
 
 def _seen(T: int, S: int, mask: Any, segment_ids: Any, positions: Any) -> Bool[Array, "b n T S"]:
-  positions = jnp.arange(S - T, S)[None] if positions is None else positions
-  keys = jnp.arange(S)[None, None, None, :]
-  seen = numerics.expand(mask.predicate(positions[:, None, :, None], keys), 4)
+  seen = numerics.expand(mask.dense(T, S, positions), 4)
   if segment_ids is not None:
     q_ids, k_ids = segment_ids[0][:, None, :, None], segment_ids[1][:, None, None, :]
     seen = seen & (q_ids == k_ids) & (q_ids >= 0)
-  return jnp.broadcast_to(seen, (*seen.shape[:2], T, S))
+  return seen
 
 
 def _softmax(scores: Float[Array, "B N T S"]) -> tuple[Array, Array]:

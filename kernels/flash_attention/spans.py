@@ -11,6 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,7 +26,8 @@ def _namespace(*arrays: Index) -> Any:
 class Spans:
   """Disjoint intervals [start, stop) of tiles, some of them empty, for each row of tiles.
 
-  Both arrays are [b, rows, n], ascending along n with the empty intervals last; b is 1 or B.
+  Both arrays are [b, h, rows, n], ascending along n with the empty intervals last; b is 1 or B, and
+  h is 1 or the number of query heads.
   """
 
   start: Index
@@ -38,9 +40,7 @@ class Spans:
     return _tidy(_flat(start), _flat(stop), self.start.shape[-1] + other.start.shape[-1])
 
   def __or__(self, other: "Spans") -> "Spans":
-    rest = other & self.complement(np.iinfo(np.int32).max)
-    start, stop = _joined(self.start, rest.start), _joined(self.stop, rest.stop)
-    return _tidy(start, stop, start.shape[-1])
+    return union(_joined(self.start, other.start), _joined(self.stop, other.stop))
 
   def complement(self, limit: int) -> "Spans":
     """The tiles of [0, limit) that are in no interval."""
@@ -52,8 +52,39 @@ class Spans:
     return _tidy(start, stop, start.shape[-1])
 
   def count(self) -> Index:
-    """Number of tiles in each row, [b, rows]."""
+    """Number of tiles in each row, [b, h, rows]."""
     return _namespace(self.start).maximum(self.stop - self.start, 0).sum(-1)
+
+
+def union(start: Index, stop: Index) -> Spans:
+  """The union of intervals [start, stop) that may overlap, given along the last axis."""
+  xp = _namespace(start, stop)
+  last = np.iinfo(np.int32).max
+  start = xp.where(start < stop, start, last)
+  order = xp.argsort(start, axis=-1)
+  start, stop = (xp.take_along_axis(x, order, -1) for x in (start, stop))
+  stop = xp.where(start < last, stop, 0)
+  # What an earlier interval has reached already is cut off.
+  reached = (np.maximum.accumulate if xp is np else jax.lax.cummax)(stop, axis=stop.ndim - 1)
+  before = xp.concatenate([xp.zeros_like(stop[..., :1]), reached[..., :-1]], axis=-1)
+  return _tidy(xp.maximum(start, before), stop, start.shape[-1])
+
+
+def stack(spans: tuple[Spans, ...], index: tuple[int, ...]) -> Spans:
+  """The spans of heads, of which head n has those of `spans[index[n]]`."""
+  xp = _namespace(*(x for each in spans for x in (each.start, each.stop)))
+  n = max(each.start.shape[-1] for each in spans)
+  lead = np.broadcast_shapes(*(each.start.shape[:-1] for each in spans))
+
+  def join(arrays: list[Index]) -> Index:
+    last = np.iinfo(np.int32).max
+    arrays = [
+      xp.pad(x, [(0, 0)] * 3 + [(0, n - x.shape[-1])], constant_values=last) for x in arrays
+    ]
+    arrays = [xp.broadcast_to(x, (*lead, n)) for x in arrays]
+    return xp.concatenate(arrays, axis=1)[:, np.array(index)]
+
+  return Spans(join([each.start for each in spans]), join([each.stop for each in spans]))
 
 
 def _flat(x: Index) -> Index:
@@ -86,54 +117,64 @@ class Grid:
   """A row of query tiles against the tiles of the other axis.
 
   Attributes:
-    index: [b, rows, block] position of each query of each tile; a short last tile repeats its last.
-    offset: position of the first key.
+    index: [b, rows, queries] position of each query of a tile; a short last tile repeats its last.
     length: number of keys.
     block: keys in a tile; the last tile may be short.
+    contiguous: whether the queries of a tile are neighbours, in order.
   """
 
   index: Index
-  offset: int
   length: int
   block: int
+  contiguous: bool = False
 
   @classmethod
   def of(cls, T: int, S: int, block_q: int, block_k: int) -> "Grid":
     """Queries are the last T of S positions."""
-    return cls(tiled(np.arange(S - T, S, dtype=np.int32)[None], block_q), 0, S, block_k)
+    return cls(tiled(np.arange(S - T, S, dtype=np.int32)[None], block_q), S, block_k, True)
 
   @property
   def tiles(self) -> int:
     return math.ceil(self.length / self.block)
 
+  def split(self, q: Index) -> Index:
+    """A feature of the queries [b, h, T] (or [b, h, 1]), tile by tile: [b, h, rows, queries]."""
+    return q[..., None] if q.shape[-1] == 1 else tiled(q, self.index.shape[-1])
+
+  def split_keys(self, k: Index) -> Index:
+    """A feature of the keys [b, h, S], tile by tile: [b, h, tiles, block]."""
+    return tiled(k, self.block)
+
   @property
   def first(self) -> Index:
-    return self.index.min(-1)
+    """Least position of each tile's queries, [b, 1, rows]."""
+    return self.index.min(-1)[:, None]
 
   @property
   def last(self) -> Index:
-    return self.index.max(-1)
+    """Greatest position of each tile's queries, [b, 1, rows]."""
+    return self.index.max(-1)[:, None]
 
   def touching(self, low: Index, high: Index) -> Spans:
-    """Tiles that hold some key of low … high (inclusive), given per row of tiles."""
+    """Tiles that hold some key of low … high (inclusive), given [b, h, rows]."""
     xp = _namespace(low, high)
-    start = xp.clip((low - self.offset) // self.block, 0, self.tiles)
-    stop = xp.clip((high - self.offset) // self.block + 1, 0, self.tiles)
+    start = xp.clip(low // self.block, 0, self.tiles)
+    stop = xp.clip(high // self.block + 1, 0, self.tiles)
     stop = xp.where(high < low, 0, stop)
     return _tidy(start[..., None], stop[..., None], 1)
 
   def inside(self, low: Index, high: Index) -> Spans:
     """Tiles all of whose keys are in low … high (inclusive)."""
     xp = _namespace(low, high)
-    end = self.offset + self.length - 1
-    start = xp.clip(-((self.offset - low) // self.block), 0, self.tiles)
-    stop = xp.clip((high - self.offset + 1) // self.block, 0, self.tiles)
-    stop = xp.where(high >= end, self.tiles, stop)
+    start = xp.clip(-(-low // self.block), 0, self.tiles)
+    stop = xp.clip((high + 1) // self.block, 0, self.tiles)
+    stop = xp.where(high >= self.length - 1, self.tiles, stop)
     return _tidy(start[..., None], stop[..., None], 1)
 
-  def key_tiles(self) -> Index:
-    """[tiles, block] position of each key of each tile."""
-    return tiled(np.arange(self.offset, self.offset + self.length, dtype=np.int32), self.block)
+  def everywhere(self, rows: Index) -> Spans:
+    """All tiles where the booleans `rows` [b, h, rows] are true, none elsewhere."""
+    stop = _namespace(rows).where(rows, self.tiles, 0)[..., None]
+    return _tidy(stop * 0, stop, 1)
 
 
 def tiled(x: Index, block: int) -> Index:
@@ -149,8 +190,8 @@ def equal_ids(q_ids: Index, k_ids: Index) -> tuple[Spans, Spans]:
   """Tiles where some, and where every, query and key have the same id ≥ 0.
 
   Args:
-    q_ids: [b, rows, block] segment of each query.
-    k_ids: [b, tiles, block] segment of each key.
+    q_ids: [b, h, rows, queries] segment of each query.
+    k_ids: [b, h, tiles, block] segment of each key.
   Returns:
     One interval a row for each of the two. It holds every tile that matters; when segments are
     runs of ascending ids, as packing makes them, it holds no other.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.typing import Array
-from effjax.kernels.flash_attention.spans import Grid, Spans
+from effjax.kernels.flash_attention.spans import Grid, Spans, union
 
 _CPU_TILE = 2**19  # scores worked on at once: two megabytes of float32 stay near two cores
 _DEVICE_TILE = 2**24
@@ -33,7 +33,8 @@ class Tiles:
 def choose(B: int, T: int, S: int, K: int, G: int, mask: Any) -> Tiles:
   """Tile sizes for the default backend; G is the number of query heads to a key-value head.
 
-  A mask known while tracing decides how fine the tiles are: a narrow window wants small ones.
+  A mask known while tracing decides how fine the tiles are: a narrow window wants small ones. Where
+  heads differ in what they see, none waits for another's tiles.
   One CPU device takes heads a few at a time, so that a tile of scores stays in cache. With more
   devices, and on accelerators, a step spans the whole batch and all heads: a scan over an axis that
   the compiler shards would gather it.
@@ -43,7 +44,7 @@ def choose(B: int, T: int, S: int, K: int, G: int, mask: Any) -> Tiles:
   queries, keys = min(sizes, key=lambda size: _cost(mask, T, S, *size)) if static else sizes[1]
   if jax.default_backend() == "cpu" and jax.device_count() == 1:
     room = max(_CPU_TILE // (G * queries * keys), 1)
-    heads = _divisor(K, max(room, 2 if K % 2 == 0 else 1))
+    heads = 1 if mask.heads > 1 else _divisor(K, max(room, 2 if K % 2 == 0 else 1))
     return Tiles(_divisor(B, room // heads) if heads == K else 1, heads, queries, keys)
   while B * K * G * queries * keys > _DEVICE_TILE and max(queries, keys) > 128:
     queries, keys = _even(T, max(queries // 2, 128)), _even(S, max(keys // 2, 128))
@@ -51,7 +52,8 @@ def choose(B: int, T: int, S: int, K: int, G: int, mask: Any) -> Tiles:
 
 
 def _cost(mask: Any, T: int, S: int, queries: int, keys: int) -> int:
-  some, _ = mask.spans(Grid.of(T, S, queries, keys))
+  grid = Grid.of(T, S, queries, keys)
+  some, _ = mask.spans(grid, *mask.features(np.arange(S - T, S)[None], S))
   return int(some.count().sum()) * (queries * keys + _STEP)
 
 
@@ -67,7 +69,7 @@ def _divisor(n: int, most: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Visits:
-  """For each group of batch rows and each query tile, intervals of key tiles to visit."""
+  """For each group of batch rows and heads and each query tile, intervals of key tiles to visit."""
 
   spans: Spans
 
@@ -76,10 +78,10 @@ class Visits:
     """True where it is known while tracing that there is nothing to visit."""
     return isinstance(self.spans.start, np.ndarray) and not self.spans.count().any()
 
-  def row(self, group: Any, i: Any) -> tuple[Array, Any]:
+  def row(self, batch: Any, head: Any, i: Any) -> tuple[Array, Any]:
     """Number of key tiles for query tile i, and a function from 0 … number − 1 to the tile."""
-    start = _at(self.spans.start, group, i)
-    size = jnp.maximum(_at(self.spans.stop, group, i) - start, 0)
+    start, stop = (_at(x, batch, head, i) for x in (self.spans.start, self.spans.stop))
+    size = jnp.maximum(stop - start, 0)
     after = jnp.cumsum(size)
 
     def tile(n: Any) -> Array:
@@ -91,9 +93,9 @@ class Visits:
     return after[-1], tile
 
 
-def _at(x: Any, group: Any, i: Any) -> Array:
+def _at(x: Any, batch: Any, head: Any, i: Any) -> Array:
   x = jnp.asarray(x, jnp.int32)
-  return x[group if x.shape[0] > 1 else 0, i]
+  return x[batch if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0, i]
 
 
 def partition(some: Spans, every: Spans, whole: int, tiles: int) -> tuple[Visits, Visits]:
@@ -103,27 +105,20 @@ def partition(some: Spans, every: Spans, whole: int, tiles: int) -> tuple[Visits
     whole: key tiles without padding; a padded one is never free of the mask.
     tiles: all key tiles.
   """
-  ragged = Spans(np.full((1, 1, 1), whole), np.full((1, 1, 1), tiles))
+  ragged = Spans(np.full((1, 1, 1, 1), whole), np.full((1, 1, 1, 1), tiles))
   every = every & ragged.complement(tiles)
   return Visits(some & every.complement(tiles)), Visits(every)
 
 
-def merge(some: Spans, every: Spans, size: int) -> tuple[Spans, Spans]:
-  """The spans of groups of `size` batch rows that are worked on together."""
-  if size == 1 or some.start.shape[0] == every.start.shape[0] == 1:
-    return some, every
-  far = np.iinfo(np.int32).max
-  busy = some.start < some.stop
-  start = jnp.where(busy, some.start, far).min(-1, keepdims=True)
-  stop = jnp.where(busy, some.stop, 0).max(-1, keepdims=True)
-  hull = Spans(_grouped(start, size).min(1), _grouped(stop, size).max(1))
-  if every.start.shape[-1] > 1:
-    return hull, Spans(jnp.zeros_like(hull.start), jnp.zeros_like(hull.start))
-  return hull, Spans(_grouped(every.start, size).max(1), _grouped(every.stop, size).min(1))
+def merge(spans: Spans, batch: int, heads: int) -> Spans:
+  """What is in the spans of any of `batch` rows and `heads` heads that are worked on together."""
+  groups = [(x, batch, heads) for x in (spans.start, spans.stop)]
+  return union(*(_grouped(*group) for group in groups)) if batch * heads > 1 else spans
 
 
-def _grouped(x: Any, size: int) -> Array:
-  """[B, ...] as [B / size, size, ...]; an axis of one is one for all."""
-  if x.shape[0] == 1:
-    return jnp.asarray(x)[None]
-  return x.reshape(-1, size, *x.shape[1:])
+def _grouped(x: Any, batch: int, heads: int) -> Any:
+  """[b, h, rows, n] as [b / batch, h / heads, rows, batch · heads · n]; axes of one stay."""
+  b, h, rows, n = x.shape
+  batch, heads = min(b, batch), min(h, heads)
+  x = x.reshape(b // batch, batch, h // heads, heads, rows, n).transpose(0, 2, 4, 1, 3, 5)
+  return x.reshape(b // batch, h // heads, rows, -1)

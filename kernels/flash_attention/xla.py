@@ -48,8 +48,7 @@ def attention(
   """Attention and its log-sum-exp; time follows the tiles visited, memory is linear in T and S.
 
   Args:
-    mask: a pytree with `predicate(q_index, k_index)` and `spans(grid)`, as in
-      `effjax.attention.masks`; its arrays have the batch (B or 1) as their first axis.
+    mask: a pytree with `features`, `predicate` and `spans`, as in `effjax.attention.masks`.
     segment_ids: of queries and keys; equal ids ≥ 0 see each other, within the mask.
     query_positions: absolute position of each query; the last T of S when None.
     tiles: sizes to work in, chosen for the backend when None.
@@ -232,64 +231,85 @@ class _Sight:
   """The mask of every tile: which tiles to visit, and the predicate on one."""
 
   def __init__(self, plan: _Plan, where: _Where):
-    self.plan, self.where = plan, where
-    t = plan.tiles
-    positions = where.query_positions
+    self.plan, self.mask, t = plan, where.mask, plan.tiles
+    positions = index = where.query_positions
     if positions is None:
-      positions = jnp.arange(plan.S - plan.T, plan.S, dtype=jnp.int32)[None]
+      positions = np.arange(plan.S - plan.T, plan.S, dtype=np.int32)[None]
+      index = lax.iota(jnp.int32, plan.T)[None] + (plan.S - plan.T)
       grid = Grid.of(plan.T, plan.S, t.queries, t.keys)
     else:
-      grid = Grid(tiled(positions, t.queries), 0, plan.S, t.keys)
-    self.positions = _edge(positions, plan.q_tiles * t.queries)
-    some, every = where.mask.spans(grid)
+      grid = Grid(tiled(positions, t.queries), plan.S, t.keys)
+    features = self.mask.features(positions, plan.S)
+    some, every = self.mask.spans(grid, *features)
     if where.segment_ids is not None:
-      q_ids, k_ids = where.segment_ids
-      same, all_same = equal_ids(tiled(q_ids, t.queries), tiled(k_ids, t.keys))
+      same, all_same = equal_ids(
+        grid.split(where.segment_ids[0][:, None]), grid.split_keys(where.segment_ids[1][:, None])
+      )
       some, every = some & same, every & all_same
-      self.q_ids = _edge(q_ids, plan.q_tiles * t.queries)
-      self.k_ids = _edge(k_ids, plan.k_tiles * t.keys)
-    some, every = tiling.merge(some, every, t.batch)
+    heads = t.heads * plan.G
+    some = tiling.merge(some, t.batch, heads)
+    rest = tiling.merge(every.complement(plan.k_tiles), t.batch, heads)
+    every = rest.complement(plan.k_tiles)
     self.partial, self.full = tiling.partition(some, every, plan.S // t.keys, plan.k_tiles)
+    rows = (index[:, None], *_segments(where, 0)), features[0]
+    self.queries = self._padded(rows, plan.q_tiles * t.queries)
+    self.keys = self._padded((_segments(where, 1), features[1]), plan.k_tiles * t.keys)
 
-  def visit(self, group: Array, i: Array, body: Any, carry: Any) -> Any:
-    """Folds `body(tile, seen, carry)` over the key tiles of query tile i."""
+  def visit(self, c: Array, i: Array, body: Any, carry: Any) -> Any:
+    """Folds `body(tile, seen, carry)` over the key tiles of query tile i of group c."""
     for visits, masked in ((self.full, False), (self.partial, True)):
       if visits.none:
         continue
-      count, tile = visits.row(group, i)
+      count, tile = visits.row(*self.plan.split(c), i)
 
       def step(n, carry, masked=masked, tile=tile):
         j = tile(n)
-        return body(j, self.seen(group, i, j) if masked else None, carry)
+        return body(j, self.seen(c, i, j) if masked else None, carry)
 
       carry = lax.fori_loop(0, count, step, carry)
     return carry
 
-  def seen(self, group: Array, i: Array, j: Array) -> Array:
-    """[batch, 1, queries, keys] of booleans (axes of one where they do not matter)."""
+  def seen(self, c: Array, i: Array, j: Array) -> Array:
+    """[batch, heads, G, queries, keys] of booleans (axes of one where they do not matter)."""
     t = self.plan.tiles
-    mask = jax.tree.map(lambda x: self._batch(x, group), self.where.mask)
-    q = self._tile(self.positions, group, i, t.queries)[:, None, :, None]
-    k = j * t.keys + lax.broadcasted_iota(jnp.int32, (1, 1, 1, t.keys), 3)
-    seen = numerics.expand(mask.predicate(q, k), 4)
-    if self.where.segment_ids is not None:
-      q_ids = self._tile(self.q_ids, group, i, t.queries)[:, None, :, None]
-      k_ids = self._tile(self.k_ids, group, j, t.keys)[:, None, None, :]
-      seen = seen & (q_ids == k_ids) & (q_ids >= 0)
+    (q, *q_ids), q_features = self._tile(self.queries, c, i, t.queries, np.s_[..., :, None])
+    k_ids, k_features = self._tile(self.keys, c, j, t.keys, np.s_[..., None, :])
+    k = j * t.keys + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, t.keys), 4)
+    seen = self.mask.predicate(q, k, q_features, k_features)
+    for a, b in zip(q_ids, k_ids, strict=True):
+      seen = seen & (a == b) & (a >= 0)
     return seen & (k < self.plan.S) if self.plan.S % t.keys else seen
 
-  def _batch(self, x: Array, group: Array) -> Array:
-    size = self.plan.tiles.batch
-    return lax.dynamic_slice_in_dim(x, group * size, size) if x.shape[0] > 1 else x
+  def _padded(self, features: Any, length: int) -> Any:
+    return jax.tree.map(lambda x: x if x.shape[2] == 1 else _edge(x, length), features)
 
-  def _tile(self, x: Array, group: Array, i: Array, size: int) -> Array:
-    return lax.dynamic_slice_in_dim(self._batch(x, group), i * size, size, axis=1)
+  def _tile(self, features: Any, c: Array, i: Array, size: int, place: Any) -> Any:
+    """Tile i of features [b, h, length], for group c, with an axis for the other side's tile."""
+    t, groups = self.plan.tiles, self.plan.split(c)
+    heads = t.heads * self.plan.G
+    sizes = t.batch, heads, size
+
+    def cut(x: Any) -> Array:
+      index = zip(x.shape, sizes, (*groups, i), strict=True)
+      start, part = zip(
+        *((n * g, n) if whole > 1 else (0, 1) for whole, n, g in index), strict=True
+      )
+      x = lax.dynamic_slice(jnp.asarray(x), start, part)
+      return x.reshape(part[0], *((t.heads, self.plan.G) if part[1] > 1 else (1, 1)), part[2])[
+        place
+      ]
+
+    return jax.tree.map(cut, features)
 
 
-def _edge(x: Array, length: int) -> Array:
-  """[b, X] continued to `length` with its last element."""
-  short = length - x.shape[1]
-  return jnp.pad(x, ((0, 0), (0, short)), mode="edge") if short else x
+def _segments(where: _Where, side: int) -> tuple[Array, ...]:
+  return () if where.segment_ids is None else (where.segment_ids[side][:, None],)
+
+
+def _edge(x: Any, length: int) -> Any:
+  """[b, h, X] continued to `length` with its last element."""
+  short = length - x.shape[2]
+  return jnp.pad(x, ((0, 0), (0, 0), (0, short)), mode="edge") if short else x
 
 
 class _Bias:
@@ -335,7 +355,7 @@ def _scores(plan: _Plan, q: Array, k: Array, bias: Array | None, seen: Array | N
   capped = numerics.softcap(capped, plan.softcap)
   scores = capped if bias is None else capped + bias.astype(capped.dtype)
   if seen is not None:
-    scores = jnp.where(seen[:, :, None], scores, -jnp.inf)
+    scores = jnp.where(seen, scores, -jnp.inf)
   return scores, capped
 
 
@@ -366,7 +386,7 @@ def _forward(plan, query, key, value, bias, where):
         total = total * fade + weights.sum(-1, keepdims=True)
         return total, new, out * fade + _dot(weights, values[j])
 
-      total, top, out = sight.visit(plan.split(c)[0], i, tile, start)
+      total, top, out = sight.visit(c, i, tile, start)
       some = total > 0
       safe = jnp.where(some, total, 1.0)
       lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
@@ -430,7 +450,7 @@ def _backward(plan, saved, cotangents):
         return d_q + _dot(d_scores, keys[j]), d_k, d_v, d_bias
 
       carry = _zeros(q.shape, wide, query), *carry
-      d_q, *carry = sight.visit(plan.split(c)[0], i, tile, carry)
+      d_q, *carry = sight.visit(c, i, tile, carry)
       return tuple(carry), (d_q * plan.scale).astype(query.dtype)
 
     d_k = _zeros(keys_across.shape, wide, query)

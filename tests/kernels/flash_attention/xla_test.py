@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from effjax.attention.masks import Causal, Documents, Full, SlidingWindow
+from effjax.attention.masks import (
+  BlockWindow,
+  Causal,
+  Dilated,
+  Documents,
+  Full,
+  Global,
+  Predicate,
+  Prefix,
+  RandomBlocks,
+  SlidingWindow,
+  longformer,
+)
 from effjax.kernels.flash_attention import reference, xla
 from effjax.kernels.flash_attention.tiles import Tiles
 
@@ -50,6 +62,27 @@ def check_against_float64(arrays, tolerance, tiles=SMALL, **arguments):
     np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y))
     x, y = (np.where(np.isfinite(y), z, 0) for z in (x, y))
     np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(), 1))
+
+
+def random_blocks(heads: int):
+  return RandomBlocks.draw(jax.random.key(5), 45, block=4, number=2, heads=heads)
+
+
+@pytest.mark.parametrize(
+  "mask",
+  [
+    pytest.param(longformer(2, (0, 33), dilation=(1, 3) * 2, causal=True), id="longformer"),
+    pytest.param(random_blocks(4) | BlockWindow(1, 1, 4), id="bigbird"),
+    pytest.param(~random_blocks(1) & Causal(), id="not"),
+    pytest.param(Global(jnp.array([[3, 44], [-1, 20]])) & ~Dilated(5, 2), id="global"),
+    pytest.param(Causal() | Prefix(jnp.array([7, 0])), id="prefix"),
+    pytest.param(Predicate(lambda q, k: (q * k) % 3 == 1), id="predicate"),
+  ],
+)
+@pytest.mark.parametrize("tiles", [Tiles(2, 1, 16, 8), Tiles(1, 2, 8, 16)])
+def test_patterns(mask, tiles):
+  """Of heads, of the batch and of data, where tiles hold several heads and rows, and T < S."""
+  check_against_float64(problem(2, 37, 45, 4, 2, 4, 6), 2e-6, tiles, mask=mask, scale=0.4)
 
 
 @st.composite
@@ -188,11 +221,10 @@ def test_work_follows_the_visited_tiles():
   visited = []
 
   class Counted(SlidingWindow):
-    def predicate(self, q_index, k_index):
-      jax.debug.callback(
-        lambda q, k: visited.append((int(q), int(k))), q_index[0, 0, 0, 0], k_index[0, 0, 0, 0]
-      )
-      return super().predicate(q_index, k_index)
+    def predicate(self, q, k, *features):
+      see = lambda q, k: visited.append((int(q), int(k)))
+      jax.debug.callback(see, q[0, 0, 0, 0, 0], k[0, 0, 0, 0, 0])
+      return super().predicate(q, k, *features)
 
   jax.tree_util.register_static(Counted)
   mask = Counted(40, 0)

@@ -1,0 +1,42 @@
+"""Who attends to whom, as values: `Causal() & (SlidingWindow(256, 0) | Global(4))`.
+
+Conventions:
+  * indices are absolute positions; with T < S the queries are the last T of the S positions;
+  * masks known when tracing are frozen, hashable and compare by value; masks that hold arrays are
+    pytrees and unhashable;
+  * a new kind of mask is one class (`base`): a predicate, and what it needs to skip tiles.
+"""
+
+from effjax.attention.masks.bands import (
+  BlockWindow,
+  Causal,
+  Dilated,
+  Full,
+  Predicate,
+  SlidingWindow,
+)
+from effjax.attention.masks.base import And, Mask, Not, Or
+from effjax.attention.masks.patterns import bigbird, longformer
+from effjax.attention.masks.per_head import PerHead
+from effjax.attention.masks.random_blocks import RandomBlocks
+from effjax.attention.masks.tokens import Documents, Global, Prefix
+
+__all__ = [
+  "And",
+  "BlockWindow",
+  "Causal",
+  "Dilated",
+  "Documents",
+  "Full",
+  "Global",
+  "Mask",
+  "Not",
+  "Or",
+  "PerHead",
+  "Predicate",
+  "Prefix",
+  "RandomBlocks",
+  "SlidingWindow",
+  "bigbird",
+  "longformer",
+]

@@ -1,0 +1,160 @@
+"""Masks of position alone, part of the compiled program."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from effjax.attention.masks.base import FAR, Index, Mask, at_least, namespace
+
+
+class _Band(Mask):
+  """Query q sees keys q − left … q + right; None is no bound."""
+
+  left: int | None
+  right: int | None
+  exact = True
+
+  def predicate(self, q, k, q_features, k_features):
+    if self.left is None and self.right is None:
+      return namespace(q, k).ones(np.broadcast_shapes(np.shape(q), np.shape(k)), bool)
+    low = None if self.left is None else k >= q - self.left
+    high = None if self.right is None else k <= q + self.right
+    return high if low is None else low if high is None else low & high
+
+  def spans(self, grid, q_features, k_features):
+    left = FAR if self.left is None else self.left
+    right = FAR if self.right is None else self.right
+    some = grid.touching(grid.first - left, grid.last + right)
+    return some, grid.inside(grid.last - left, grid.first + right)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Full(_Band):
+  """Every query sees every key."""
+
+  left = right = None
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Causal(_Band):
+  """Query q sees keys 0 … q."""
+
+  left, right = None, 0
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class SlidingWindow(_Band):
+  """Query q sees keys q − left … q + right; None on a side is no bound there.
+
+  Raises:
+    ValueError: a negative width.
+
+  Reference: Longformer (arXiv 2004.05150), section 3.1.
+  """
+
+  left: int | None
+  right: int | None
+
+  def __post_init__(self):
+    for side in ("left", "right"):
+      width = getattr(self, side)
+      if width is not None:
+        at_least(f"SlidingWindow: {side}", width, 0, " or None for no bound")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Dilated(Mask):
+  """Every `dilation`-th key on both sides: |q − k| ≤ window · dilation and dilation | q − k.
+
+  Example:
+    >>> Dilated(1, 2).dense(5)[2].astype(int).tolist()
+    [1, 0, 1, 0, 1]
+
+  Raises:
+    ValueError: a negative window, or a dilation below 1.
+
+  Reference: Longformer (arXiv 2004.05150), section 3.1.
+  """
+
+  window: int
+  dilation: int
+
+  def __post_init__(self):
+    at_least("Dilated: window", self.window, 0)
+    at_least("Dilated: dilation", self.dilation, 1)
+
+  @property
+  def _band(self) -> SlidingWindow:
+    return SlidingWindow(self.window * self.dilation, self.window * self.dilation)
+
+  def predicate(self, q, k, q_features, k_features):
+    return self._band.predicate(q, k, (), ()) & ((q - k) % self.dilation == 0)
+
+  def spans(self, grid, q_features, k_features):
+    some, every = self._band.spans(grid, (), ())
+    return some, every if self.dilation == 1 else Mask.spans(self, grid, (), ())[1]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class BlockWindow(Mask):
+  """Queries of block i see the keys of blocks i − left … i + right.
+
+  Reference: BigBird (arXiv 2007.14062), section 2 and appendix D.
+  """
+
+  left: int
+  right: int
+  block: int
+  exact = True
+
+  def __post_init__(self):
+    for name, least in (("left", 0), ("right", 0), ("block", 1)):
+      at_least(f"BlockWindow: {name}", getattr(self, name), least)
+
+  def predicate(self, q, k, q_features, k_features):
+    inner = SlidingWindow(self.left, self.right)
+    return inner.predicate(q // self.block, k // self.block, (), ())
+
+  def spans(self, grid, q_features, k_features):
+    first, last = grid.first // self.block, grid.last // self.block
+    start = lambda block: block * self.block
+    return (
+      grid.touching(start(first - self.left), start(last + self.right + 1) - 1),
+      grid.inside(start(last - self.left), start(first + self.right + 1) - 1),
+    )
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Predicate(Mask):
+  """A mask of your own: `function(q, k)`, on arrays of positions that broadcast, gives booleans.
+
+  Args:
+    function: of jax.numpy operations alone, hashable, since it is part of the compiled program.
+    visited: a mask that holds every pair of this one; its tiles are visited.
+
+  Example:
+    >>> Predicate(lambda q, k: (q + k) % 2 == 0, visited=Causal()).dense(3).astype(int).tolist()
+    [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
+  """
+
+  function: Callable[[Index, Index], Any]
+  visited: Mask = Full()
+
+  def __post_init__(self):
+    if jax.tree.leaves(self.visited) or self.visited.heads > 1:
+      raise ValueError("Predicate: visited must be a mask without arrays that is one for all heads")
+
+  def predicate(self, q, k, q_features, k_features):
+    return self.function(q, k) & self.visited.predicate(q, k, (), ())
+
+  def spans(self, grid, q_features, k_features):
+    return self.visited.spans(grid, (), ())[0], Mask.spans(self, grid, (), ())[1]

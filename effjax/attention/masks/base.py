@@ -1,0 +1,249 @@
+"""What a mask is: three functions, and everything that follows from them.
+
+  * `features(q_positions, length)`: what the mask has to know of each query and of each key, as
+    arrays [B or 1, N or 1, T] and [B or 1, N or 1, S] beside them (segment ids, say);
+  * `predicate(q, k, q_features, k_features)`: does query q see key k, evaluated on blocks inside
+    the kernels, for which the features are cut into the same blocks;
+  * `spans(grid, q_features, k_features)`: which tiles of the score matrix have something to compute
+    and which need no predicate, worked out from intervals (`effjax.kernels.flash_attention.spans`).
+
+The tile map follows FlexAttention (arXiv 2412.05496, section 4) with its map in closed form.
+"""
+
+import dataclasses
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.core import numerics
+from effjax.core.typing import Array, Bool
+from effjax.kernels.flash_attention import blocks
+from effjax.kernels.flash_attention.spans import Grid, Spans
+
+FAR = 2**30  # beyond any position
+Index = Any  # integers, an array of them on numpy or jax, broadcast one against the other
+Features = Any  # a pytree of arrays
+
+
+class Mask:
+  """A set of (query, key) pairs. `a & b`, `a | b` and `~a` combine masks.
+
+  Example:
+    >>> from effjax.attention.masks import Causal, SlidingWindow
+    >>> (Causal() & SlidingWindow(1, 1)).dense(3).astype(int)
+    Array([[1, 0, 0],
+           [1, 1, 0],
+           [0, 1, 1]], dtype=int32)
+  """
+
+  heads = 1  # how many heads the mask tells apart
+  exact = False  # whether the spans of single queries and keys hold all pairs and no other
+
+  def features(self, q_positions: Index, length: int) -> tuple[Features, Features]:
+    """What the mask has to know of the queries and of the keys.
+
+    Args:
+      q_positions: [B or 1, T] absolute positions of the queries.
+      length: number of keys S.
+    Returns:
+      Two pytrees of arrays, [B or 1, N or 1, T or 1] and [B or 1, N or 1, S].
+    """
+    return (), ()
+
+  def predicate(self, q: Index, k: Index, q_features: Features, k_features: Features) -> Any:
+    """Whether query `q` sees key `k`.
+
+    Indices and features of queries broadcast against those of keys; the last two axes are those of
+    queries and keys.
+    """
+    raise NotImplementedError(f"{type(self).__name__} has no predicate")
+
+  def spans(self, grid: Grid, q_features: Features, k_features: Features) -> tuple[Spans, Spans]:
+    """Tiles in which some pair, and in which every pair, is in the mask.
+
+    The first may hold too much and the second too little, never the reverse; a mask that says
+    nothing better visits all tiles and evaluates the predicate in each.
+    """
+    none = grid.touching(grid.last, grid.last - 1)
+    return none.complement(grid.tiles), none
+
+  def check(self, batch: int, T: int, S: int, positions: bool = False) -> None:
+    """Raises ValueError if the mask cannot apply to these sizes (or to given query positions)."""
+
+  def dense(
+    self, T: int, S: int | None = None, q_positions: Index | None = None
+  ) -> Bool[Array, "*BN T S"]:
+    """The mask as a matrix: [T, S], or [B or 1, N or 1, T, S] if it holds arrays or tells heads
+    apart. S defaults to T, the positions [B or 1, T] of the queries to the last T of S."""
+    S = T if S is None else S
+    plain = q_positions is None and not jax.tree.leaves(self) and self.heads == 1
+    if q_positions is None:
+      q_positions = np.arange(S - T, S, dtype=np.int32)[None]
+    q_features, k_features = self.features(q_positions, S)
+    q_features = jax.tree.map(lambda x: x[..., :, None], q_features)
+    k_features = jax.tree.map(lambda x: x[..., None, :], k_features)
+    q = q_positions[:, None, :, None]
+    seen = self.predicate(q, np.arange(S)[None, None, None], q_features, k_features)
+    seen = jnp.broadcast_to(seen, (*seen.shape[:-2], T, S))
+    return seen[0, 0] if plain else seen
+
+  def blocks(self, T: int, S: int, block_q: int, block_k: int, *, head: int = 0) -> blocks.Blocks:
+    """The tiles to visit, by rows (forward) and by columns (backward), with no T × S array.
+
+    Example:
+      >>> from effjax.attention.masks import Causal
+      >>> Causal().blocks(4, 4, 2, 2).dense().tolist()  # 0 empty, 1 partial, 2 full
+      [[1, 0], [2, 1]]
+    """
+    return blocks.block_map(self, T, S, block_q, block_k, head)
+
+  def mean_keys(self, length: int) -> float:
+    """Number of keys a query sees, on average over heads and `length` queries of self-attention.
+
+    Example:
+      >>> from effjax.attention.masks import Causal, SlidingWindow
+      >>> Causal().mean_keys(8), SlidingWindow(1, 0).mean_keys(8)
+      (4.5, 1.875)
+    """
+    if self.exact and not jax.tree.leaves(self):
+      one_by_one = Grid.of(length, length, 1, 1)
+      positions = np.arange(length, dtype=np.int32)[None]
+      some, _ = self.spans(one_by_one, *self.features(positions, length))
+      return float(some.count().mean())
+    return float(self.dense(length).mean()) * length
+
+  def plot(
+    self, T: int, S: int | None = None, *, block_q: int = 1, block_k: int = 1, head: int = 0
+  ):
+    """A figure of the pairs of one head and the tiles visited: outlined, shaded where full."""
+    import matplotlib.pyplot as plt
+
+    S = T if S is None else S
+    seen = numerics.expand(np.asarray(self.dense(T, S)), 4)[0]
+    status = self.blocks(T, S, block_q, block_k, head=head).dense()
+    figure, axes = plt.subplots(layout="constrained")
+    axes.imshow(seen[min(head, len(seen) - 1)], cmap="Greys", vmax=2, extent=(0, S, T, 0))
+    for i, j in zip(*np.nonzero(status), strict=True):
+      shade = (0.1, 0.4, 0.8, 0.4 if status[i, j] == 2 else 0.0)
+      place = (
+        (j * block_k, i * block_q),
+        min(block_k, S - j * block_k),
+        min(block_q, T - i * block_q),
+      )
+      axes.add_patch(plt.Rectangle(*place, edgecolor=shade[:3], facecolor=shade))
+    axes.set(xlabel="key", ylabel="query", title=f"{(status > 0).mean():.0%} of the tiles visited")
+    return figure
+
+  def __and__(self, other: "Mask") -> "Mask":
+    return And(self, other)
+
+  def __or__(self, other: "Mask") -> "Mask":
+    return Or(self, other)
+
+  def __invert__(self) -> "Mask":
+    return Not(self)
+
+
+class _Pair(Mask):
+  first: Mask
+  second: Mask
+
+  @property
+  def heads(self) -> int:
+    heads = self.first.heads, self.second.heads
+    if 1 not in heads and heads[0] != heads[1]:
+      raise ValueError(f"mask: masks of {heads[0]} and of {heads[1]} heads are combined")
+    return max(heads)
+
+  @property
+  def exact(self) -> bool:
+    return self.first.exact and self.second.exact
+
+  def features(self, q_positions, length):
+    parts = (mask.features(q_positions, length) for mask in (self.first, self.second))
+    return tuple(zip(*parts, strict=True))
+
+  def check(self, *sizes):
+    self.first.check(*sizes)
+    self.second.check(*sizes)
+
+  def _both(self, method: str, *arguments: Any) -> tuple[Any, Any]:
+    """A method of either mask, with its part of the features, the last two arguments."""
+    *arguments, q, k = arguments
+    parts = zip((self.first, self.second), q, k, strict=True)
+    return tuple(getattr(mask, method)(*arguments, *part) for mask, *part in parts)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class And(_Pair):
+  """Pairs in both masks."""
+
+  first: Mask
+  second: Mask
+
+  def predicate(self, q, k, q_features, k_features):
+    return operator.and_(*self._both("predicate", q, k, q_features, k_features))
+
+  def spans(self, grid, q_features, k_features):
+    (some, every), (some2, every2) = self._both("spans", grid, q_features, k_features)
+    return some & some2, every & every2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Or(_Pair):
+  """Pairs in either mask."""
+
+  first: Mask
+  second: Mask
+
+  def predicate(self, q, k, q_features, k_features):
+    return operator.or_(*self._both("predicate", q, k, q_features, k_features))
+
+  def spans(self, grid, q_features, k_features):
+    (some, every), (some2, every2) = self._both("spans", grid, q_features, k_features)
+    return some | some2, every | every2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Not(Mask):
+  """Pairs not in the mask; the negation of Documents thus has padding see everything."""
+
+  mask: Mask
+
+  @property
+  def heads(self) -> int:
+    return self.mask.heads
+
+  @property
+  def exact(self) -> bool:
+    return self.mask.exact
+
+  def features(self, q_positions, length):
+    return self.mask.features(q_positions, length)
+
+  def predicate(self, *arguments):
+    return ~self.mask.predicate(*arguments)
+
+  def spans(self, grid, q_features, k_features):
+    some, every = self.mask.spans(grid, q_features, k_features)
+    return every.complement(grid.tiles), some.complement(grid.tiles)
+
+  def check(self, *sizes):
+    self.mask.check(*sizes)
+
+
+def namespace(*arrays: Index) -> Any:
+  """numpy where all is known when tracing, else jax.numpy."""
+  return np if all(isinstance(x, np.ndarray | int) for x in arrays) else jnp
+
+
+def at_least(name: str, value: Any, least: int, more: str = "") -> None:
+  """Raises ValueError unless `value` is an integer from `least`."""
+  if not isinstance(value, int | np.integer) or value < least:
+    raise ValueError(f"{name}={value} must be {least} or more{',' + more if more else ''}")

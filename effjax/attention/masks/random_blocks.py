@@ -1,0 +1,104 @@
+"""Random blocks of BigBird (arXiv 2007.14062)."""
+
+import dataclasses
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.attention.masks.base import FAR, Mask, at_least, namespace
+from effjax.core.typing import Array
+from effjax.kernels.flash_attention.spans import union
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["block"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class RandomBlocks(Mask):
+  """The queries of a block see the keys of a few blocks named in a table.
+
+  Args:
+    table: [B or 1, N or 1, blocks, r], for each block of queries the blocks of keys it sees;
+      negative for none.
+    block: positions in a block.
+
+  Reference: BigBird (arXiv 2007.14062), section 2.
+  """
+
+  table: Any  # not checked here: jax rebuilds trees with leaves of other types
+  block: int
+  __hash__ = None
+
+  @classmethod
+  def draw(
+    cls, key: Array, length: int, *, block: int, number: int, heads: int = 1, causal: bool = False
+  ) -> "RandomBlocks":
+    """`number` different blocks for each block of queries, none beside it, nor the first or last.
+
+    Where fewer are left than `number`, all of them. With `causal` they lie before the queries.
+    """
+    for name, value in (("length", length), ("block", block), ("heads", heads)):
+      at_least(f"RandomBlocks: {name}", value, 1)
+    at_least("RandomBlocks: number", number, 0)
+    blocks = -(-length // block)
+    own = jnp.arange(blocks)[None, None]
+    # To choose from: `before` blocks 1 … own − 2 and `after` blocks own + 2 … blocks − 2.
+    before, next_after = jnp.maximum(own - 2, 0), jnp.maximum(own + 2, 1)
+    after = jnp.zeros_like(own) if causal else jnp.maximum(blocks - 1 - next_after, 0)
+    shape = (1, heads, blocks)
+    chosen: list[Array] = []
+    for j, key_j in enumerate(jax.random.split(key, number)):
+      left = before + after - j
+      x = jax.random.randint(key_j, shape, 0, jnp.maximum(left, 1))
+      for y in jnp.moveaxis(jnp.sort(jnp.stack(chosen, -1), -1), -1, 0) if chosen else ():
+        x = x + (x >= y)
+      chosen.append(jnp.where(left > 0, x, FAR))
+    ranks = jnp.stack(chosen, -1) if chosen else jnp.zeros((*shape, 0), jnp.int32)
+    low = ranks < before[..., None]
+    found = jnp.where(low, ranks + 1, ranks - before[..., None] + next_after[..., None])
+    return cls(jnp.where(ranks < FAR, found, -1).astype(jnp.int32), block)
+
+  @property
+  def heads(self) -> int:
+    return self.table.shape[1]
+
+  def features(self, q_positions, length):
+    B, N, rows, r = self.table.shape
+    at = q_positions[:, None] // self.block  # [b, 1, T]
+    batch = np.arange(max(B, len(at)))[:, None, None] % B
+    rows = self.table[batch, np.arange(N)[:, None], at]
+    return tuple(rows[..., i] for i in range(r)), ()
+
+  def predicate(self, q, k, q_features, k_features):
+    block = k // self.block
+    seen = (q < 0) & (k < 0)
+    return functools.reduce(operator.or_, (chosen == block for chosen in q_features), seen)
+
+  def spans(self, grid, q_features, k_features):
+    if not grid.contiguous:
+      return Mask.spans(self, grid, q_features, k_features)
+    xp = namespace(self.table)
+    first, last = grid.first // self.block, grid.last // self.block  # [1, 1, rows]
+    most = (grid.index.shape[-1] - 2) // self.block + 2
+    own = first[0, 0, :, None] + np.arange(most)[None]
+    chosen = self.table[:, :, np.minimum(own, self.table.shape[2] - 1)]  # [B, N, rows, most, r]
+    valid = (own <= last[0, 0, :, None])[None, None, ..., None] & (chosen >= 0)
+    start = chosen * self.block // grid.block
+    stop = xp.minimum(((chosen + 1) * self.block - 1) // grid.block + 1, grid.tiles)
+    flat = lambda x: x.reshape(*x.shape[:3], -1)
+    empty = Mask.spans(self, grid, (), ())[1]
+    if chosen.shape[-1] == 0:
+      return empty, empty
+    return union(flat(start), flat(xp.where(valid, stop, 0))), empty
+
+  def check(self, batch, T, S, positions=False):
+    blocks = -(-S // self.block)
+    if (
+      self.table.ndim != 4 or self.table.shape[0] not in (1, batch) or self.table.shape[2] != blocks
+    ):
+      raise ValueError(
+        f"mask: RandomBlocks has a table {self.table.shape}, expected ({batch} or 1, heads or 1, "
+        f"{blocks}, any) for {S} positions in blocks of {self.block}"
+      )

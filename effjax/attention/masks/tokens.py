@@ -1,0 +1,223 @@
+"""Masks that name tokens: global ones, a prefix, documents."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.attention.masks.base import Index, Mask, at_least, namespace
+from effjax.kernels.flash_attention.spans import Grid, Spans, equal_ids, union
+
+
+class _Given(Mask):
+  """A mask of one field, part of the program when it is an int or a tuple, and else data."""
+
+  def __init_subclass__(cls):
+    (field,) = cls.__annotations__
+
+    def flatten(mask):
+      value = getattr(mask, field)
+      return ((), value) if isinstance(value, int | tuple) else ((value,), None)
+
+    def unflatten(static, children):
+      mask = object.__new__(cls)  # unchecked: jax rebuilds trees with leaves of other types
+      object.__setattr__(mask, field, children[0] if children else static)
+      return mask
+
+    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+
+
+@dataclasses.dataclass(frozen=True)
+class Global(_Given):
+  """Some tokens see all and are seen by all.
+
+  Args:
+    positions: an int n, the first n tokens; a tuple of positions; or an integer array [B or 1, G]
+      of positions known at run time, negative for none.
+
+  Example:
+    >>> Global((1,)).dense(3).astype(int).tolist()
+    [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
+
+  Reference: Longformer (arXiv 2004.05150), section 3.1.
+  """
+
+  positions: Any
+
+  @property
+  def exact(self) -> bool:
+    return isinstance(self.positions, int)
+
+  def __post_init__(self):
+    given = self.positions
+    if isinstance(given, int | tuple):
+      for x in given if isinstance(given, tuple) else (given,):
+        at_least("Global: positions", x, 0)
+    else:
+      _integers(
+        "Global: positions", given, 2, "an int, a tuple of ints, or an array [batch, number]"
+      )
+
+  def features(self, q_positions, length):
+    if isinstance(self.positions, int):
+      return (), ()
+    flags = self._flags(length)
+    row = np.arange(max(len(flags), len(q_positions)))[:, None] % len(flags)
+    queries = flags[row, q_positions.clip(0, length - 1)] & (q_positions >= 0)
+    return queries[:, None], flags[:, None]
+
+  def predicate(self, q, k, q_features, k_features):
+    if isinstance(self.positions, int):
+      return (q < self.positions) | (k < self.positions)
+    return q_features | k_features
+
+  def spans(self, grid, q_features, k_features):
+    rows = (
+      grid.split(q_features)
+      if not isinstance(self.positions, int)
+      else (grid.index[:, None] < self.positions)
+    )
+    some, every = self._tiles(grid)
+    return some | grid.everywhere(rows.any(-1)), every | grid.everywhere(rows.all(-1))
+
+  def _flags(self, length: int) -> Index:
+    """[b, S], which positions are global."""
+    chosen, xp = self._listed
+    at = xp.where(chosen < 0, length, chosen)
+    row = np.arange(len(at))[:, None]
+    flags = xp.zeros((len(at), length + 1), bool)
+    if xp is jnp:
+      return flags.at[row, at].set(True)[:, :-1]
+    flags[row, at] = True
+    return flags[:, :-1]
+
+  def _tiles(self, grid: Grid) -> tuple[Spans, Spans]:
+    """Tiles of keys of which some, and of which all are global, [b, 1, 1, n]."""
+    zero = grid.first[:1, :, :1] * 0
+    if isinstance(self.positions, int):
+      return grid.touching(zero, zero + self.positions - 1), grid.inside(
+        zero, zero + self.positions - 1
+      )
+    chosen, xp = self._listed
+    none = grid.touching(zero, zero - 1)
+    if chosen.shape[1] == 0:
+      return none, none
+    tile = chosen[:, None, None] // grid.block
+    stop = xp.where(chosen[:, None, None] < 0, tile, tile + 1)
+    return union(tile, stop), none
+
+  @property
+  def _listed(self) -> tuple[Index, Any]:
+    static = isinstance(self.positions, tuple)
+    chosen = np.array([self.positions], np.int32) if static else self.positions
+    return chosen, namespace(chosen)
+
+  def check(self, batch, T, S, positions=False):
+    chosen, _ = ((), None) if isinstance(self.positions, int) else self._listed
+    if isinstance(self.positions, int | tuple):
+      most = (
+        self.positions - 1 if isinstance(self.positions, int) else max(self.positions, default=-1)
+      )
+      if most >= S:
+        raise ValueError(f"mask: Global holds position {most}; allowed: 0 … {S - 1}")
+    elif chosen.shape[0] not in (1, batch):
+      raise ValueError(f"mask: Global has positions {chosen.shape}, expected ({batch} or 1, any)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(_Given):
+  """All see the first `length` keys: `Causal() | Prefix(n)` is a prefix language model.
+
+  Args:
+    length: an int, or an integer array [B or 1] known at run time.
+
+  Example:
+    >>> from effjax.attention.masks import Causal
+    >>> (Causal() | Prefix(2)).dense(3).astype(int).tolist()
+    [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+
+  Reference: T5 (arXiv 1910.10683), section 3.2.1.
+  """
+
+  length: Any
+  exact = True
+
+  def __post_init__(self):
+    if isinstance(self.length, int):
+      at_least("Prefix: length", self.length, 0)
+    else:
+      _integers("Prefix: length", self.length, 1, "an int or an array [batch]")
+
+  def features(self, q_positions, length):
+    if isinstance(self.length, int):
+      return (), ()
+    return (), (np.arange(length)[None] < self.length[:, None])[:, None]
+
+  def predicate(self, q, k, q_features, k_features):
+    return k < self.length if isinstance(self.length, int) else k_features
+
+  def spans(self, grid, q_features, k_features):
+    length = self.length if isinstance(self.length, int) else self.length[:, None, None]
+    zero = grid.first * 0
+    return grid.touching(zero, zero + length - 1), grid.inside(zero, zero + length - 1)
+
+  def check(self, batch, T, S, positions=False):
+    if isinstance(self.length, int) and self.length > S:
+      raise ValueError(f"mask: Prefix of {self.length}; allowed: 0 … {S}, the keys there are")
+    if not isinstance(self.length, int) and self.length.shape[0] not in (1, batch):
+      raise ValueError(f"mask: Prefix has lengths {self.length.shape}, expected ({batch} or 1,)")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["segment_ids"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Documents(Mask):
+  """Tokens of equal segment id see one another; a negative id is padding: it sees nothing.
+
+  Args:
+    segment_ids: [B, S] for queries and keys of one sequence (T < S queries are its last), or a pair
+      ([B, T] of the queries, [B, S] of the keys).
+
+  Example:
+    >>> Documents(jnp.array([[0, 0, 1, -1]])).dense(4)[0, 0].astype(int).tolist()
+    [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+  """
+
+  segment_ids: Any  # not checked here: jax rebuilds trees with leaves of other types
+  __hash__ = None
+
+  def features(self, q_positions, length):
+    if isinstance(self.segment_ids, tuple):
+      q_ids, k_ids = self.segment_ids
+    else:
+      k_ids = self.segment_ids
+      batch = np.arange(max(len(k_ids), len(q_positions)))[:, None] % len(k_ids)
+      q_ids = k_ids[batch, q_positions]
+    return q_ids[:, None], k_ids[:, None]
+
+  def predicate(self, q, k, q_features, k_features):
+    return (q_features == k_features) & (q_features >= 0)
+
+  def spans(self, grid, q_features, k_features):
+    return equal_ids(grid.split(q_features), grid.split_keys(k_features))
+
+  def check(self, batch, T, S, positions=False):
+    pair = self.segment_ids if isinstance(self.segment_ids, tuple) else (None, self.segment_ids)
+    if positions and pair[0] is not None:
+      raise ValueError(
+        "mask: Documents of a pair cannot be combined with query_positions; give segment_ids="
+      )
+    for name, ids, length in (("queries", pair[0], T), ("keys", pair[1], S)):
+      if ids is None:
+        continue
+      if ids.ndim != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != length:
+        raise ValueError(
+          f"mask: Documents has ids of shape {ids.shape} for the {name}, expected {(batch, length)}"
+        )
+
+
+def _integers(name: str, x: Any, rank: int, allowed: str) -> None:
+  if getattr(x, "ndim", None) != rank or not jnp.issubdtype(x.dtype, jnp.integer):
+    raise ValueError(f"{name}={x!r:.80}; allowed: {allowed}")
