@@ -92,7 +92,8 @@ def _pairs(first: Array, second: Array, group: int, shift: int) -> Array:
 def _fold(x: Array, group: int, shift: int) -> Array:
   """[B, T, N, H] as groups of half the heads, [B · 2 · groups, group, N / 2, H]."""
   x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % group), (0, 0), (0, 0)))
-  return _pairs(*jnp.split(x, 2, axis=2), group, shift)
+  first, second = jnp.split(x, 2, axis=2)
+  return _pairs(first, second, group, shift)
 
 
 def _group_ids(segment_ids, B: int, T: int, group: int, shift: int) -> Array:
