@@ -15,7 +15,7 @@ from effjax.layers.linear import KERNEL_INIT
 def project_length(
   x: Float[Array, "B T N H"], w: Any, segment_ids: Int[Array, "#B T"] | None = None
 ) -> Float[Array, "B R N H"]:
-  """y[r] = Σ_t w[t, r] x[t], over the positions t that are tokens; summed in float32.
+  """y[r] = Σ_t w[t, r] x[t], over the positions t that are tokens.
 
   Args:
     x: [B, T, N, H].
@@ -37,8 +37,7 @@ def project_length(
   if segment_ids is not None:
     x = jnp.where((segment_ids >= 0)[..., None, None], x, jnp.zeros((), x.dtype))
   rows = materialize(w)[:length].astype(x.dtype)
-  y = jnp.einsum("btnh,tr->brnh", x, rows, preferred_element_type=jnp.float32)
-  return y.astype(x.dtype)
+  return jnp.einsum("btnh,tr->brnh", x, rows)
 
 
 def linformer_attention(
