@@ -1,4 +1,4 @@
-"""Linear attention: a feature map in place of the softmax (Katharopoulos et al., 2006.16236)."""
+"""Linear attention: a feature map in place of the softmax (arXiv 2006.16236)."""
 
 import flax.linen as nn
 import jax
@@ -148,8 +148,9 @@ class LinearAttention(nn.Module):
   """y = Concat_n linear_attention(q_n, k_n, v_n) · W_out; cost linear in the length.
 
   Parameters: "query", "key", "value" and "out" [D, D]. The cache is a `LinearState`, whose size
-  does not depend on the length. It absorbs each token it is given once, in order, whatever
-  `context.positions` says; padding given with it needs negative segment ids.
+  does not depend on the length. It absorbs each token it is given, in order, whatever
+  `context.positions` says, and cannot give one back: with several tokens at a time,
+  `context.segment_ids` must say which are padding.
 
   Attributes:
     heads: N, a divisor of D.
@@ -168,6 +169,11 @@ class LinearAttention(nn.Module):
     cache: LinearState | None = None,
   ) -> tuple[Float[Array, "B T D"], LinearState | None]:
     head_width = self._head_width(x.shape[-1])
+    if cache is not None and x.shape[1] > 1 and context.segment_ids is None:
+      raise ValueError(
+        f"LinearAttention: segment_ids=None for {x.shape[1]} tokens and a cache; allowed: ids, "
+        "negative at padding, which the state could not forget again"
+      )
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, head_width)
     query, key, value = (
       split(Linear(x.shape[-1], name=name)(x)) for name in ("query", "key", "value")

@@ -119,8 +119,10 @@ def test_the_module_decodes_what_it_computes_in_parallel(key):
   params = module.init(key, x)
   apply = jax.jit(module.apply)
   whole, none = apply(params, x)
-  y, cache = apply(params, x[:, :3], Context(), module.init_cache(8, 2, 5))
-  steps = [y]
+  # A prompt of 3 tokens and one of padding.
+  prompt = Context(segment_ids=jnp.array([[0, 0, 0, -1]] * 2))
+  y, cache = apply(params, x[:, :4], prompt, module.init_cache(8, 2, 5))
+  steps = [y[:, :3]]
   for t in (3, 4):
     y, cache = apply(params, x[:, t : t + 1], Context(), cache)
     steps.append(y)
@@ -142,5 +144,8 @@ def test_impossible_arguments_are_refused(arrays, key):
     linear_attention(*arrays, causal=False, state=state)
   with pytest.raises(ValueError, match="heads=3; allowed: divisors of the width, 8"):
     LinearAttention(3).init(key, jnp.ones((1, 2, 8)))
+  module, x = LinearAttention(2), jnp.ones((1, 2, 8))
+  with pytest.raises(ValueError, match="segment_ids=None for 2 tokens and a cache"):
+    module.init(key, x, Context(), module.init_cache(8, 1, 2))
   with pytest.raises(ValueError, match="a cache with causal=False"):
     LinearAttention(2, causal=False).init_cache(8, 1, 4)
