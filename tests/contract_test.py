@@ -16,6 +16,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from effjax.attention.linear import LinearAttention
+from effjax.attention.linformer import Linformer
+from effjax.attention.longlora import ShiftedSparseAttention
+from effjax.attention.lsra import LSRA
 from effjax.attention.masks import Causal, Full, SlidingWindow
 from effjax.attention.multi_head import Attention
 from effjax.core import linear, trees
@@ -146,6 +150,24 @@ def repeat_heads(params):
   return params | {name: jax.tree.map(kernel, params[name]) for name in ("key", "value")}
 
 
+def identity_linformer():
+  """As many projected positions as there are, each a position, against full attention."""
+  module = Linformer(4, length=T, rank=T, shared=True)
+  params = module.init(KEY, X)["params"] | {"key_length": {"kernel": jnp.eye(T)}}
+  return value(module, params), value(Attention(4, mask=Full()), params)
+
+
+def one_tap_lsra():
+  """A convolution of one tap leaves each position as it is."""
+  module = LSRA(2, kernel=1)
+  params = module.init(KEY, X)["params"]
+  far, near = jnp.split(X, 2, axis=-1)
+  linear, gate = jnp.split(near @ params["glu"]["kernel"], 2, axis=-1)
+  near = linear * jax.nn.sigmoid(gate) @ params["out"]["kernel"]
+  parts = [value(Attention(2), params["attention"], far), near]
+  return value(module, params), jnp.concatenate(parts, -1)
+
+
 def first_expert(params):
   return {name: {"kernel": params[name]["kernel"][0]} for name in ("up", "gate", "down")}
 
@@ -201,6 +223,14 @@ ROWS = [
         reduces=same_as(Attention(4, mask=Full()), Attention(4, mask=SlidingWindow(T, T)))),
   layer("softcap", Attention(4, logit_softcap=1.0), **CAUSAL,
         reduces=same_as(Attention(4, logit_softcap=1e3), MHA)),
+  layer("Linformer", Linformer(4, length=8, rank=3), padding=True, reduces=identity_linformer),
+  layer("linear attention", LinearAttention(4, chunk=4), **CAUSAL,
+        reduces=same_as(LinearAttention(4, chunk=1), LinearAttention(4))),
+  layer("linear, both ways", LinearAttention(4, causal=False, chunk=4), padding=True),
+  layer("LSRA", LSRA(2, kernel=3), **CAUSAL, reduces=one_tap_lsra),
+  layer("LSRA, dynamic, both ways", LSRA(2, kernel=3, causal=False, dynamic=True), padding=True),
+  layer("LongLoRA", ShiftedSparseAttention(4, kv_heads=2, rope=ROPE, group=4), **CAUSAL,
+        reduces=same_as(ShiftedSparseAttention(4, group=T), MHA)),
   model("Llama", config(*[LayerSpec(GQA, SWIGLU)] * 2)),
   model("Gemma 3", config(*[LayerSpec(LOCAL, SWIGLU), LayerSpec(LOCAL, SWIGLU),
         LayerSpec(GLOBAL, SWIGLU)] * 2, arrangement="sandwich", embed_scale=4.0)),

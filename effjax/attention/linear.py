@@ -1,0 +1,217 @@
+"""Linear attention: a feature map in place of the softmax (arXiv 2006.16236)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from effjax.core.numerics import vary_alike
+from effjax.core.typing import Array, DTypeLike, Float, Int
+from effjax.layers import Context, Linear
+
+
+@struct.dataclass
+class LinearState:
+  """What a sequence leaves behind: Σ φ(k) vᵀ, Σ φ(k), and the segment these are sums of.
+
+  A new state is of segment −1, of which there are no tokens.
+  """
+
+  sums: Float[Array, "... B N H Hv"]
+  norms: Float[Array, "... B N H"]
+  segment: Int[Array, "... B"]
+
+  @classmethod
+  def empty(cls, batch: int, heads: int, width: int, value_width: int) -> "LinearState":
+    """The state before the first token, in float32."""
+    sums = jnp.zeros((batch, heads, width, value_width), jnp.float32)
+    return cls(sums, sums[..., 0], jnp.full((batch,), -1, jnp.int32))
+
+
+def feature_map(x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """φ(x) = elu(x) + 1 in float32: x + 1 for x > 0 and exp(x) below, to full relative precision."""
+  x = x.astype(jnp.float32)
+  return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+
+
+def linear_attention(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B T N H"],
+  value: Float[Array, "B T N Hv"],
+  *,
+  causal: bool = True,
+  segment_ids: Int[Array, "#B T"] | None = None,
+  state: LinearState | None = None,
+  chunk: int = 64,
+) -> tuple[Float[Array, "B T N Hv"], LinearState]:
+  """y_t = φ(q_t)ᵀ Σ_s φ(k_s) v_sᵀ / φ(q_t)ᵀ Σ_s φ(k_s), over s ≤ t or, not causal, all s.
+
+  A scan carries the sums from chunk to chunk; within a chunk scores are computed. Time and memory
+  grow linearly with T, and there is one H × Hv matrix a chunk. All sums are in float32.
+
+  Args:
+    query, key, value: [B, T, N, H].
+    causal: whether a token sees the ones before it and itself only.
+    segment_ids: [B, T]; a token sees its own segment only, whose tokens must stand together;
+      negative ids are padding, wherever it stands: it gives nothing and gets zeros.
+    state: what the tokens before left behind, in the causal form; they count as the tokens of one
+      segment, `state.segment` (0 where there were no ids).
+    chunk: tokens a step of the scan.
+
+  Returns:
+    y [B, T, N, Hv] in the type of `query`, and the state after the last token.
+
+  Raises:
+    ValueError: for a chunk below 1, or a state without `causal`.
+
+  Example:
+    >>> x = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
+    >>> whole, _ = linear_attention(x, x, x)
+    >>> _, state = linear_attention(x[:, :5], x[:, :5], x[:, :5])
+    >>> last, _ = linear_attention(x[:, 5:], x[:, 5:], x[:, 5:], state=state)
+    >>> bool(jnp.allclose(last, whole[:, 5:], atol=1e-6))
+    True
+
+  Reference: "Transformers are RNNs", sections 3.2–3.4, equations 9 to 12 and 18 to 20.
+  """
+  if chunk < 1:
+    raise ValueError(f"linear_attention: chunk={chunk}; allowed: from 1")
+  if state is not None and not causal:
+    raise ValueError("linear_attention: state with causal=False; allowed: causal=True, or None")
+  B, T, N, H = query.shape
+  if state is None:
+    state = LinearState.empty(B, N, H, value.shape[-1])
+  ids = jnp.zeros((1, T), jnp.int32) if segment_ids is None else segment_ids
+  ids = _chunks(jnp.broadcast_to(ids, (B, T)), chunk, -1)
+  token = (ids >= 0)[..., None, None]
+  cut = lambda x: jnp.where(token, _chunks(x, chunk), 0)
+  q, k, v = cut(feature_map(query)), cut(feature_map(key)), cut(value.astype(jnp.float32))
+  last, before = _scan_states(k, v, ids, state)
+  parts = [_within(q, k, v, ids, causal), _from_state(q, ids, before)]
+  if not causal:
+    parts.append(_from_state(q, ids, _scan_states(k, v, ids, state, reverse=True)[1]))
+  total, norm = (sum(x) for x in zip(*parts, strict=True))
+  some = (norm > 0)[..., None]
+  y = jnp.where(some, total / jnp.where(some, norm[..., None], 1), 0)
+  return jnp.moveaxis(y, 0, 1).reshape(B, -1, *y.shape[3:])[:, :T].astype(query.dtype), last
+
+
+def _chunks(x: Array, chunk: int, fill: int = 0) -> Array:
+  """[B, T, ...] as [G, B, C, ...], filled up at the end."""
+  chunk = min(chunk, x.shape[1])
+  spare = -x.shape[1] % chunk
+  x = jnp.pad(x, [(0, 0), (0, spare)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+  return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def _scan_states(k, v, ids, state: LinearState, *, reverse: bool = False):
+  """The state after all chunks, and the one that each chunk starts from."""
+
+  def step(state, chunk):
+    return _absorb(state, *chunk, reverse), state
+
+  return jax.lax.scan(step, vary_alike(state, k, v, ids), (k, v, ids), reverse=reverse)
+
+
+def _absorb(state: LinearState, k, v, ids, reverse: bool) -> LinearState:
+  """The state after a chunk [B, C, ...]: of the segment that its last token is in."""
+  token = ids >= 0
+  place = jnp.argmax(token, 1) if reverse else ids.shape[1] - 1 - jnp.argmax(token[:, ::-1], 1)
+  segment = jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0]
+  segment = jnp.where(token.any(1), segment, state.segment)
+  k = jnp.where((ids == segment[:, None])[..., None, None], k, 0)
+  same = (segment == state.segment)[:, None, None]
+  return LinearState(
+    jnp.where(same[..., None], state.sums, 0) + jnp.einsum("bsnh,bsnv->bnhv", k, v),
+    jnp.where(same, state.norms, 0) + k.sum(1),
+    segment,
+  )
+
+
+def _within(q, k, v, ids, causal: bool) -> tuple[Array, Array]:
+  """Numerator and denominator from the keys of the query's own chunk."""
+  seen = ids[:, :, :, None] == ids[:, :, None, :]
+  if causal:
+    seen &= jnp.tril(jnp.ones(seen.shape[-2:], bool))[None, None]
+  scores = jnp.where(seen[:, :, None], jnp.einsum("gbtnh,gbsnh->gbnts", q, k), 0)
+  return jnp.einsum("gbnts,gbsnv->gbtnv", scores, v), jnp.moveaxis(scores.sum(-1), 2, 3)
+
+
+def _from_state(q, ids, state: LinearState) -> tuple[Array, Array]:
+  """Numerator and denominator from the keys of other chunks."""
+  q = jnp.where((ids == state.segment[..., None])[..., None, None], q, 0)
+  total = jnp.einsum("gbtnh,gbnhv->gbtnv", q, state.sums)
+  return total, jnp.einsum("gbtnh,gbnh->gbtn", q, state.norms)
+
+
+class LinearAttention(nn.Module):
+  """y = Concat_n linear_attention(q_n, k_n, v_n) · W_out; cost linear in the length.
+
+  Parameters: "query", "key", "value" and "out" [D, D]. The cache is a `LinearState`, whose size
+  does not depend on the length. It absorbs each token it is given, in order, whatever
+  `context.positions` says, and cannot give one back: with several tokens at a time,
+  `context.segment_ids` must say which are padding.
+
+  Attributes:
+    heads: N, a divisor of D.
+    causal, chunk: as in `linear_attention`.
+  """
+
+  heads: int
+  causal: bool = True
+  chunk: int = 64
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    context: Context = Context(),
+    cache: LinearState | None = None,
+  ) -> tuple[Float[Array, "B T D"], LinearState | None]:
+    head_width = self._head_width(x.shape[-1])
+    if cache is not None and x.shape[1] > 1 and context.segment_ids is None:
+      raise ValueError(
+        f"LinearAttention: segment_ids=None for {x.shape[1]} tokens and a cache; allowed: ids, "
+        "negative at padding, which the state could not forget again"
+      )
+    split = lambda y: y.reshape(*y.shape[:-1], self.heads, head_width)
+    query, key, value = (
+      split(Linear(x.shape[-1], name=name)(x)) for name in ("query", "key", "value")
+    )
+    y, state = linear_attention(
+      query,
+      key,
+      value,
+      causal=self.causal,
+      segment_ids=context.segment_ids,
+      state=cache,
+      chunk=self.chunk,
+    )
+    y = Linear(x.shape[-1], name="out")(y.reshape(x.shape))
+    return y, None if cache is None else state
+
+  def init_cache(
+    self, width: int, batch: int, length: int, dtype: DTypeLike = jnp.float32
+  ) -> LinearState:
+    """An empty state for a model of `width`, in float32; `length` and `dtype` have no influence.
+
+    Raises:
+      ValueError: when not `causal`.
+    """
+    if not self.causal:
+      raise ValueError("LinearAttention: a cache with causal=False; allowed: causal=True")
+    head_width = self._head_width(width)
+    return LinearState.empty(batch, self.heads, head_width, head_width)
+
+  def flops(self, width: int, length: int) -> float:
+    """Matrix-product FLOPs a token, forward: projections, chunks, and the sums of each side."""
+    chunk, sides = min(self.chunk, length), 1 if self.causal else 2
+    pairs = (chunk + 1) / 2 if self.causal else chunk
+    return 8.0 * width**2 + 4.0 * width * (pairs + sides * self._head_width(width))
+
+  def _head_width(self, width: int) -> int:
+    if width % self.heads:
+      raise ValueError(
+        f"LinearAttention: heads={self.heads}; allowed: divisors of the width, {width}"
+      )
+    return width // self.heads

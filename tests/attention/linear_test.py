@@ -1,0 +1,151 @@
+"""Linear attention against a dense matrix of scores in float64, and step by step."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.attention.linear import LinearAttention, LinearState, feature_map, linear_attention
+from effjax.layers import Context
+
+B, T, N, H = 2, 11, 2, 4
+PACKED = jnp.array([[5, 5, 5, 2, 2, 2, 2, 2, 2, 0, 0], [-1, -1, 1, 1, -1, 1, 1, 4, 4, 4, -1]])
+attention = jax.jit(linear_attention, static_argnames=("causal", "chunk"))
+
+
+@pytest.fixture
+def arrays():
+  return [jax.random.normal(jax.random.key(i), (B, T, N, H)) for i in range(3)]
+
+
+def dense(q, k, v, causal=True, ids=None):
+  """φ(q) φ(k)ᵀ as a T × T matrix, masked and normalised, in float64."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  phi = lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+  scores = np.einsum("btnh,bsnh->bnts", phi(q), phi(k))
+  seen = np.tri(q.shape[1], dtype=bool) if causal else True
+  if ids is not None:
+    ids = np.asarray(ids)
+    same = (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] >= 0)
+    seen = (seen & same)[:, None]
+  scores = np.where(seen, scores, 0)
+  scores /= np.maximum(scores.sum(-1, keepdims=True), 1e-300)
+  return np.einsum("bnts,bsnh->btnh", scores, v)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("ids", [None, PACKED], ids=["one segment", "packed"])
+def test_equals_the_dense_matrix(arrays, causal, chunk, ids):
+  got, _ = attention(*arrays, causal=causal, chunk=chunk, segment_ids=ids)
+  np.testing.assert_allclose(got, dense(*arrays, causal, ids), atol=2e-6)
+
+
+def test_step_by_step_equals_parallel(arrays):
+  whole, end = attention(*arrays, chunk=4)
+  state, steps = LinearState.empty(B, N, H, H), []
+  for t in range(T):
+    y, state = attention(*(x[:, t : t + 1] for x in arrays), state=state)
+    steps.append(y)
+  np.testing.assert_allclose(jnp.concatenate(steps, 1), whole, atol=2e-6)
+  chex.assert_trees_all_close(state, end, atol=1e-5)
+
+
+def test_a_state_goes_on_within_a_packed_row(arrays):
+  whole, _ = attention(*arrays, segment_ids=PACKED, chunk=4)
+  parts, state = [], None
+  for piece in (slice(0, 5), slice(5, 11)):
+    y, state = attention(
+      *(x[:, piece] for x in arrays), segment_ids=PACKED[:, piece], state=state, chunk=4
+    )
+    parts.append(y)
+  np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=2e-6)
+  assert state.segment.tolist() == [0, 4]
+
+
+def test_padding_gives_nothing_even_where_it_is_not_finite(arrays):
+  q, k, v = arrays
+  spoil = lambda x: jnp.where((PACKED < 0)[..., None, None], jnp.nan, x)
+  y, state = attention(q, k, v, segment_ids=PACKED, chunk=4)
+  other, same = attention(spoil(q), spoil(k), spoil(v), segment_ids=PACKED, chunk=4)
+  np.testing.assert_array_equal(y, other)
+  np.testing.assert_array_equal(state.sums, same.sums)
+  assert not y[PACKED < 0].any()
+
+
+def test_a_token_reaches_later_ones_of_its_segment_only(arrays):
+  q, k, v = arrays
+  value = lambda v, t: attention(q, k, v, segment_ids=PACKED, chunk=4)[0][:, t].sum()
+  reached = jax.jit(jax.vmap(jax.grad(value), (None, 0)))(v, jnp.arange(T)) != 0
+  reached = np.asarray(reached.any((-1, -2)))  # [T, B, S]
+  ids = np.asarray(PACKED)
+  same = (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] >= 0)
+  np.testing.assert_array_equal(reached.swapaxes(0, 1), same & np.tri(T, dtype=bool))
+
+
+def test_gradients_equal_those_of_one_chunk(arrays):
+  loss = lambda arrays, chunk: jnp.square(attention(*arrays, chunk=chunk)[0]).sum()
+  grads = [jax.grad(loss)(arrays, chunk) for chunk in (3, 64)]
+  for got, wanted in zip(*grads, strict=True):
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_bfloat16_inputs_are_summed_in_float32():
+  x = jnp.ones((1, 600, 1, 2), jnp.bfloat16)
+  y, state = attention(x, x, x)
+  assert (y.dtype, state.sums.dtype) == (jnp.bfloat16, jnp.float32)
+  assert (state.norms == 1200).all()  # not a bfloat16
+  assert (y == 1).all()
+
+
+def test_the_program_does_not_grow_with_the_length():
+  def operations(length):
+    x = jnp.ones((1, length, 1, 2))
+    return len(jax.make_jaxpr(linear_attention)(x, x, x).eqns)
+
+  assert operations(64 * 4) == operations(64 * 40)
+
+
+def test_the_feature_map_keeps_its_relative_precision():
+  x = jnp.array([-80.0, -20.0, 0.0, 3.0])
+  np.testing.assert_allclose(feature_map(x), [*np.exp([-80.0, -20.0, 0.0]), 4.0], rtol=1e-6)
+  assert np.isfinite(jax.grad(lambda x: feature_map(x).sum())(jnp.array([200.0, -200.0]))).all()
+
+
+def test_the_module_decodes_what_it_computes_in_parallel(key):
+  x = jax.random.normal(key, (2, 5, 8))
+  module = LinearAttention(2)
+  params = module.init(key, x)
+  apply = jax.jit(module.apply)
+  whole, none = apply(params, x)
+  # A prompt of 3 tokens and one of padding.
+  prompt = Context(segment_ids=jnp.array([[0, 0, 0, -1]] * 2))
+  y, cache = apply(params, x[:, :4], prompt, module.init_cache(8, 2, 5))
+  steps = [y[:, :3]]
+  for t in (3, 4):
+    y, cache = apply(params, x[:, t : t + 1], Context(), cache)
+    steps.append(y)
+  np.testing.assert_allclose(jnp.concatenate(steps, 1), whole, atol=1e-6)
+  assert none is None
+
+
+def test_flops_stop_growing_at_the_chunk():
+  module = LinearAttention(4, chunk=9)
+  assert module.flops(16, 9) == module.flops(16, 90) == 2 * 4 * 16**2 + 4 * 16 * (5 + 4)
+  assert LinearAttention(4, causal=False).flops(16, 5) == 2 * 4 * 16**2 + 4 * 16 * (5 + 2 * 4)
+
+
+def test_impossible_arguments_are_refused(arrays, key):
+  state = LinearState.empty(B, N, H, H)
+  with pytest.raises(ValueError, match="chunk=0; allowed: from 1"):
+    linear_attention(*arrays, chunk=0)
+  with pytest.raises(ValueError, match="state with causal=False"):
+    linear_attention(*arrays, causal=False, state=state)
+  with pytest.raises(ValueError, match="heads=3; allowed: divisors of the width, 8"):
+    LinearAttention(3).init(key, jnp.ones((1, 2, 8)))
+  module, x = LinearAttention(2), jnp.ones((1, 2, 8))
+  with pytest.raises(ValueError, match="segment_ids=None for 2 tokens and a cache"):
+    module.init(key, x, Context(), module.init_cache(8, 1, 2))
+  with pytest.raises(ValueError, match="a cache with causal=False"):
+    LinearAttention(2, causal=False).init_cache(8, 1, 4)
