@@ -2,6 +2,21 @@
 
 from effjax.attention import masks
 from effjax.attention.attend import attend
+from effjax.attention.linear import LinearAttention, linear_attention
+from effjax.attention.linformer import Linformer
+from effjax.attention.longlora import ShiftedSparseAttention, shifted_group_attention
+from effjax.attention.lsra import LSRA
 from effjax.attention.multi_head import Attention, KVCache
 
-__all__ = ["Attention", "KVCache", "attend", "masks"]
+__all__ = [
+  "LSRA",
+  "Attention",
+  "KVCache",
+  "LinearAttention",
+  "Linformer",
+  "ShiftedSparseAttention",
+  "attend",
+  "linear_attention",
+  "masks",
+  "shifted_group_attention",
+]

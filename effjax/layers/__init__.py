@@ -3,7 +3,7 @@
 from effjax.layers.context import Context
 from effjax.layers.embedding import Embed, sinusoidal_positions
 from effjax.layers.linear import Linear, weight
-from effjax.layers.mlp import MLP, activation
+from effjax.layers.mlp import MLP, activation, hidden_units
 from effjax.layers.norms import LayerNorm, RMSNorm
 from effjax.layers.rotary import Rope
 from effjax.layers.spec import LayerSpec, TransformerConfig
@@ -19,6 +19,7 @@ __all__ = [
   "Rope",
   "TransformerConfig",
   "activation",
+  "hidden_units",
   "sinusoidal_positions",
   "weight",
 ]

@@ -7,7 +7,7 @@ from effjax.core import trees
 from effjax.core.typing import Array, Float, Int, Params
 from effjax.core.weights import linear
 from effjax.kernels.grouped_matmul import grouped_linear
-from effjax.layers import MLP, Context, activation, weight
+from effjax.layers import MLP, Context, hidden_units, weight
 from effjax.layers.linear import KERNEL_INIT
 from effjax.moe.dispatch import mix_experts
 from effjax.moe.losses import expert_shares, load_balance_loss, z_loss
@@ -92,7 +92,6 @@ class MoE(nn.Module):
     return top_k_routing(router(rows), k=self.top_k, renormalize=self.renormalize)
 
   def _experts(self, width: int):
-    act = activation(self.activation)
     up = ExpertLinear(self.experts, self.width, self.use_bias, name="up")
     down = ExpertLinear(self.experts, width, self.use_bias, name="down")
     gate = None
@@ -100,9 +99,8 @@ class MoE(nn.Module):
       gate = ExpertLinear(self.experts, self.width, self.use_bias, name="gate")
 
     def apply(rows, sizes):
-      hidden = up(rows, sizes)
-      hidden = act(hidden) if gate is None else act(gate(rows, sizes)) * hidden
-      return down(hidden, sizes)
+      gates = None if gate is None else gate(rows, sizes)
+      return down(hidden_units(self.activation, up(rows, sizes), gates), sizes)
 
     return apply
 
