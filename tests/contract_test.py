@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from effjax.attention.big_bird import BigBird
 from effjax.attention.linear import LinearAttention
 from effjax.attention.linformer import Linformer
+from effjax.attention.longformer import Longformer
 from effjax.attention.longlora import ShiftedSparseAttention
 from effjax.attention.lsra import LSRA
 from effjax.attention.masks import Causal, Full, SlidingWindow
@@ -189,6 +191,7 @@ def quantised(params, key):
 
 
 ROPE, SWIGLU = Rope(1e4), MLP(24, "silu", gated=True)
+NEAR = SlidingWindow(2, 2)
 MHA, GQA = Attention(4), Attention(4, kv_heads=2, rope=ROPE)
 BIASED = {"use_bias": True, "out_bias": True}
 BOTH_WAYS = Attention(4, mask=Full(), **BIASED)
@@ -224,6 +227,11 @@ ROWS = [
   layer("softcap", Attention(4, logit_softcap=1.0), **CAUSAL,
         reduces=same_as(Attention(4, logit_softcap=1e3), MHA)),
   layer("Linformer", Linformer(4, length=8, rank=3), padding=True, reduces=identity_linformer),
+  layer("Longformer", Longformer(4, kv_heads=2, rope=ROPE, mask=NEAR, positions=1, causal=True),
+        **CAUSAL, reduces=same_as(Longformer(4, mask=SlidingWindow(T, T), positions=0),
+                                  Attention(4, mask=Full()))),
+  layer("BigBird", BigBird(4, kv_heads=2, block=1, number=1), **CAUSAL,
+        reduces=same_as(BigBird(4, block=2, number=3), MHA)),
   layer("linear attention", LinearAttention(4, chunk=4), **CAUSAL,
         reduces=same_as(LinearAttention(4, chunk=1), LinearAttention(4))),
   layer("linear, both ways", LinearAttention(4, causal=False, chunk=4), padding=True),

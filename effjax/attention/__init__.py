@@ -2,8 +2,10 @@
 
 from effjax.attention import masks
 from effjax.attention.attend import attend
+from effjax.attention.big_bird import BigBird
 from effjax.attention.linear import LinearAttention, linear_attention
 from effjax.attention.linformer import Linformer
+from effjax.attention.longformer import Longformer
 from effjax.attention.longlora import ShiftedSparseAttention, shifted_group_attention
 from effjax.attention.lsra import LSRA
 from effjax.attention.multi_head import Attention, KVCache
@@ -11,9 +13,11 @@ from effjax.attention.multi_head import Attention, KVCache
 __all__ = [
   "LSRA",
   "Attention",
+  "BigBird",
   "KVCache",
   "LinearAttention",
   "Linformer",
+  "Longformer",
   "ShiftedSparseAttention",
   "attend",
   "linear_attention",

@@ -126,10 +126,10 @@ class ShiftedSparseAttention(Attention):
 
   group: int | None = None
 
-  def _attend(self, query, key, value, positions, context, cache):
+  def _attend(self, x, query, key, value, positions, context, cache):
     self._check_mask()
     if cache is not None:
-      return super()._attend(query, key, value, positions, context, cache)
+      return super()._attend(x, query, key, value, positions, context, cache)
     y = shifted_group_attention(
       query,
       key,
@@ -137,9 +137,7 @@ class ShiftedSparseAttention(Attention):
       group=self._group(query.shape[1]),
       causal=self.mask == masks.Causal(),
       segment_ids=context.segment_ids,
-      scale=self.scale,
-      logit_softcap=self.logit_softcap,
-      implementation=self.implementation,
+      **self._arguments,
     )
     return y, None
 

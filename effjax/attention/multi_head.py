@@ -70,37 +70,47 @@ class Attention(nn.Module):
     if source is None:
       raise ValueError("Attention: cross=True needs context.memory [B, S, D], and it is None")
 
-    def project(name, inputs, heads):
-      y = Linear(heads * width, self.use_bias, name=name)(inputs.astype(x.dtype))
-      return y.reshape(*y.shape[:-1], heads, width)
-
-    query = project("query", x, self.heads)
-    key, value = project("key", source, kv_heads), project("value", source, kv_heads)
+    source = source.astype(x.dtype)
+    query = self._project("query", x, self.heads, width)
+    key, value = (self._project(name, source, kv_heads, width) for name in ("key", "value"))
     if self.qk_norm is not None:
       query = RMSNorm(self.qk_norm, name="query_norm")(query)
       key = RMSNorm(self.qk_norm, name="key_norm")(key)
     positions = context.positions_for(x)
     if self.rope is not None:
       query, key = self.rope(query, positions), self.rope(key, positions)
-    out, cache = self._attend(query, key, value, positions, context, cache)
+    out, cache = self._attend(x, query, key, value, positions, context, cache)
     out = out.reshape(*out.shape[:-2], self.heads * width)
     return Linear(x.shape[-1], self.out_bias, name="out")(out), cache
 
-  def _attend(self, query, key, value, positions, context, cache):
-    arguments = {"scale": self.scale, "logit_softcap": self.logit_softcap}
-    arguments["implementation"] = self.implementation
+  def _project(self, name: str, x: Array, heads: int, width: int) -> Array:
+    y = Linear(heads * width, self.use_bias, name=name)(x)
+    return y.reshape(*y.shape[:-1], heads, width)
+
+  def _mask(self, context: Context, length: int) -> masks.Mask:
+    """Who sees whom of `length` keys."""
+    return self.mask
+
+  @property
+  def _arguments(self) -> dict:
+    names = ("scale", "logit_softcap", "implementation")
+    return {name: getattr(self, name) for name in names}
+
+  def _attend(self, x, query, key, value, positions, context, cache):
+    arguments = self._arguments
     if self.cross:
       segments = _pair(context.segment_ids, context.memory_segment_ids, query, key)
       return attend(query, key, value, mask=None, segment_ids=segments, **arguments), cache
     if cache is None:
-      segments = context.segment_ids
-      return attend(query, key, value, mask=self.mask, segment_ids=segments, **arguments), None
+      mask, segments = self._mask(context, key.shape[1]), context.segment_ids
+      return attend(query, key, value, mask=mask, segment_ids=segments, **arguments), None
     if context.segment_ids is not None:
       raise ValueError("Attention: segment_ids with a cache; allowed: one sequence a row, no ids")
     cache = cache.write(key, value, positions)
     key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
     arguments["query_positions"] = positions
-    return attend(query, key, value, mask=self.mask, **arguments), cache
+    mask = self._mask(context, key.shape[1])
+    return attend(query, key, value, mask=mask, **arguments), cache
 
   def init_cache(
     self, width: int, batch: int, length: int, dtype: DTypeLike = jnp.float32

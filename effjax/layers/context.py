@@ -16,6 +16,7 @@ class Context:
     segment_ids: [B, T], equal ids attend to one another; negative is padding.
     memory: [B, S, D], what cross-attention reads.
     memory_segment_ids: [B, S], as `segment_ids`, for `memory`.
+    global_positions: [B, G], tokens that see all and are seen by all; negative for none.
   """
 
   tokens: Int[Array, "B T"] | None = None
@@ -23,6 +24,7 @@ class Context:
   segment_ids: Int[Array, "B T"] | None = None
   memory: Float[Array, "B S D"] | None = None
   memory_segment_ids: Int[Array, "B S"] | None = None
+  global_positions: Int[Array, "B G"] | None = None
 
   def positions_for(self, x: Float[Array, "B T D"]) -> Int[Array, "B T"]:
     """`positions`, or 0 … T−1 in every row of `x`."""

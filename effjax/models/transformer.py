@@ -86,6 +86,7 @@ class Transformer(nn.Module):
     cache: PyTree = None,
     memory: Float[Array, "B S D"] | None = None,
     memory_segment_ids: Int[Array, "B S"] | None = None,
+    global_positions: Int[Array, "B G"] | None = None,
   ):
     """Logits [B, T, V], or hidden states [B, T, D]; with a `cache`, (those, the new cache).
 
@@ -96,6 +97,7 @@ class Transformer(nn.Module):
       cache: what `init_cache` gives or an earlier call returned.
       memory: what cross-attention reads.
       memory_segment_ids: as `segment_ids`, for `memory`.
+      global_positions: tokens that mixers with global attention let see all, negative for none.
 
     Raises:
       ValueError: when T exceeds `config.context`.
@@ -103,7 +105,7 @@ class Transformer(nn.Module):
     config = self.config
     if tokens.shape[1] > config.context:
       raise ValueError(f"tokens: length {tokens.shape[1]}; allowed: up to {config.context}")
-    context = Context(tokens, positions, segment_ids, memory, memory_segment_ids)
+    context = Context(tokens, positions, segment_ids, memory, memory_segment_ids, global_positions)
     embed = Embed(config.vocab_size, config.embed_width or config.width, name="embed")
     x = self._embed(embed, tokens, context)
     caches = []
