@@ -36,8 +36,9 @@ def project_length(
     raise ValueError(f"Linformer: sequence of length {length}; allowed: up to {w.shape[0]}")
   if segment_ids is not None:
     x = jnp.where((segment_ids >= 0)[..., None, None], x, jnp.zeros((), x.dtype))
-  rows = materialize(w)[:length].astype(x.dtype)
-  return jnp.einsum("btnh,tr->brnh", x, rows)
+  wide = jnp.promote_types(x.dtype, jnp.float32)  # half precision would lose the sum
+  y = jnp.einsum("btnh,tr->brnh", x.astype(wide), materialize(w)[:length].astype(wide))
+  return y.astype(x.dtype)
 
 
 def linformer_attention(

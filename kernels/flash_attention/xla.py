@@ -286,18 +286,15 @@ class _Sight:
   def _tile(self, features: Any, c: Array, i: Array, size: int, place: Any) -> Any:
     """Tile i of features [b, h, length], for group c, with an axis for the other side's tile."""
     t, groups = self.plan.tiles, self.plan.split(c)
-    heads = t.heads * self.plan.G
-    sizes = t.batch, heads, size
+    sizes = t.batch, t.heads * self.plan.G, size
 
     def cut(x: Any) -> Array:
       index = zip(x.shape, sizes, (*groups, i), strict=True)
-      start, part = zip(
-        *((n * g, n) if whole > 1 else (0, 1) for whole, n, g in index), strict=True
-      )
-      x = lax.dynamic_slice(jnp.asarray(x), start, part)
-      return x.reshape(part[0], *((t.heads, self.plan.G) if part[1] > 1 else (1, 1)), part[2])[
-        place
-      ]
+      places = ((n * g, n) if whole > 1 else (0, 1) for whole, n, g in index)
+      start, (batch, n, length) = zip(*places, strict=True)
+      x = lax.dynamic_slice(jnp.asarray(x), start, (batch, n, length))
+      split = (t.heads, self.plan.G) if n > 1 else (1, 1)
+      return x.reshape(batch, *split, length)[place]
 
     return jax.tree.map(cut, features)
 

@@ -75,11 +75,10 @@ class Global(_Given):
     return q_features | k_features
 
   def spans(self, grid, q_features, k_features):
-    rows = (
-      grid.split(q_features)
-      if not isinstance(self.positions, int)
-      else (grid.index[:, None] < self.positions)
-    )
+    if isinstance(self.positions, int):
+      rows = grid.index[:, None] < self.positions
+    else:
+      rows = grid.split(q_features)
     some, every = self._tiles(grid)
     return some | grid.everywhere(rows.any(-1)), every | grid.everywhere(rows.all(-1))
 
@@ -98,9 +97,8 @@ class Global(_Given):
     """Tiles of keys of which some, and of which all are global, [b, 1, 1, n]."""
     zero = grid.first[:1, :, :1] * 0
     if isinstance(self.positions, int):
-      return grid.touching(zero, zero + self.positions - 1), grid.inside(
-        zero, zero + self.positions - 1
-      )
+      last = zero + self.positions - 1
+      return grid.touching(zero, last), grid.inside(zero, last)
     chosen, xp = self._listed
     none = grid.touching(zero, zero - 1)
     if chosen.shape[1] == 0:
@@ -116,15 +114,13 @@ class Global(_Given):
     return chosen, namespace(chosen)
 
   def check(self, batch, T, S, positions=False):
-    chosen, _ = ((), None) if isinstance(self.positions, int) else self._listed
-    if isinstance(self.positions, int | tuple):
-      most = (
-        self.positions - 1 if isinstance(self.positions, int) else max(self.positions, default=-1)
-      )
+    given = self.positions
+    if isinstance(given, int | tuple):
+      most = given - 1 if isinstance(given, int) else max(given, default=-1)
       if most >= S:
         raise ValueError(f"mask: Global holds position {most}; allowed: 0 … {S - 1}")
-    elif chosen.shape[0] not in (1, batch):
-      raise ValueError(f"mask: Global has positions {chosen.shape}, expected ({batch} or 1, any)")
+    elif given.shape[0] not in (1, batch):
+      raise ValueError(f"mask: Global has positions {given.shape}, expected ({batch} or 1, any)")
 
 
 @dataclasses.dataclass(frozen=True)
