@@ -45,7 +45,7 @@ class Longformer(Attention):
       given = f"cross={self.cross}, qk_norm={self.qk_norm}, cache={type(cache).__name__}"
       raise ValueError(f"Longformer: {given}; allowed: False, None and no cache")
     local, _ = super()._attend(x, query, key, value, positions, context, cache)
-    at = _listed(self._positions(context), x.shape[0], x.shape[1])
+    at = _listed(self._positions(context), x.shape[0])
     if at.shape[1] == 0:
       return local, None
     rows = jnp.arange(x.shape[0])[:, None]
@@ -82,16 +82,15 @@ class Longformer(Attention):
 
   def flops(self, width: int, length: int) -> float:
     """Matrix-product FLOPs a token, forward, without global tokens that only the context knows."""
-    seen = self.mask & masks.Causal() if self.causal else self.mask
-    if self.positions is not None:
-      seen = seen | masks.Global(self.positions)
+    seen = self.mask if self.positions is None else self.mask | masks.Global(self.positions)
+    seen = seen & masks.Causal() if self.causal else seen
     head_width, kv_heads = self._head_width(width), self._kv_heads()
     projections = 2.0 * width * head_width * (2 * self.heads + 4 * kv_heads)
     return projections + 4.0 * self.heads * head_width * seen.mean_keys(length)
 
 
-def _listed(positions, batch: int, length: int) -> Int[Array, "B G"]:
-  """Global positions as an array, each below `length`."""
+def _listed(positions, batch: int) -> Int[Array, "B G"]:
+  """Global positions as an array."""
   if isinstance(positions, int):
     positions = tuple(range(positions))
   if isinstance(positions, tuple):

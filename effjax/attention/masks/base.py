@@ -170,11 +170,15 @@ class _Pair(Mask):
     self.first.check(*sizes)
     self.second.check(*sizes)
 
-  def _both(self, method: str, *arguments: Any) -> tuple[Any, Any]:
-    """A method of either mask, with its part of the features, the last two arguments."""
-    *arguments, q, k = arguments
-    parts = zip((self.first, self.second), q, k, strict=True)
-    return tuple(getattr(mask, method)(*arguments, *part) for mask, *part in parts)
+  def predicate(self, q, k, q_features, k_features):
+    parts = zip((self.first, self.second), q_features, k_features, strict=True)
+    return self._join(*(mask.predicate(q, k, *part) for mask, *part in parts))
+
+  def spans(self, grid, q_features, k_features):
+    parts = zip((self.first, self.second), q_features, k_features, strict=True)
+    found = (mask.spans(grid, *part) for mask, *part in parts)
+    some, every = zip(*found, strict=True)
+    return self._join(*some), self._join(*every)
 
 
 @jax.tree_util.register_dataclass
@@ -184,13 +188,7 @@ class And(_Pair):
 
   first: Mask
   second: Mask
-
-  def predicate(self, q, k, q_features, k_features):
-    return operator.and_(*self._both("predicate", q, k, q_features, k_features))
-
-  def spans(self, grid, q_features, k_features):
-    (some, every), (some2, every2) = self._both("spans", grid, q_features, k_features)
-    return some & some2, every & every2
+  _join = staticmethod(operator.and_)
 
 
 @jax.tree_util.register_dataclass
@@ -200,13 +198,7 @@ class Or(_Pair):
 
   first: Mask
   second: Mask
-
-  def predicate(self, q, k, q_features, k_features):
-    return operator.or_(*self._both("predicate", q, k, q_features, k_features))
-
-  def spans(self, grid, q_features, k_features):
-    (some, every), (some2, every2) = self._both("spans", grid, q_features, k_features)
-    return some | some2, every | every2
+  _join = staticmethod(operator.or_)
 
 
 @jax.tree_util.register_dataclass
