@@ -1,15 +1,13 @@
-"""How the work is cut up: sizes of a tile, and the order in which a row of tiles is visited."""
+"""How the work is cut up: the sizes of a tile."""
 
 import dataclasses
 import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from effjax.core.typing import Array
-from effjax.kernels.flash_attention.spans import Grid, Spans, union
+from effjax.kernels.flash_attention.spans import Grid
 
 _CPU_TILE = 2**19  # scores worked on at once: two megabytes of float32 stay near two cores
 _DEVICE_TILE = 2**24
@@ -65,60 +63,3 @@ def _even(length: int, most: int) -> int:
 
 def _divisor(n: int, most: int) -> int:
   return max(d for d in range(1, max(min(n, most), 1) + 1) if n % d == 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Visits:
-  """For each group of batch rows and heads and each query tile, intervals of key tiles to visit."""
-
-  spans: Spans
-
-  @property
-  def none(self) -> bool:
-    """True where it is known while tracing that there is nothing to visit."""
-    return isinstance(self.spans.start, np.ndarray) and not self.spans.count().any()
-
-  def row(self, batch: Any, head: Any, i: Any) -> tuple[Array, Any]:
-    """Number of key tiles for query tile i, and a function from 0 … number − 1 to the tile."""
-    start, stop = (_at(x, batch, head, i) for x in (self.spans.start, self.spans.stop))
-    size = jnp.maximum(stop - start, 0)
-    after = jnp.cumsum(size)
-
-    def tile(n: Any) -> Array:
-      if start.shape[0] == 1:
-        return start[0] + n
-      which = jnp.sum(after <= n)
-      return start[which] + n - (after[which] - size[which])
-
-    return after[-1], tile
-
-
-def _at(x: Any, batch: Any, head: Any, i: Any) -> Array:
-  x = jnp.asarray(x, jnp.int32)
-  return x[batch if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0, i]
-
-
-def partition(some: Spans, every: Spans, whole: int, tiles: int) -> tuple[Visits, Visits]:
-  """Tiles that need the mask evaluated and tiles that do not.
-
-  Args:
-    whole: key tiles without padding; a padded one is never free of the mask.
-    tiles: all key tiles.
-  """
-  ragged = Spans(np.full((1, 1, 1, 1), whole), np.full((1, 1, 1, 1), tiles))
-  every = every & ragged.complement(tiles)
-  return Visits(some & every.complement(tiles)), Visits(every)
-
-
-def merge(spans: Spans, batch: int, heads: int) -> Spans:
-  """What is in the spans of any of `batch` rows and `heads` heads that are worked on together."""
-  groups = [(x, batch, heads) for x in (spans.start, spans.stop)]
-  return union(*(_grouped(*group) for group in groups)) if batch * heads > 1 else spans
-
-
-def _grouped(x: Any, batch: int, heads: int) -> Any:
-  """[b, h, rows, n] as [b / batch, h / heads, rows, batch · heads · n]; axes of one stay."""
-  b, h, rows, n = x.shape
-  batch, heads = min(b, batch), min(h, heads)
-  x = x.reshape(b // batch, batch, h // heads, heads, rows, n).transpose(0, 2, 4, 1, 3, 5)
-  return x.reshape(b // batch, h // heads, rows, -1)

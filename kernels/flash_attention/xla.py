@@ -11,9 +11,8 @@ References: Milakov and Gimelshein, arXiv 1805.02867; FlashAttention-2, arXiv 23
 1 and 2.
 """
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,10 @@ from numpy.polynomial.chebyshev import chebpts1
 
 from effjax.core import numerics
 from effjax.core.typing import Array, Float, Int
+from effjax.kernels.flash_attention import layout
 from effjax.kernels.flash_attention import tiles as tiling
-from effjax.kernels.flash_attention.spans import Grid, equal_ids, tiled
+from effjax.kernels.flash_attention.sight import Where
+from effjax.kernels.flash_attention.visits import GroupedSight
 
 _FLOOR = -1e30  # least running maximum: finite, so that a row of −inf scores gives exp(−inf) = 0
 _NODES = chebpts1(64) / 2
@@ -59,67 +60,10 @@ def attention(
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
   tiles = tiles or tiling.choose(B, T, S, K, N // K, mask)
-  plan = _Plan(B, T, S, K, N // K, H, value.shape[-1], tiles, float(scale), logit_softcap)
-  where = _Where(mask, segment_ids, query_positions)
+  plan = layout.Plan(B, T, S, K, N // K, H, value.shape[-1], tiles, float(scale), logit_softcap)
+  where = Where(mask, segment_ids, query_positions)
   operands = (query, key, value, bias, where)
   return _attention(plan, *numerics.vary_alike(operands, operands))
-
-
-class _Where(NamedTuple):
-  """What decides who sees whom."""
-
-  mask: Any
-  segment_ids: Any
-  query_positions: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-  """Sizes known while tracing. A row of a tile is a (query head of the group, query) pair."""
-
-  B: int
-  T: int
-  S: int
-  K: int
-  G: int
-  H: int
-  Hv: int
-  tiles: tiling.Tiles
-  scale: float
-  softcap: float | None
-
-  @property
-  def rows(self) -> int:
-    return self.G * self.tiles.queries
-
-  @property
-  def stacked(self) -> int:
-    """Batch axis of a tile's products: batch rows × key-value heads."""
-    return self.tiles.batch * self.tiles.heads
-
-  @property
-  def groups(self) -> int:
-    return (self.B // self.tiles.batch) * (self.K // self.tiles.heads)
-
-  @property
-  def q_tiles(self) -> int:
-    return -(-self.T // self.tiles.queries)
-
-  @property
-  def k_tiles(self) -> int:
-    return -(-self.S // self.tiles.keys)
-
-  def split(self, c: Array) -> tuple[Array, Array]:
-    """The batch group and head group of group c."""
-    heads = self.K // self.tiles.heads
-    return c // heads, c % heads
-
-  def place(self, x: Array, c: Array) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """Where group c lies in x [B or 1, length, heads, ...]: starts and sizes."""
-    (batch, head), heads = self.split(c), x.shape[2] * self.tiles.heads // self.K
-    rest = x.shape[3:]
-    start = (batch * self.tiles.batch, 0, head * heads, *(0 for _ in rest))
-    return start, (self.tiles.batch, x.shape[1], heads, *rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -137,60 +81,6 @@ def _attention_bwd(plan, saved, cotangents):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-# Layout: a group of heads is taken out of the arrays and laid out tile by tile, and its results are
-# put back, so that what a step holds does not grow with the number of groups.
-
-
-def _take(plan: _Plan, x: Array, c: Array) -> Array:
-  """[B, T, heads, ...] → those of group c."""
-  if plan.groups == 1:
-    return x
-  return lax.dynamic_slice(x, *plan.place(x, c))
-
-
-def _put(plan: _Plan, x: Array, part: Array, c: Array) -> Array:
-  """`x` with the values of group c replaced."""
-  part = part.astype(x.dtype)
-  return part if plan.groups == 1 else lax.dynamic_update_slice(x, part, plan.place(x, c)[0])
-
-
-def _to_rows(plan: _Plan, x: Array) -> Array:
-  """[batch, T, heads · G, X] → [query tiles, stacked, rows, X], padded with zeros."""
-  t, X = plan.tiles, x.shape[-1]
-  x = _pad(x, 1, plan.q_tiles * t.queries)
-  x = x.reshape(t.batch, plan.q_tiles, t.queries, t.heads, plan.G, X).transpose(1, 0, 3, 4, 2, 5)
-  return x.reshape(plan.q_tiles, plan.stacked, plan.rows, X)
-
-
-def _from_rows(plan: _Plan, x: Array) -> Array:
-  """[query tiles, stacked, rows, X] → [batch, T, heads · G, X]."""
-  t, X = plan.tiles, x.shape[-1]
-  x = x.reshape(plan.q_tiles, t.batch, t.heads, plan.G, t.queries, X).transpose(1, 0, 4, 2, 3, 5)
-  return x.reshape(t.batch, -1, t.heads * plan.G, X)[:, : plan.T]
-
-
-def _to_keys(plan: _Plan, x: Array, across: bool) -> Array:
-  """[batch, S, heads, X] → [key tiles, stacked, keys, X], or [..., X, keys] when `across`."""
-  t, X = plan.tiles, x.shape[-1]
-  x = _pad(x, 1, plan.k_tiles * t.keys)
-  x = x.reshape(t.batch, plan.k_tiles, t.keys, t.heads, X)
-  x = x.transpose(1, 0, 3, *((4, 2) if across else (2, 4)))
-  return x.reshape(plan.k_tiles, plan.stacked, *x.shape[-2:])
-
-
-def _from_keys(plan: _Plan, x: Array) -> Array:
-  """[key tiles, stacked, X, keys] → [batch, S, heads, X]."""
-  t, X = plan.tiles, x.shape[-2]
-  x = x.reshape(plan.k_tiles, t.batch, t.heads, X, t.keys).transpose(1, 0, 4, 2, 3)
-  return x.reshape(t.batch, -1, t.heads, X)[:, : plan.S]
-
-
-def _pad(x: Array, axis: int, length: int, value: Any = 0) -> Array:
-  short = length - x.shape[axis]
-  widths = [(0, short if a == axis else 0) for a in range(x.ndim)]
-  return jnp.pad(x, widths, constant_values=value) if short else x
 
 
 def _compute_type(x: Array) -> Any:
@@ -224,128 +114,7 @@ def _exp_jvp(primals, tangents):
   return y, y * tangents[0]
 
 
-# Who sees whom.
-
-
-class _Sight:
-  """The mask of every tile: which tiles to visit, and the predicate on one."""
-
-  def __init__(self, plan: _Plan, where: _Where):
-    self.plan, self.mask, t = plan, where.mask, plan.tiles
-    positions = index = where.query_positions
-    if positions is None:
-      positions = np.arange(plan.S - plan.T, plan.S, dtype=np.int32)[None]
-      index = lax.iota(jnp.int32, plan.T)[None] + (plan.S - plan.T)
-      grid = Grid.of(plan.T, plan.S, t.queries, t.keys)
-    else:
-      grid = Grid(tiled(positions, t.queries), plan.S, t.keys)
-    features = self.mask.features(positions, plan.S)
-    some, every = self.mask.spans(grid, *features)
-    if where.segment_ids is not None:
-      same, all_same = equal_ids(
-        grid.split(where.segment_ids[0][:, None]), grid.split_keys(where.segment_ids[1][:, None])
-      )
-      some, every = some & same, every & all_same
-    heads = t.heads * plan.G
-    some = tiling.merge(some, t.batch, heads)
-    rest = tiling.merge(every.complement(plan.k_tiles), t.batch, heads)
-    every = rest.complement(plan.k_tiles)
-    self.partial, self.full = tiling.partition(some, every, plan.S // t.keys, plan.k_tiles)
-    rows = (index[:, None], *_segments(where, 0)), features[0]
-    self.queries = self._padded(rows, plan.q_tiles * t.queries)
-    self.keys = self._padded((_segments(where, 1), features[1]), plan.k_tiles * t.keys)
-
-  def visit(self, c: Array, i: Array, body: Any, carry: Any) -> Any:
-    """Folds `body(tile, seen, carry)` over the key tiles of query tile i of group c."""
-    for visits, masked in ((self.full, False), (self.partial, True)):
-      if visits.none:
-        continue
-      count, tile = visits.row(*self.plan.split(c), i)
-
-      def step(n, carry, masked=masked, tile=tile):
-        j = tile(n)
-        return body(j, self.seen(c, i, j) if masked else None, carry)
-
-      carry = lax.fori_loop(0, count, step, carry)
-    return carry
-
-  def seen(self, c: Array, i: Array, j: Array) -> Array:
-    """[batch, heads, G, queries, keys] of booleans (axes of one where they do not matter)."""
-    t = self.plan.tiles
-    (q, *q_ids), q_features = self._tile(self.queries, c, i, t.queries, np.s_[..., :, None])
-    k_ids, k_features = self._tile(self.keys, c, j, t.keys, np.s_[..., None, :])
-    k = j * t.keys + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, t.keys), 4)
-    seen = self.mask.predicate(q, k, q_features, k_features)
-    for a, b in zip(q_ids, k_ids, strict=True):
-      seen = seen & (a == b) & (a >= 0)
-    return seen & (k < self.plan.S) if self.plan.S % t.keys else seen
-
-  def _padded(self, features: Any, length: int) -> Any:
-    return jax.tree.map(lambda x: x if x.shape[2] == 1 else _edge(x, length), features)
-
-  def _tile(self, features: Any, c: Array, i: Array, size: int, place: Any) -> Any:
-    """Tile i of features [b, h, length], for group c, with an axis for the other side's tile."""
-    t, groups = self.plan.tiles, self.plan.split(c)
-    sizes = t.batch, t.heads * self.plan.G, size
-
-    def cut(x: Any) -> Array:
-      index = zip(x.shape, sizes, (*groups, i), strict=True)
-      places = ((n * g, n) if whole > 1 else (0, 1) for whole, n, g in index)
-      start, (batch, n, length) = zip(*places, strict=True)
-      x = lax.dynamic_slice(jnp.asarray(x), start, (batch, n, length))
-      split = (t.heads, self.plan.G) if n > 1 else (1, 1)
-      return x.reshape(batch, *split, length)[place]
-
-    return jax.tree.map(cut, features)
-
-
-def _segments(where: _Where, side: int) -> tuple[Array, ...]:
-  return () if where.segment_ids is None else (where.segment_ids[side][:, None],)
-
-
-def _edge(x: Any, length: int) -> Any:
-  """[b, h, X] continued to `length` with its last element."""
-  short = length - x.shape[2]
-  return jnp.pad(x, ((0, 0), (0, 0), (0, short)), mode="edge") if short else x
-
-
-class _Bias:
-  """A bias, or its gradient, addressed by tiles. Axes of one stay axes of one."""
-
-  def __init__(self, plan: _Plan, shape: tuple[int, ...]):
-    t = plan.tiles
-    whole = (plan.B, plan.K * plan.G, plan.q_tiles * t.queries, plan.k_tiles * t.keys)
-    part = (t.batch, t.heads * plan.G, t.queries, t.keys)
-    wide = [n > 1 for n in shape]
-    self.shape = tuple(n if w else 1 for n, w in zip(whole, wide, strict=True))
-    self.part = tuple(n if w else 1 for n, w in zip(part, wide, strict=True))
-    heads = (t.heads, plan.G) if wide[1] else (1, 1)
-    self.tile = (self.part[0], *heads, *self.part[2:])
-
-  def start(self, plan: _Plan, c: Array, i: Array, j: Array) -> list[Any]:
-    index = (*plan.split(c), i, j)
-    return [n * x if w > 1 else 0 for n, x, w in zip(self.part, index, self.shape, strict=True)]
-
-  def pad(self, bias: Array) -> Array:
-    for axis in (2, 3):
-      bias = _pad(bias, axis, self.shape[axis])
-    return bias
-
-  def read(self, plan: _Plan, bias: Array, c: Array, i: Array, j: Array) -> Array:
-    tile = lax.dynamic_slice(bias, self.start(plan, c, i, j), self.part)
-    return tile.reshape(self.tile)
-
-  def add(self, plan: _Plan, total: Array, scores: Array, c: Array, i: Array, j: Array) -> Array:
-    """`total` with the gradient of a tile of scores added where the bias was read."""
-    axes = tuple(a for a, n in enumerate(self.tile) if n == 1 and scores.shape[a] > 1)
-    scores = jnp.sum(scores, axes, keepdims=True).reshape(self.part)
-    start = self.start(plan, c, i, j)
-    return lax.dynamic_update_slice(
-      total, lax.dynamic_slice(total, start, self.part) + scores, start
-    )
-
-
-def _scores(plan: _Plan, q: Array, k: Array, bias: Array | None, seen: Array | None):
+def _scores(plan: layout.Plan, q: Array, k: Array, bias: Array | None, seen: Array | None):
   """Scores of a tile [batch, heads, G, queries, keys], and before bias and mask."""
   t = plan.tiles
   capped = _dot(q, k).reshape(t.batch, t.heads, plan.G, t.queries, t.keys)
@@ -357,16 +126,18 @@ def _scores(plan: _Plan, q: Array, k: Array, bias: Array | None, seen: Array | N
 
 
 def _forward(plan, query, key, value, bias, where):
-  sight = _Sight(plan, where)
+  sight = GroupedSight(plan, where)
   compute = _compute_type(query)
   wide = jnp.promote_types(query.dtype, jnp.float32)
-  addressed = None if bias is None else _Bias(plan, bias.shape)
+  addressed = None if bias is None else layout.Bias(plan, bias.shape)
   padded = None if bias is None else addressed.pad(bias)
 
   def group(results, c):
-    queries = _to_rows(plan, (_take(plan, query, c).astype(wide) * plan.scale).astype(compute))
-    keys = _to_keys(plan, _take(plan, key, c).astype(compute), across=True)
-    values = _to_keys(plan, _take(plan, value, c).astype(compute), across=False)
+    queries = layout.to_rows(
+      plan, (layout.take(plan, query, c).astype(wide) * plan.scale).astype(compute)
+    )
+    keys = layout.to_keys(plan, layout.take(plan, key, c).astype(compute), across=True)
+    values = layout.to_keys(plan, layout.take(plan, value, c).astype(compute), across=False)
     zeros = lambda width: _zeros((plan.stacked, plan.rows, width), wide, query)
     start = zeros(1), zeros(1) + _FLOOR, zeros(plan.Hv)
 
@@ -390,7 +161,7 @@ def _forward(plan, query, key, value, bias, where):
       return None, ((out / safe).astype(query.dtype), lse)
 
     parts = lax.scan(row, None, (jnp.arange(plan.q_tiles), queries))[1]
-    put = lambda whole, part: _put(plan, whole, _from_rows(plan, part), c)
+    put = lambda whole, part: layout.put(plan, whole, layout.from_rows(plan, part), c)
     return tuple(map(put, results, parts)), None
 
   shape = query.shape[:3]
@@ -402,30 +173,30 @@ def _forward(plan, query, key, value, bias, where):
 def _backward(plan, saved, cotangents):
   query, key, value, bias, where, out, lse = saved
   d_out, d_lse = cotangents
-  sight = _Sight(plan, where)
+  sight = GroupedSight(plan, where)
   compute = _compute_type(query)
   wide = jnp.promote_types(query.dtype, jnp.float32)
-  addressed = None if bias is None else _Bias(plan, bias.shape)
+  addressed = None if bias is None else layout.Bias(plan, bias.shape)
   padded = None if bias is None else addressed.pad(bias)
   some = lse > -jnp.inf
   delta = jnp.sum(d_out.astype(wide) * out.astype(wide), -1) - d_lse
   delta = jnp.where(some, delta, 0.0)[..., None]
   # Rows with nothing to attend to, padded ones among them: exp(score − large) = 0.
   lse = jnp.where(some, lse, -_FLOOR)
-  lse = _pad(lse, 1, plan.q_tiles * plan.tiles.queries, -_FLOOR)[..., None]
+  lse = layout.pad(lse, 1, plan.q_tiles * plan.tiles.queries, -_FLOOR)[..., None]
 
   def group(carry, c):
     (d_query, d_key, d_value), d_bias = carry
-    take = lambda x, kind=compute: _take(plan, x, c).astype(kind)
+    take = lambda x, kind=compute: layout.take(plan, x, c).astype(kind)
     rows = (
       jnp.arange(plan.q_tiles),
-      _to_rows(plan, (take(query, wide) * plan.scale).astype(compute)),
-      _to_rows(plan, take(d_out)),
-      _to_rows(plan, take(lse, wide)),
-      _to_rows(plan, take(delta, wide)),
+      layout.to_rows(plan, (take(query, wide) * plan.scale).astype(compute)),
+      layout.to_rows(plan, take(d_out)),
+      layout.to_rows(plan, take(lse, wide)),
+      layout.to_rows(plan, take(delta, wide)),
     )
-    keys, keys_across = (_to_keys(plan, take(key), across) for across in (False, True))
-    values_across = _to_keys(plan, take(value), across=True)
+    keys, keys_across = (layout.to_keys(plan, take(key), across) for across in (False, True))
+    values_across = layout.to_keys(plan, take(value), across=True)
 
     def row(carry, x):
       i, q, do, lse, delta = x
@@ -453,9 +224,9 @@ def _backward(plan, saved, cotangents):
     d_k = _zeros(keys_across.shape, wide, query)
     d_v = _zeros(values_across.shape, wide, query)
     (d_k, d_v, d_bias), d_q = lax.scan(row, (d_k, d_v, d_bias), rows)
-    d_query = _put(plan, d_query, _from_rows(plan, d_q), c)
-    d_key = _put(plan, d_key, _from_keys(plan, d_k), c)
-    d_value = _put(plan, d_value, _from_keys(plan, d_v), c)
+    d_query = layout.put(plan, d_query, layout.from_rows(plan, d_q), c)
+    d_key = layout.put(plan, d_key, layout.from_keys(plan, d_k), c)
+    d_value = layout.put(plan, d_value, layout.from_keys(plan, d_v), c)
     return ((d_query, d_key, d_value), d_bias), None
 
   start = tuple(_zeros(x.shape, x.dtype, query) for x in (query, key, value))
