@@ -197,7 +197,7 @@ def _job(
   return Job(
     settings,
     size,
-    jax.tree.map(jnp.asarray, lists),
+    lists,
     *lists.kinds,
     lambda q, k, at: sight.seen(read_queries(q), read_keys(k), at),
     queries,

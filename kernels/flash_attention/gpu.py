@@ -4,8 +4,6 @@ A program takes one tile of queries (for dK and dV one of keys), goes through it
 first those that need no mask, and keeps what it sums in registers.
 """
 
-import dataclasses
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from effjax.core.typing import Array, Float
 from effjax.kernels.flash_attention import fused, steps
 from effjax.kernels.flash_attention.fused import Job
+from effjax.kernels.flash_attention.places import Place
 from effjax.kernels.flash_attention.sizes import Sizes, choose
 
 
@@ -150,9 +149,6 @@ def _seen(job: Job, queries: Any, keys: Any, j: Array, axis: int) -> Array:
   return job.seen(queries, keys, at)
 
 
-# Where the blocks of an array lie, by the kind of each axis: b batch, n query heads, m key-value
-# heads, q queries, k keys. An axis that is not named is taken whole.
-
 _OPERANDS = {
   "lists": "bn.",
   "queries": "bnq",
@@ -167,26 +163,7 @@ _OPERANDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-  """A grid, and for kinds of axes the size of a block (None drops the axis) and its index."""
-
-  grid: tuple[int, ...]
-  axes: dict[str, tuple[int | None, Callable[..., Any]]]
-
-  def spec(self, shape: tuple[int, ...], kinds: str) -> pl.BlockSpec:
-    whole = lambda *ids: 0
-    parts = []
-    for size, kind in zip(shape, kinds, strict=True):
-      block, index = self.axes.get(kind, (size, whole))
-      if size == 1 and kind in "bn":
-        block, index = block and 1, whole
-      parts.append((block, index))
-    blocks, indices = zip(*parts, strict=True)
-    return pl.BlockSpec(blocks, lambda *ids: tuple(index(*ids) for index in indices))
-
-
-def _by_rows(job: Job) -> _Place:
+def _by_rows(job: Job) -> Place:
   """A program for each tile of queries, query head and batch row."""
   B, _, N, _ = job.query.shape
   axes = {
@@ -195,10 +172,10 @@ def _by_rows(job: Job) -> _Place:
     "m": (None, lambda i, n, b: lax.div(n, job.group)),
     "q": (job.size.queries, lambda i, n, b: i),
   }
-  return _Place((job.tiles[0], N, B), axes)
+  return Place((job.tiles[0], N, B), axes)
 
 
-def _by_columns(job: Job) -> _Place:
+def _by_columns(job: Job) -> Place:
   """A program for each tile of keys, key-value head and batch row."""
   B, _, K, _ = job.key.shape
   axes = {
@@ -207,10 +184,10 @@ def _by_columns(job: Job) -> _Place:
     "m": (None, lambda j, m, b: m),
     "k": (job.size.keys, lambda j, m, b: j),
   }
-  return _Place((job.tiles[1], K, B), axes)
+  return Place((job.tiles[1], K, B), axes)
 
 
-def _by_bias(job: Job) -> _Place:
+def _by_bias(job: Job) -> Place:
   """A program for each tile of the bias."""
   (B, _, N, _), K = job.query.shape, job.key.shape[2]
   b, n = job.bias.shape[:2]
@@ -223,10 +200,10 @@ def _by_bias(job: Job) -> _Place:
     "q": (job.size.queries, lambda i, j, c: i),
     "k": (job.size.keys, lambda i, j, c: j),
   }
-  return _Place((*job.tiles, b * n), axes)
+  return Place((*job.tiles, b * n), axes)
 
 
-def _call(job: Job, kernel: Any, place: _Place, *results: tuple[str, Any]) -> tuple[Array, ...]:
+def _call(job: Job, kernel: Any, place: Place, *results: tuple[str, Any]) -> tuple[Array, ...]:
   """Runs `kernel(operands, *results)` over the grid; an operand there is not is None."""
   operands = {name: getattr(job, name) for name in _OPERANDS}
   spec = lambda name: jax.tree.map(lambda x: place.spec(x.shape, _OPERANDS[name]), operands[name])
@@ -236,6 +213,7 @@ def _call(job: Job, kernel: Any, place: _Place, *results: tuple[str, Any]) -> tu
     in_specs=[{name: spec(name) for name in operands}],
     out_specs=[place.spec(like.shape, kinds) for kinds, like in results],
     out_shape=[job.result(like.shape, like.dtype) for _, like in results],
+    name=kernel.__qualname__.split(".")[0].lstrip("_"),
     compiler_params=plgpu.CompilerParams(num_warps=job.size.warps, num_stages=job.size.stages),
     interpret=job.settings.interpret,
   )(operands)
