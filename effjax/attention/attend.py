@@ -1,5 +1,6 @@
 """Attention on arrays: the one entry through which every module attends."""
 
+import functools
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,19 @@ import jax.numpy as jnp
 
 from effjax.attention import masks
 from effjax.core.typing import Array, Float, Int
-from effjax.kernels.flash_attention import reference, xla
+from effjax.kernels.flash_attention import cudnn, fused, gpu, reference, tpu, xla
 
 _FEW = 16  # fewer queries than this, as in decoding, are not worth laying the keys out for
-_KNOWN = ("reference", "xla", "gpu", "hopper", "tpu", "cudnn", "interpret")
-_READY: dict[str, Callable] = {"reference": reference.attention, "xla": xla.attention}
+_EVERYWHERE = {
+  "reference": reference.attention,
+  "xla": xla.attention,
+  "interpret": functools.partial(gpu.attention, interpret=True),
+}
+_DEVICES = {
+  "gpu": {"gpu": gpu.attention, "cudnn": cudnn.attention},
+  "tpu": {"tpu": tpu.attention},
+}
+_KNOWN = (*_EVERYWHERE, *(name for ready in _DEVICES.values() for name in ready))
 
 
 @typing.no_type_check  # the checks below name what is wrong
@@ -46,7 +55,10 @@ def attend(
     query_positions: absolute position of each query among the keys' slots 0 … S − 1, as decoding
       against a cache needs; the last T positions when None.
     return_lse: also return the log-sum-exp of each query's scores, [B, T, N], differentiable.
-    implementation: "reference" (holds T × S scores), "xla" (tiles; linear memory), or None to pick.
+    implementation: "reference" (holds T × S scores), "xla" (tiles; linear memory), "gpu" or "tpu"
+      (fused kernels), "cudnn" (the GPU kernel instead, with a logged reason, where cuDNN cannot
+      honour an argument), "interpret" (the GPU kernel, run slowly on any device), or None to pick.
+      XLA cannot split a fused kernel over devices: on several, None picks it in a `shard_map` only.
 
   Raises:
     ValueError: shapes that do not fit, or an implementation that is not available here.
@@ -64,7 +76,9 @@ def attend(
   B, T, N, H = query.shape
   S = key.shape[1]
   _check_places(B, T, S, N, mask, query_positions)
-  run = _pick(implementation, T, S)
+  run = _pick(implementation, query, value)
+  if run is cudnn.attention:
+    run = functools.partial(run, return_lse=return_lse)
   out, lse = run(
     query,
     key,
@@ -79,18 +93,23 @@ def attend(
   return (out, lse) if return_lse else out
 
 
-def _pick(implementation: str | None, T: int, S: int) -> Callable:
-  if implementation is None:
-    return _READY["reference" if T < _FEW else "xla"]
-  if implementation in _READY:
-    return _READY[implementation]
-  ready = ", ".join(map(repr, _READY))
-  if implementation in _KNOWN:
+def _pick(implementation: str | None, query: Array, value: Array) -> Callable:
+  backend = jax.default_backend()
+  ready = _EVERYWHERE | _DEVICES.get(backend, {})
+  if implementation in ready:
+    return ready[implementation]
+  if implementation is not None:
+    what = f"is not available on {backend}" if implementation in _KNOWN else "is unknown"
+    names = ", ".join(map(repr, ready))
     raise ValueError(
-      f"implementation={implementation!r} is not available on {jax.default_backend()}; "
-      f"available: {ready}, or None to pick"
+      f"implementation={implementation!r} {what}; available: {names}, or None to pick"
     )
-  raise ValueError(f"implementation={implementation!r} is unknown; available: {ready}, or None")
+  if query.shape[1] < _FEW:
+    return reference.attention
+  shared = jax.device_count() > 1 and not jax.typeof(query).manual_axis_type.varying
+  return (
+    xla.attention if shared or fused.refusal(query, value) else ready.get(backend, xla.attention)
+  )
 
 
 def _check_arrays(query: Any, key: Any, value: Any, bias: Any) -> None:

@@ -20,7 +20,9 @@ from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import steps
 from effjax.kernels.flash_attention.blocks import TileList, tile_lists
 from effjax.kernels.flash_attention.sight import Sight, Where, edges
-from effjax.kernels.flash_attention.sizes import Size, Sizes
+from effjax.kernels.flash_attention.sizes import Size, Sizes, choose
+
+WIDEST = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Kernels:
     queries: dQ [B, T, N, H].
     keys: dK [B, S, K, H] and dV [B, S, K, Hv].
     bias: the bias's gradient, in its shape.
+    platform: "gpu" or "tpu".
     width: the width that a head of a given one is padded to.
   """
 
@@ -39,6 +42,7 @@ class Kernels:
   queries: Callable[["Job"], Array]
   keys: Callable[["Job"], tuple[Array, Array]]
   bias: Callable[["Job"], Array]
+  platform: str
   width: Callable[[int], int]
 
 
@@ -99,10 +103,18 @@ class Job:
 
   def result(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """A result that varies over the mesh axes that the arguments vary over."""
-    axes = jax.typeof(self.query).manual_axis_type.varying
-    return (
-      jax.ShapeDtypeStruct(shape, dtype, vma=axes) if axes else jax.ShapeDtypeStruct(shape, dtype)
-    )
+    kind = jax.typeof(self.query).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+
+def refusal(query: Array, value: Array) -> str | None:
+  """Why fused kernels cannot take these arrays, or None."""
+  width = max(query.shape[-1], value.shape[-1])
+  if width > WIDEST:
+    return f"head width {width}; fused kernels take up to {WIDEST}"
+  if jnp.dtype(query.dtype).itemsize > 4:
+    return f"type {query.dtype}; fused kernels take float32, bfloat16 and float16"
+  return None
 
 
 def attention(
@@ -117,11 +129,21 @@ def attention(
   bias: Float[Array, "#B #N #T #S"] | None,
   segment_ids: tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None,
   query_positions: Int[Array, "#B T"] | None,
-  sizes: Sizes,
+  sizes: Sizes | None,
   interpret: bool,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-  """Attention and its log-sum-exp, differentiable once, with a platform's kernels."""
+  """Attention and its log-sum-exp, differentiable once, with a platform's kernels.
+
+  Raises:
+    ValueError: for heads wider than `WIDEST`, or types other than float32, bfloat16 and float16.
+  """
   T, S = query.shape[1], key.shape[1]
+  refused = refusal(query, value)
+  if refused:
+    raise ValueError(refused)
+  sizes = sizes or choose(
+    kernels.platform, query.dtype, max(query.shape[-1], value.shape[-1]), T, S
+  )
   if bias is not None:
     bias = jnp.broadcast_to(bias, (*bias.shape[:2], T, S))
   settings = Settings(kernels, float(scale), logit_softcap, sizes, interpret)
@@ -194,21 +216,23 @@ def _job(
   line = lambda x, fill: jnp.pad(
     jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, long - T)), constant_values=fill
   )
+  any_full, any_partial = lists.kinds
   return Job(
-    settings,
-    size,
-    lists,
-    *lists.kinds,
-    lambda q, k, at: sight.seen(read_queries(q), read_keys(k), at),
-    queries,
-    keys,
-    head(query, long),
-    head(key, wide),
-    head(value, wide),
-    None if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, long - T), (0, wide - S))),
-    None if d_out is None else head(d_out, long),
-    None if lse is None else line(lse, -steps.FLOOR),
-    None if delta is None else line(delta, 0),
+    settings=settings,
+    size=size,
+    lists=lists,
+    any_full=any_full,
+    any_partial=any_partial,
+    seen=lambda q, k, at: sight.seen(read_queries(q), read_keys(k), at),
+    queries=queries,
+    keys=keys,
+    query=head(query, long),
+    key=head(key, wide),
+    value=head(value, wide),
+    bias=bias if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, long - T), (0, wide - S))),
+    d_out=d_out if d_out is None else head(d_out, long),
+    lse=lse if lse is None else line(lse, -steps.FLOOR),
+    delta=delta if delta is None else line(delta, 0),
   )
 
 

@@ -17,7 +17,7 @@ from effjax.core.typing import Array, Float
 from effjax.kernels.flash_attention import fused, steps
 from effjax.kernels.flash_attention.fused import Job
 from effjax.kernels.flash_attention.places import Place
-from effjax.kernels.flash_attention.sizes import Sizes, choose
+from effjax.kernels.flash_attention.sizes import Sizes
 
 
 def _forward(job: Job) -> tuple[Array, Array]:
@@ -219,7 +219,7 @@ def _call(job: Job, kernel: Any, place: Place, *results: tuple[str, Any]) -> tup
   )(operands)
 
 
-KERNELS = fused.Kernels(_forward, _queries, _keys, _bias, lambda width: pl.next_power_of_2(width))
+KERNELS = fused.Kernels(_forward, _queries, _keys, _bias, "gpu", pl.next_power_of_2)
 
 
 def attention(
@@ -234,14 +234,10 @@ def attention(
   """Attention and its log-sum-exp; arguments and results as of `xla.attention`.
 
   Args:
-    sizes: of the tiles, powers of two from 16; those of the device's table when None.
+    sizes: of the tiles, powers of two from 16; from the device's table when None.
     interpret: run on any device, to check the kernels.
 
   Raises:
-    ValueError: for a head width above 256.
+    ValueError: for heads wider than 256, or types other than float32, bfloat16 and float16.
   """
-  width = max(query.shape[-1], value.shape[-1])
-  if width > 256:
-    raise ValueError(f"head width {width}; the GPU kernel's limit is 256")
-  sizes = sizes or choose(query.dtype, width)
   return fused.attention(KERNELS, query, key, value, sizes=sizes, interpret=interpret, **arguments)

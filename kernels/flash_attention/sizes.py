@@ -1,6 +1,10 @@
-"""Sizes of a fused kernel's tiles: a small table for each device."""
+"""Sizes of a fused kernel's tiles: a small table, and what fits a call."""
 
 import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,6 +16,13 @@ class Size:
   warps: int = 4
   stages: int = 2
 
+  def within(self, T: int, S: int, unit: int) -> "Size":
+    """No larger than the power of two, from `unit`, that holds T or S."""
+    fit = lambda size, length: (
+      size if size <= unit or size // 2 < length else fit(size // 2, length)
+    )
+    return dataclasses.replace(self, queries=fit(self.queries, T), keys=fit(self.keys, S))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -22,6 +33,36 @@ class Sizes:
   keys: Size
 
 
-def choose(dtype, width: int) -> Sizes:
-  """Sizes for the default device."""
-  return Sizes(Size(64, 64), Size(64, 64), Size(64, 64))
+# The first row that matches: part of the device's name, bytes of an element, widest head.
+# GPU rows are the largest that compile for sm_90 without spilling registers.
+_TABLE = {
+  "gpu": [
+    ("", 2, 64, Sizes(Size(128, 128, 8, 2), Size(128, 128, 8, 2), Size(128, 128, 8, 2))),
+    ("", 2, 128, Sizes(Size(128, 64, 8, 2), Size(128, 64, 8, 2), Size(64, 128, 8, 2))),
+    ("", 2, 256, Sizes(Size(64, 64, 8, 2), Size(64, 32, 8, 2), Size(32, 64, 8, 2))),
+    ("", 4, 64, Sizes(Size(64, 32, 4, 2), Size(32, 32, 4, 2), Size(32, 32, 4, 2))),
+    ("", 4, 256, Sizes(Size(32, 16, 4, 1), Size(16, 16, 4, 1), Size(16, 16, 4, 1))),
+  ],
+  "tpu": [
+    ("", 2, 128, Sizes(Size(512, 1024), Size(512, 512), Size(512, 512))),
+    ("", 4, 256, Sizes(Size(256, 256), Size(256, 256), Size(256, 256))),
+  ],
+}
+_UNIT = {"gpu": 16, "tpu": 128}
+
+
+def choose(platform: str, dtype: Any, width: int, T: int, S: int) -> Sizes:
+  """The table's sizes for the default device, no larger than T queries and S keys need.
+
+  Args:
+    platform: "gpu" or "tpu".
+    width: the wider of the heads of queries and values, up to 256.
+  """
+  device, itemsize = jax.devices()[0].device_kind, jnp.dtype(dtype).itemsize
+  sizes = next(
+    sizes
+    for name, most_bytes, most_width, sizes in _TABLE[platform]
+    if name in device and itemsize <= most_bytes and width <= most_width
+  )
+  fit = lambda size: size.within(T, S, _UNIT[platform])
+  return Sizes(fit(sizes.forward), fit(sizes.queries), fit(sizes.keys))

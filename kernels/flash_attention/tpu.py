@@ -5,6 +5,7 @@ other, so that the next tile's keys and values arrive while this one is worked o
 leaves out. What a row sums stays in VMEM from its first tile to its last.
 """
 
+import contextlib
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from effjax.kernels.flash_attention import fused, steps
 from effjax.kernels.flash_attention.blocks import TileList
 from effjax.kernels.flash_attention.fused import Job
 from effjax.kernels.flash_attention.places import Place
-from effjax.kernels.flash_attention.sizes import Sizes, choose
+from effjax.kernels.flash_attention.sizes import Sizes
 
 _LANES = 128
 _EMPTY, _FULL, _PARTIAL, _FIRST, _LAST = 0, 1, 2, 4, 8
@@ -182,8 +183,9 @@ class _Walk:
     lengths = xp.maximum(xp.diff(lists.offset, axis=-1), 1).sum(-1)
     used = lengths.max()
     most = int(used) if known else rows * columns
-    walk = jax.vmap(lambda each: _walked(each, most))
-    arrays = walk(jax.tree.map(lambda x: jnp.asarray(x).reshape(batch * heads, -1), lists))
+    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
+      flat = jax.tree.map(lambda x: jnp.asarray(x).reshape(batch * heads, -1), lists)
+      arrays = jax.vmap(lambda each: _walked(each, most))(flat)
     return cls(most, most if known else used, batch, heads, tuple(x.ravel() for x in arrays))
 
   def entry(self, b: Array, n: Array, s: Array) -> Array:
@@ -358,7 +360,7 @@ def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, st
   return operands, heads_first | lines | {"bias": "bnqk"}
 
 
-KERNELS = fused.Kernels(_forward, _queries, _keys, _bias, lambda width: width)
+KERNELS = fused.Kernels(_forward, _queries, _keys, _bias, "tpu", lambda width: width)
 
 
 def attention(
@@ -373,8 +375,10 @@ def attention(
   """Attention and its log-sum-exp; arguments and results as of `xla.attention`.
 
   Args:
-    sizes: of the tiles, multiples of 128; those of the device's table when None.
+    sizes: of the tiles, multiples of 128; from the device's table when None.
     interpret: run on any device, to check the kernels.
+
+  Raises:
+    ValueError: for heads wider than 256, or types other than float32, bfloat16 and float16.
   """
-  sizes = sizes or choose(query.dtype, query.shape[-1])
   return fused.attention(KERNELS, query, key, value, sizes=sizes, interpret=interpret, **arguments)

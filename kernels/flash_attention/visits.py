@@ -33,7 +33,8 @@ class GroupedSight:
     for visits, masked in ((self.full, False), (self.partial, True)):
       if visits.none:
         continue
-      count, tile = visits.row(*self.plan.split(c), i)
+      batch, head = self.plan.split(c)
+      count, tile = visits.row(batch, head, i)
 
       def step(n, carry, masked=masked, tile=tile):
         j = tile(n)

@@ -17,6 +17,10 @@ class _Band(Mask):
   right: int | None
   exact = True
 
+  @property
+  def band(self) -> tuple[int | None, int | None]:
+    return self.left, self.right
+
   def predicate(self, q, k, q_features, k_features):
     if self.left is None and self.right is None:
       return namespace(q, k).ones(np.broadcast_shapes(np.shape(q), np.shape(k)), bool)

@@ -40,6 +40,7 @@ class Mask:
   """
 
   heads = 1  # how many heads the mask tells apart
+  band: tuple[int | None, int | None] | None = None  # (left, right) of a `SlidingWindow` it equals
   exact = False  # whether the spans of single queries and keys hold all pairs and no other
 
   def features(self, q_positions: Index, length: int) -> tuple[Features, Features]:
