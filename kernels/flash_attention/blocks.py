@@ -165,7 +165,7 @@ def _expand(spans: Spans) -> tuple[np.ndarray, np.ndarray]:
 def _traced(sight: Sight, rows: int, columns: int, by_columns: bool) -> TileList:
   some, every = (_cover(spans, columns) for spans in (sight.some, sight.every))
   if sight.ragged:
-    every = every & (np.arange(columns) < columns - 1)
+    every = every & (np.arange(columns) < columns - 1)[None, None, None]
   shape = np.broadcast_shapes(some.shape, every.shape, (1, 1, rows, columns))
   full, some = (jnp.broadcast_to(x, shape) for x in (some & every, some))
   if by_columns:
@@ -186,6 +186,6 @@ def _traced(sight: Sight, rows: int, columns: int, by_columns: bool) -> TileList
 
 def _cover(spans: Spans, tiles: int) -> Any:
   """[b, h, rows, tiles], which tiles the spans hold."""
-  tile = np.arange(tiles)[:, None]
+  tile = np.arange(tiles).reshape(1, 1, 1, -1, 1)
   start, stop = (jnp.asarray(x)[..., None, :] for x in (spans.start, spans.stop))
   return ((tile >= start) & (tile < stop)).any(-1)

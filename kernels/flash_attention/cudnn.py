@@ -57,4 +57,4 @@ def refusal(query: Array, key: Array, value: Array, *, return_lse: bool, **argum
 
 def _band(mask: Any) -> tuple[int | None, int | None] | None:
   """(left, right) of a band that cuDNN knows: everything, or causal, with a window or without."""
-  return mask.band if mask.band == (None, None) or mask.band and mask.band[1] == 0 else None
+  return mask.band if mask.band == (None, None) or (mask.band and mask.band[1] == 0) else None

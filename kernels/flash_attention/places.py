@@ -18,7 +18,7 @@ class Place:
   An index is a function of what an index map of the platform is given.
   """
 
-  grid: tuple[int, ...]
+  grid: tuple[Any, ...]
   axes: dict[str, tuple[int | None, Callable[..., Any]]]
 
   def spec(self, shape: tuple[int, ...], kinds: str) -> pl.BlockSpec:

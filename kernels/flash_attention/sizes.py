@@ -18,10 +18,9 @@ class Size:
 
   def within(self, T: int, S: int, unit: int) -> "Size":
     """No larger than the power of two, from `unit`, that holds T or S."""
-    fit = lambda size, length: (
-      size if size <= unit or size // 2 < length else fit(size // 2, length)
-    )
-    return dataclasses.replace(self, queries=fit(self.queries, T), keys=fit(self.keys, S))
+    least = lambda length: max(unit, 1 << (length - 1).bit_length())
+    queries, keys = min(self.queries, least(T)), min(self.keys, least(S))
+    return dataclasses.replace(self, queries=queries, keys=keys)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,8 @@ class RandomBlocks(Mask):
     B, N, rows, r = self.table.shape
     at = q_positions[:, None] // self.block  # [b, 1, T]
     batch = np.arange(max(B, len(at)))[:, None, None] % B
-    rows = self.table[batch, np.arange(N)[:, None], at]
+    table = namespace(self.table, at).asarray(self.table)
+    rows = table[batch, np.arange(N)[:, None], at]
     return tuple(rows[..., i] for i in range(r)), ()
 
   def predicate(self, q, k, q_features, k_features):

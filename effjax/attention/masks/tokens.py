@@ -66,7 +66,8 @@ class Global(_Given):
       return (), ()
     flags = self._flags(length)
     row = np.arange(max(len(flags), len(q_positions)))[:, None] % len(flags)
-    queries = flags[row, q_positions.clip(0, length - 1)] & (q_positions >= 0)
+    xp = namespace(flags, q_positions)
+    queries = xp.asarray(flags)[row, q_positions.clip(0, length - 1)] & (q_positions >= 0)
     return queries[:, None], flags[:, None]
 
   def predicate(self, q, k, q_features, k_features):
@@ -190,7 +191,7 @@ class Documents(Mask):
     else:
       k_ids = self.segment_ids
       batch = np.arange(max(len(k_ids), len(q_positions)))[:, None] % len(k_ids)
-      q_ids = k_ids[batch, q_positions]
+      q_ids = namespace(k_ids, q_positions).asarray(k_ids)[batch, q_positions]
     return q_ids[:, None], k_ids[:, None]
 
   def predicate(self, q, k, q_features, k_features):
