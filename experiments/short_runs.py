@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax import cost, data
-from effjax.core.typing import Key, Params
 from effjax.models import Transformer, TransformerConfig, presets
 from effjax.train import OptimizerConfig, init_state, make_optimizer, make_train_step, next_token
 from effjax.train.objectives import Objective
 from experiments import harness
-from experiments.subject import Subject
+from experiments.subject import Subject, init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +138,3 @@ class Lab:
       trainable = run.subject.trainable
       self._steps[kind] = optimizer, make_train_step(objective, optimizer, trainable=trainable)
     return self._steps[kind]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def init(module: Transformer, key: Key) -> Params:
-  """The parameters of a module at initialisation."""
-  return module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]

@@ -6,18 +6,20 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax import cost
+from effjax import cost, models
 from effjax.core import trees
 from effjax.core.numerics import cross_entropy
-from effjax.core.typing import Params, PyTree
+from effjax.core.typing import Array, Key, Params, PyTree
 from effjax.core.weights import is_weight
+from effjax.data.tokenizers import ByteTokenizer, Tokenizer
 from effjax.decode import unrolled
-from effjax.models import Transformer, TransformerConfig
+from effjax.models import Transformer, TransformerConfig, packages, presets
 from effjax.train.state import trained
 from experiments.harness import Row
 
@@ -39,6 +41,25 @@ class Subject:
   @property
   def module(self) -> Transformer:
     return Transformer(self.config)
+
+
+def load(name: str) -> tuple[Subject, Tokenizer]:
+  """A pretrained model and its tokenizer, or a preset without weights, at random, and bytes.
+
+  Args:
+    name: a name or path for `models.load`, or a preset such as "tiny".
+  """
+  if name in presets.PRESETS and name not in packages.PACKAGES and not Path(name).exists():
+    shape = presets.preset(name)
+    return Subject(shape, init(Transformer(shape), jax.random.key(0))), ByteTokenizer()
+  model = models.load(name)
+  return Subject(model.config, model.params), model.tokenizer
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init(module: Transformer, key: Key) -> Params:
+  """The parameters of a module at initialisation."""
+  return module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def costs(subject: Subject, length: int) -> Row:
@@ -138,10 +159,16 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(module: Transformer, params: Params, batch: dict):
-  layout = {"segment_ids": batch["segment_ids"], "positions": batch["positions"]}
+def token_nll(module: Transformer, params: Params, batch: dict) -> Array:
+  """−log p of each target, [B, T] in nats, whatever its weight."""
+  layout = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
   logits = module.apply({"params": params}, batch["tokens"], **layout)
-  values = cross_entropy(logits, batch["targets"])
+  return cross_entropy(logits, batch["targets"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(module: Transformer, params: Params, batch: dict):
+  values = token_nll(module, params, batch)
   return (values * batch["weights"]).sum(), batch["weights"].sum()
 
 

@@ -23,18 +23,15 @@ import functools
 import itertools
 import math
 import statistics
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from effjax import data, models
-from effjax.data.tokenizers import ByteTokenizer
-from effjax.models import packages, presets
+from effjax import data
 from effjax.train import workdir as files
 from experiments import harness, techniques
-from experiments.short_runs import Lab, Shape, init
-from experiments.subject import Runner, Subject, compare, costs
+from experiments.short_runs import Lab, Shape
+from experiments.subject import Runner, Subject, compare, costs, load
 from experiments.techniques import BASELINE, TRAINED_BASELINE, Technique
 
 KINDS = dict.fromkeys(technique.kind for technique in techniques.TECHNIQUES)
@@ -139,12 +136,7 @@ class Pretrained:
 
   @functools.cached_property
   def _loaded(self):
-    name = self.config.model
-    if name in presets.PRESETS and not _has_weights(name):
-      shape = presets.preset(name)
-      return Subject(shape, init(models.Transformer(shape), jax.random.key(0))), ByteTokenizer()
-    model = models.load(name)
-    return Subject(model.config, model.params), model.tokenizer
+    return load(self.config.model)
 
   @property
   def subject(self) -> Subject:
@@ -303,10 +295,6 @@ def _scatter(ax, rows: list[harness.Row], name: str, unit: float) -> None:
     ax.margins(x=0.25, y=0.15)
     points = [(row[name] * unit, row["perplexity"]) for row in rows]
     harness.label(ax, points, [row["technique"].removeprefix("trained-") for row in rows])
-
-
-def _has_weights(name: str) -> bool:
-  return name in packages.PACKAGES or Path(name).exists()
 
 
 if __name__ == "__main__":

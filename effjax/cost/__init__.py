@@ -12,7 +12,13 @@ from effjax.cost.memory import (
 )
 from effjax.cost.parameters import active_parameters, parameters, state_bytes, trainable
 from effjax.cost.speculation import expected_tokens, operations, speedup
-from effjax.cost.traffic import flash_traffic, score_bytes, standard_traffic
+from effjax.cost.traffic import (
+  flash_backward_traffic,
+  flash_traffic,
+  score_bytes,
+  standard_backward_traffic,
+  standard_traffic,
+)
 
 __all__ = [
   "Compiled",
@@ -20,6 +26,7 @@ __all__ = [
   "active_parameters",
   "compiled",
   "expected_tokens",
+  "flash_backward_traffic",
   "flash_traffic",
   "flops",
   "operations",
@@ -28,6 +35,7 @@ __all__ = [
   "score_bytes",
   "sequence_flops",
   "speedup",
+  "standard_backward_traffic",
   "standard_traffic",
   "state_bytes",
   "trainable",

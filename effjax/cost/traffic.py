@@ -44,11 +44,45 @@ def flash_traffic(length: int, width: int, memory: int) -> int:
     >>> round(flash_traffic(65_536, 64, 50_176) / flash_traffic(65_536, 64, 100_352), 1)
     2.0
   """
+  return 2 * length * width + _passes(length, width, memory) * (3 * length * width + 4 * length)
+
+
+def standard_backward_traffic(length: int, width: int) -> int:
+  """Elements that unfused attention moves backward: 8·N·d + 7·N² (algorithm 3).
+
+  Probabilities are read for dV; dP is written; both are read and dS written; dS is read for dQ and
+  for dK. The output's gradient is read twice, queries, keys and values once, and three gradients
+  written.
+
+  Example:
+    >>> standard_backward_traffic(1024, 64)
+    7864320
+  """
+  return 8 * length * width + 7 * length**2
+
+
+def flash_backward_traffic(length: int, width: int, memory: int) -> int:
+  """Elements that Algorithm 4 moves backward: 4·N·d + T_c·(5·N·d + 2·N), Θ(N²·d²/M) (theorem 5).
+
+  Keys and values are read and their gradients written once. Each of the T_c passes (as in
+  `flash_traffic`) reads the queries, the output, its gradient and the running maximum and sum, and
+  reads and writes the gradient of the queries.
+
+  Raises:
+    ValueError: for a memory below d.
+
+  Example:
+    >>> flash_backward_traffic(1024, 64, 98_304)
+    1251328
+  """
+  return 4 * length * width + _passes(length, width, memory) * (5 * length * width + 2 * length)
+
+
+def _passes(length: int, width: int, memory: int) -> int:
+  """T_c, the blocks of keys."""
   if memory < width:
     raise ValueError(f"memory {memory}; allowed: from the head width {width}")
-  block = math.ceil(memory / (4 * width))
-  passes = math.ceil(length / block)
-  return 2 * length * width + passes * (3 * length * width + 4 * length)
+  return math.ceil(length / math.ceil(memory / (4 * width)))
 
 
 def score_bytes(length: int, heads: int, itemsize: int = 2) -> int:

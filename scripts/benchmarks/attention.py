@@ -20,7 +20,7 @@ from absl import app, flags
 from effjax import cost
 from effjax.attention import attend
 from effjax.attention.masks import Causal, Full, Mask, SlidingWindow
-from scripts.timing import interleaved, medians
+from effjax.cost.timing import interleaved, medians
 
 LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "8192"], "Sequence lengths.")
 HEADS = flags.DEFINE_integer("heads", 8, "Heads.")

@@ -21,11 +21,11 @@ import numpy as np
 from absl import app, flags
 
 from effjax.core import trees
+from effjax.cost.timing import interleaved, medians
 from effjax.decode import generate, unrolled
 from effjax.models import load
 from effjax.models.model import Model
 from effjax.quant import quantize
-from scripts.timing import interleaved, medians
 
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "Name or path of the model.")
 PROMPT = flags.DEFINE_integer("prompt", 64, "Tokens of prompt.")

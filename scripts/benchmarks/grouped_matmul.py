@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from effjax.cost.timing import interleaved, medians
 from effjax.kernels.grouped_matmul import grouped_linear
-from scripts.timing import interleaved, medians
 
 EXPERTS = flags.DEFINE_list("experts", ["8", "64"], "Numbers of experts.")
 ROWS = flags.DEFINE_integer("rows", 4096, "Rows over all experts.")

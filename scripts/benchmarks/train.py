@@ -19,10 +19,10 @@ import optax
 from absl import app, flags
 
 from effjax.core import trees
+from effjax.cost.timing import interleaved
 from effjax.layers.stack import split
 from effjax.models import Transformer, presets
 from effjax.train import init_state, make_train_step, next_token
-from scripts.timing import interleaved
 
 BATCH = flags.DEFINE_integer("batch", 4, "Sequences of a batch.")
 LENGTH = flags.DEFINE_integer("length", 512, "Tokens of a sequence.")

@@ -6,17 +6,25 @@ from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
 
-PAUSE = 1.0  # seconds
-
 
 def interleaved(
-  contenders: Mapping[str, Callable[[], object]], rounds: int, *, patience: float = 30.0
+  contenders: Mapping[str, Callable[[], object]],
+  rounds: int,
+  *,
+  patience: float = 30.0,
+  pause: float = 1.0,
 ) -> dict[str, list[float]]:
   """Seconds of each call that waits for its result; in every round all take a turn.
 
-  A round that is not counted goes first, with compilation. A pause before each turn lets the one
-  before give its memory back, which a runtime may do after its result is ready. A contender that
-  took longer than `patience` seconds in the first counted round sits out the later ones.
+  A round that is not counted goes first, with compilation. A pause of `pause` seconds before each
+  turn lets the one before give its memory back, which a runtime may do after its result is ready.
+  A contender that took longer than `patience` seconds in the first counted round sits out the later
+  ones.
+
+  Example:
+    >>> times = interleaved({"a": lambda: None, "b": lambda: None}, 3, pause=0.0)
+    >>> {name: len(seconds) for name, seconds in times.items()}
+    {'a': 3, 'b': 3}
   """
   for call in contenders.values():
     call()
@@ -25,7 +33,7 @@ def interleaved(
     for name, call in contenders.items():
       if times[name] and times[name][0] > patience:
         continue
-      time.sleep(PAUSE)
+      time.sleep(pause)
       start = time.perf_counter()
       call()
       times[name].append(time.perf_counter() - start)
@@ -33,5 +41,10 @@ def interleaved(
 
 
 def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
-  """The median of each contender."""
+  """The median of each contender.
+
+  Example:
+    >>> medians({"a": [1.0, 9.0, 2.0]})
+    {'a': 2.0}
+  """
   return {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,223 @@
+"""With which power of the length do time and memory of each attention grow?
+
+  scripts/run attention_scaling                                                 (about 4 minutes)
+  scripts/run attention_scaling --config.names=dense,flash,window --config.lengths=2048,4096,8192
+
+Forward and backward of attention alone, one row, every token seeing both ways: all scores at once,
+all scores in tiles, sparse patterns in the same tiles, Linformer, and linear attention. Times are
+medians, the contenders taking turns at each length; memory is what the compiled program holds
+beside its arguments and results, for which it need not run. Exponents are least-squares slopes over
+the three greatest lengths of each, where constant costs no longer count for much.
+
+Measured (jax 0.10.2, CPU): memory grows with the power 2.00 of the length for dense attention,
+which would hold 96 GiB at 32,768 tokens, 0.91 in tiles (135 MiB there), 0.89 to 0.97 for the sparse
+patterns, 0.98 for Linformer and 1.00 for linear attention (675 MiB).
+Times, to be measured again: two runs beside other work agree on the order only (at 8,192 tokens
+Linformer, then linear attention and the window, Longformer, dilated, BigBird, flash), with
+exponents of 2.1 to 2.5 dense, 1.4 to 2.1 flash, 0.6 to 1.1 for the rest and 0.9 to 1.4 for BigBird.
+Tiles of 256 hold four blocks of BigBird's each, so that its twelve random blocks a tile visit three
+quarters of all tiles at 4,096 tokens and 46 % at 8,192: its time becomes linear only beyond.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax import cost
+from effjax.attention import attend, linear_attention, masks
+from effjax.attention.linformer import linformer_attention
+from effjax.core.typing import Array
+from effjax.cost.timing import interleaved, medians
+from effjax.train import workdir as files
+from experiments import harness
+
+PAUSE = 0.2  # seconds before each turn
+COLUMNS = (("time", "ms", 1e3, "seconds"), ("memory", "MiB", 2.0**-20, "temporaries"))
+
+
+@dataclasses.dataclass
+class Config:
+  """What is measured.
+
+  Attributes:
+    names: contenders of `KINDS`, comma-separated, or "all".
+    lengths: N, comma-separated.
+    timed: the greatest of them that is run.
+    heads, width: of every contender.
+    window: keys on each side of windows, dilated ones and Longformer's.
+    dilation: of the dilated window.
+    global_tokens: Longformer's.
+    block, random_blocks: BigBird's.
+    rank: Linformer's.
+    rounds: turns that are timed; a contender that takes over `patience` seconds has one.
+    memory: bytes; a contender that would hold more is not run, and has no time.
+  """
+
+  names: str = "all"
+  lengths: str = "1024,2048,4096,8192,16384,32768"
+  timed: int = 8192
+  heads: int = 4
+  width: int = 64
+  window: int = 128
+  dilation: int = 4
+  global_tokens: int = 16
+  block: int = 64
+  random_blocks: int = 3
+  rank: int = 128
+  rounds: int = 3
+  patience: float = 4.0
+  memory: int = 2_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A contender.
+
+  Attributes:
+    make: (config, length) → a function of query, key and value.
+    time, memory: the exponents that are claimed of it.
+  """
+
+  make: Callable[[Config, int], Callable[..., Array]]
+  time: int = 1
+  memory: int = 1
+
+
+def through(make: Callable[[Config, int], masks.Mask], implementation: str = "xla") -> Callable:
+  """Attention through the mask that `make` gives."""
+  return lambda config, length: functools.partial(
+    attend, mask=make(config, length), implementation=implementation
+  )
+
+
+def bigbird(config: Config, length: int) -> masks.Mask:
+  """BigBird's blocks, the random ones drawn once and the same for all heads."""
+  key = jax.random.key(0)
+  return masks.bigbird(key, length, block=config.block, number=config.random_blocks)
+
+
+def linformer(config: Config, length: int) -> Callable[..., Array]:
+  """Linformer with one map for keys and values, part of the program; all scores at once."""
+  key_map = jax.random.normal(jax.random.key(0), (length, config.rank)) * length**-0.5
+  return lambda q, k, v: linformer_attention(q, k, v, key_map, key_map)
+
+
+def linear(config: Config, length: int) -> Callable[..., Array]:
+  """Linear attention, both ways."""
+  return lambda q, k, v: linear_attention(q, k, v, causal=False)[0]
+
+
+KINDS = {
+  "dense": Kind(through(lambda c, n: masks.Full(), "reference"), time=2, memory=2),
+  "flash": Kind(through(lambda c, n: masks.Full()), time=2),
+  "window": Kind(through(lambda c, n: masks.SlidingWindow(c.window, c.window))),
+  "dilated": Kind(through(lambda c, n: masks.Dilated(c.window, c.dilation))),
+  "longformer": Kind(through(lambda c, n: masks.longformer(c.window, c.global_tokens))),
+  "bigbird": Kind(through(bigbird)),
+  "linformer": Kind(linformer),
+  "linear": Kind(linear),
+}
+
+
+def run(config: Config, workdir: str) -> list[harness.Row]:
+  """A row a contender; writes `metrics.jsonl`, `result.csv` and `plot.png` to `workdir`."""
+  names = harness.chosen(config.names, KINDS, what="contender")
+  lengths = _lengths(config)
+  folder = files.claim(workdir, config)
+  tasks = {f"N={n}": functools.partial(measured, config, names, n) for n in lengths}
+  points = harness.compute(folder, tasks, label="lengths")
+  rows = [summary(points, name) for name in names]
+  harness.plot(folder, functools.partial(draw, names=names), panels=2, size=(11.5, 4.8))
+  columns = {"name": "", "time ^": ".2f", "memory ^": ".2f"}
+  columns |= {f"ms {n}": ",.0f" for n in lengths if n <= config.timed}
+  columns |= {f"MiB {n}": ",.0f" for n in lengths}
+  harness.finish(folder, rows, columns, claims(rows))
+  harness.write_csv(folder, rows)
+  return rows
+
+
+def measured(config: Config, names: list[str], length: int) -> harness.Row:
+  """Seconds and bytes of temporaries of each contender at one length."""
+  keys = jax.random.split(jax.random.key(1), 4)
+  arrays = [jax.random.normal(key, (1, length, config.heads, config.width)) for key in keys]
+  programs = {name: both_ways(KINDS[name].make(config, length)) for name in names}
+  held = {name: cost.compiled(program, *arrays).temporaries for name, program in programs.items()}
+  calls = {
+    name: functools.partial(lambda program: jax.block_until_ready(program(*arrays)), program)
+    for name, program in programs.items()
+    if length <= config.timed and (held[name] or 0) <= config.memory
+  }
+  times = medians(interleaved(calls, config.rounds, patience=config.patience, pause=PAUSE))
+  return {"length": length, "seconds": times, "temporaries": held}
+
+
+def both_ways(attention: Callable[..., Array]) -> Callable:
+  """⟨attention(q, k, v), c⟩ and its gradients in q, k and v, compiled: forward and backward."""
+  product = lambda q, k, v, c: jnp.vdot(attention(q, k, v), c)
+  return jax.jit(jax.value_and_grad(product, argnums=(0, 1, 2)))
+
+
+def summary(points: list[harness.Row], name: str) -> harness.Row:
+  """Times and temporaries of one contender at each length, and their exponents."""
+  row: harness.Row = {"name": name}
+  for column, unit, factor, part in COLUMNS:
+    line = {p["length"]: factor * p[part][name] for p in points if name in p[part]}
+    row[f"{column} ^"] = exponent(line)
+    row |= {f"{unit} {n}": y for n, y in line.items()}
+  return row
+
+
+def exponent(line: dict[int, float]) -> float | None:
+  """a of y ∝ N^a over the three greatest N, by least squares on logarithms; None for one or none.
+
+  Example:
+    >>> round(exponent({512: 9.0, 1024: 3.0, 2048: 12.0, 4096: 48.0}), 3)
+    2.0
+  """
+  if len(line) < 2:
+    return None
+  lengths = sorted(line)[-3:]
+  return float(np.polyfit(np.log(lengths), np.log([line[n] for n in lengths]), 1)[0])
+
+
+def claims(rows: list[harness.Row]) -> dict[str, bool]:
+  """Of each exponent that was found, whether it is the claimed one to a quarter."""
+  found = {}
+  for row in rows:
+    for column, *_ in COLUMNS:
+      claimed, slope = getattr(KINDS[row["name"]], column), row[f"{column} ^"]
+      if slope is not None:
+        found[f"{row['name']}: {column} grows as N^{claimed}"] = abs(slope - claimed) < 0.25
+  return found
+
+
+def draw(axes, points: list[harness.Row], names: list[str]) -> None:
+  """Time and memory over the length, both logarithmic."""
+  colours = dict(zip(KINDS, (*harness.COLOURS, "#c2607f", "#222222"), strict=True))
+  for ax, (column, unit, factor, part) in zip(axes, COLUMNS, strict=True):
+    for name in names:
+      line = [(p["length"], factor * p[part][name]) for p in points if name in p[part]]
+      if line:
+        x, y = zip(*line, strict=True)
+        ax.loglog(x, y, color=colours[name], marker="o", markersize=4, label=name)
+    ticks = [p["length"] for p in points]
+    ax.set(xlabel="tokens", ylabel=unit)
+    ax.set_title(f"{column.capitalize()}, forward and backward")
+    ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    ax.minorticks_off()
+  axes[0].figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=8)
+
+
+def _lengths(config: Config) -> list[int]:
+  parts = {part.strip() for part in config.lengths.split(",")}
+  if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    raise ValueError(f"lengths={config.lengths!r}; allowed: integers from 1, comma-separated")
+  return sorted(map(int, parts))
+
+
+if __name__ == "__main__":
+  harness.main(run, Config())
