@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax.attention import masks
+from effjax.attention import masks, parts
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import reference, xla
 
@@ -28,6 +28,7 @@ def attend(
   bias: Float[Array, "#B #N #T #S"] | None = None,
   segment_ids: Int[Array, "B S"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
   query_positions: Int[Array, "B T"] | None = None,
+  sinks: Float[Array, "N"] | None = None,
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
@@ -45,6 +46,9 @@ def attend(
       equal ids see each other within the mask; a negative id is padding and sees nothing.
     query_positions: absolute position of each query among the keys' slots 0 … S − 1, as decoding
       against a cache needs; the last T positions when None.
+    sinks: for each query head the score of one more key, which all see and whose value is zero: it
+      takes its part of the softmax's denominator and gives nothing. With it, a query that may see
+      nothing has a log-sum-exp of the sink.
     return_lse: also return the log-sum-exp of each query's scores, [B, T, N], differentiable.
     implementation: "reference" (holds T × S scores), "xla" (tiles; linear memory), or None to pick.
 
@@ -57,13 +61,16 @@ def attend(
     (1, 4, 2, 8)
 
   Reference: FlashAttention (arXiv 2205.14135); grouped queries, arXiv 2305.13245; soft cap, Gemma 2
-  (arXiv 2408.00118, section 2).
+  (arXiv 2408.00118, section 2); sinks as a zero key and value, arXiv 2309.17453, section 3.3, here
+  with a score of their own, as gpt-oss learns it.
   """
   mask = masks.Full() if mask is None else mask
   _check_arrays(query, key, value, bias)
   B, T, N, H = query.shape
   S = key.shape[1]
   _check_places(B, T, S, N, mask, query_positions)
+  if sinks is not None and (sinks.shape != (N,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
+    raise ValueError(f"sinks has shape {sinks.shape} of {sinks.dtype}, expected {(N,)} of floats")
   run = _pick(implementation, T, S)
   out, lse = run(
     query,
@@ -76,6 +83,8 @@ def attend(
     segment_ids=_id_pair(segment_ids, B, T, S, query_positions),
     query_positions=query_positions,
   )
+  if sinks is not None:
+    out, lse = parts.add_sinks((out, lse), sinks[None, None])
   return (out, lse) if return_lse else out
 
 
