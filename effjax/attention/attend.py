@@ -65,12 +65,10 @@ def attend(
   with a score of their own, as gpt-oss learns it.
   """
   mask = masks.Full() if mask is None else mask
-  _check_arrays(query, key, value, bias)
+  check_arrays(query, key, value, bias, sinks)
   B, T, N, H = query.shape
   S = key.shape[1]
-  _check_places(B, T, S, N, mask, query_positions)
-  if sinks is not None and (sinks.shape != (N,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
-    raise ValueError(f"sinks has shape {sinks.shape} of {sinks.dtype}, expected {(N,)} of floats")
+  check_places(B, T, S, N, mask, query_positions)
   run = _pick(implementation, T, S)
   out, lse = run(
     query,
@@ -102,7 +100,8 @@ def _pick(implementation: str | None, T: int, S: int) -> Callable:
   raise ValueError(f"implementation={implementation!r} is unknown; available: {ready}, or None")
 
 
-def _check_arrays(query: Any, key: Any, value: Any, bias: Any) -> None:
+def check_arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> None:
+  """Raises ValueError where the arrays of `attend` do not fit one another."""
   for name, x in (("query", query), ("key", key), ("value", value)):
     if x.ndim != 4 or 0 in x.shape:
       raise ValueError(
@@ -126,9 +125,12 @@ def _check_arrays(query: Any, key: Any, value: Any, bias: Any) -> None:
     whole = (B, N, T, S)
     if bias.ndim != 4 or any(n not in (1, w) for n, w in zip(bias.shape, whole, strict=True)):
       raise ValueError(f"bias has shape {bias.shape}, expected {whole} with any axis 1 instead")
+  if sinks is not None and (sinks.shape != (N,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
+    raise ValueError(f"sinks has shape {sinks.shape} of {sinks.dtype}, expected {(N,)} of floats")
 
 
-def _check_places(B: int, T: int, S: int, N: int, mask: Any, positions: Any) -> None:
+def check_places(B: int, T: int, S: int, N: int, mask: Any, positions: Any) -> None:
+  """Raises ValueError where `mask` or `positions` does not apply to these sizes."""
   if not isinstance(mask, masks.Mask):
     raise ValueError(
       f"mask is {type(mask).__name__}, expected a mask of effjax.attention.masks; "
