@@ -226,6 +226,7 @@ ROWS = [
         reduces=same_as(Attention(4, mask=Full()), Attention(4, mask=SlidingWindow(T, T)))),
   layer("softcap", Attention(4, logit_softcap=1.0), **CAUSAL,
         reduces=same_as(Attention(4, logit_softcap=1e3), MHA)),
+  layer("sinks", Attention(4, sinks=True), **CAUSAL),
   layer("Linformer", Linformer(4, length=8, rank=3), padding=True, reduces=identity_linformer),
   layer("Longformer", Longformer(4, kv_heads=2, rope=ROPE, mask=NEAR, positions=1, causal=True),
         **CAUSAL, reduces=same_as(Longformer(4, mask=SlidingWindow(T, T), positions=0),

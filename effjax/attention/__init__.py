@@ -9,6 +9,7 @@ from effjax.attention.longformer import Longformer
 from effjax.attention.longlora import ShiftedSparseAttention, shifted_group_attention
 from effjax.attention.lsra import LSRA
 from effjax.attention.multi_head import Attention, KVCache
+from effjax.attention.ring import ring_attend
 
 __all__ = [
   "LSRA",
@@ -22,5 +23,6 @@ __all__ = [
   "attend",
   "linear_attention",
   "masks",
+  "ring_attend",
   "shifted_group_attention",
 ]

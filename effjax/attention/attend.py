@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax.attention import masks
+from effjax.attention import masks, parts
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import cudnn, fused, gpu, reference, tpu, xla
 
@@ -37,6 +37,7 @@ def attend(
   bias: Float[Array, "#B #N #T #S"] | None = None,
   segment_ids: Int[Array, "B S"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
   query_positions: Int[Array, "B T"] | None = None,
+  sinks: Float[Array, "N"] | None = None,
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
@@ -54,6 +55,9 @@ def attend(
       equal ids see each other within the mask; a negative id is padding and sees nothing.
     query_positions: absolute position of each query among the keys' slots 0 … S − 1, as decoding
       against a cache needs; the last T positions when None.
+    sinks: for each query head the score of one more key, which all see and whose value is zero: it
+      takes its part of the softmax's denominator and gives nothing. With it, a query that may see
+      nothing has a log-sum-exp of the sink.
     return_lse: also return the log-sum-exp of each query's scores, [B, T, N], differentiable.
     implementation: "reference" (holds T × S scores), "xla" (tiles; linear memory), "gpu" or "tpu"
       (fused kernels), "cudnn" (the GPU kernel instead, with a logged reason, where cuDNN cannot
@@ -69,16 +73,17 @@ def attend(
     (1, 4, 2, 8)
 
   Reference: FlashAttention (arXiv 2205.14135); grouped queries, arXiv 2305.13245; soft cap, Gemma 2
-  (arXiv 2408.00118, section 2).
+  (arXiv 2408.00118, section 2); sinks as a zero key and value, arXiv 2309.17453, section 3.3, here
+  with a score of their own, as gpt-oss learns it.
   """
   mask = masks.Full() if mask is None else mask
-  _check_arrays(query, key, value, bias)
+  check_arrays(query, key, value, bias, sinks)
   B, T, N, H = query.shape
   S = key.shape[1]
-  _check_places(B, T, S, N, mask, query_positions)
+  check_places(B, T, S, N, mask, query_positions)
   run = _pick(implementation, query, value)
   if run is cudnn.attention:
-    run = functools.partial(run, return_lse=return_lse)
+    run = functools.partial(run, return_lse=return_lse or sinks is not None)
   out, lse = run(
     query,
     key,
@@ -90,6 +95,8 @@ def attend(
     segment_ids=_id_pair(segment_ids, B, T, S, query_positions),
     query_positions=query_positions,
   )
+  if sinks is not None:
+    out, lse = parts.add_sinks((out, lse), sinks[None, None])
   return (out, lse) if return_lse else out
 
 
@@ -112,7 +119,8 @@ def _pick(implementation: str | None, query: Array, value: Array) -> Callable:
   )
 
 
-def _check_arrays(query: Any, key: Any, value: Any, bias: Any) -> None:
+def check_arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> None:
+  """Raises ValueError where the arrays of `attend` do not fit one another."""
   for name, x in (("query", query), ("key", key), ("value", value)):
     if x.ndim != 4 or 0 in x.shape:
       raise ValueError(
@@ -136,9 +144,12 @@ def _check_arrays(query: Any, key: Any, value: Any, bias: Any) -> None:
     whole = (B, N, T, S)
     if bias.ndim != 4 or any(n not in (1, w) for n, w in zip(bias.shape, whole, strict=True)):
       raise ValueError(f"bias has shape {bias.shape}, expected {whole} with any axis 1 instead")
+  if sinks is not None and (sinks.shape != (N,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
+    raise ValueError(f"sinks has shape {sinks.shape} of {sinks.dtype}, expected {(N,)} of floats")
 
 
-def _check_places(B: int, T: int, S: int, N: int, mask: Any, positions: Any) -> None:
+def check_places(B: int, T: int, S: int, N: int, mask: Any, positions: Any) -> None:
+  """Raises ValueError where `mask` or `positions` does not apply to these sizes."""
   if not isinstance(mask, masks.Mask):
     raise ValueError(
       f"mask is {type(mask).__name__}, expected a mask of effjax.attention.masks; "

@@ -58,6 +58,8 @@ def select_heads(module: Attention, params: Params, heads: Sequence[int]) -> tup
     "value": select_outputs(params["value"], columns(kv_index)),
     "out": select_inputs(params["out"], columns(index)),
   }
+  if "sinks" in params:
+    chosen["sinks"] = params["sinks"][..., index]
   return module.clone(heads=len(index), kv_heads=len(kv_index), head_width=width), chosen
 
 

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.attention import masks
+from effjax.attention import masks, parts
 from effjax.attention.attend import attend
 from effjax.attention.multi_head import Attention
 from effjax.core.typing import Array, Float, Int
@@ -21,6 +21,7 @@ def shifted_group_attention(
   segment_ids: Int[Array, "#B T"] | None = None,
   scale: float | None = None,
   logit_softcap: float | None = None,
+  sinks: Float[Array, "N"] | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"]:
   """Attention within groups of G tokens; for half the heads they begin half a group later.
@@ -36,7 +37,7 @@ def shifted_group_attention(
     group: G.
     causal: whether a token sees the ones before it and itself only.
     segment_ids: [B, T], as in `attend`, below 2³⁰: they cut besides the groups.
-    scale, logit_softcap, implementation: as in `attend`.
+    scale, logit_softcap, sinks, implementation: as in `attend`.
 
   Raises:
     ValueError: for a group below 2, an odd number of heads, or what `attend` refuses.
@@ -51,15 +52,18 @@ def shifted_group_attention(
   group, shift = _cut(T, group)
   if key.shape[2] % 2:
     key, value = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (key, value))
-  y = attend(
+  folded = attend(
     *(_fold(x, group, shift) for x in (query, key, value)),
     mask=masks.Causal() if causal else masks.Full(),
     segment_ids=_group_ids(segment_ids, B, T, group, shift),
     scale=scale,
     logit_softcap=logit_softcap,
+    return_lse=True,
     implementation=implementation,
   )
-  y = y.reshape(B, 2, -1, *y.shape[2:])
+  y, lse = (x.reshape(B, 2, -1, *x.shape[2:]) for x in folded)
+  if sinks is not None:
+    y, _ = parts.add_sinks((y, lse), sinks.reshape(1, 2, 1, -1))
   return jnp.concatenate([y[:, 0], jnp.roll(y[:, 1], shift, axis=1)], axis=2)[:, :T]
 
 

@@ -28,7 +28,7 @@ class Attention(nn.Module):
   """y = Concat_n softmax(scale · q_n k_nᵀ) v_n · W_out, over the keys that `mask` shows.
 
   Parameters: "query" [D, N·H], "key" and "value" [D, K·H], "out" [N·H, D]; "query_norm" and
-  "key_norm" [H] with `qk_norm`.
+  "key_norm" [H] with `qk_norm`; "sinks" [N] with `sinks`.
 
   Attributes:
     heads: query heads N.
@@ -40,6 +40,7 @@ class Attention(nn.Module):
     qk_norm: epsilon of an RMS norm on each query and key head (arXiv 2302.05442), or None.
     scale: factor of the scores; None means H^(−1/2).
     logit_softcap: caps the scores, see `numerics.softcap`.
+    sinks: whether each head learns the score of a key without value, as in `attend`; 0 at first.
     cross: keys and values come from `context.memory`.
     implementation: as in `attend`.
   """
@@ -54,6 +55,7 @@ class Attention(nn.Module):
   qk_norm: float | None = None
   scale: float | None = None
   logit_softcap: float | None = None
+  sinks: bool = False
   cross: bool = False
   implementation: str | None = None
 
@@ -76,6 +78,8 @@ class Attention(nn.Module):
     if self.qk_norm is not None:
       query = RMSNorm(self.qk_norm, name="query_norm")(query)
       key = RMSNorm(self.qk_norm, name="key_norm")(key)
+    if self.sinks:
+      self.param("sinks", nn.initializers.zeros, (self.heads,))
     positions = context.positions_for(x)
     if self.rope is not None:
       query, key = self.rope(query, positions), self.rope(key, positions)
@@ -94,7 +98,8 @@ class Attention(nn.Module):
   @property
   def _arguments(self) -> dict:
     names = ("scale", "logit_softcap", "implementation")
-    return {name: getattr(self, name) for name in names}
+    given = {name: getattr(self, name) for name in names}
+    return given | {"sinks": self.get_variable("params", "sinks")}
 
   def _attend(self, x, query, key, value, positions, context, cache):
     arguments = self._arguments

@@ -121,12 +121,14 @@ class Grid:
     length: number of keys.
     block: keys in a tile; the last tile may be short.
     contiguous: whether the queries of a tile are neighbours, in order.
+    start: position of the first key.
   """
 
   index: Index
   length: int
   block: int
   contiguous: bool = False
+  start: Index = 0
 
   @classmethod
   def of(cls, T: int, S: int, block_q: int, block_k: int) -> "Grid":
@@ -157,14 +159,20 @@ class Grid:
 
   def touching(self, low: Index, high: Index) -> Spans:
     """Tiles that hold some key of low … high (inclusive), given [b, h, rows]."""
+    start, stop = self.covering(low, high)
+    return _tidy(start[..., None], stop[..., None], 1)
+
+  def covering(self, low: Index, high: Index) -> tuple[Index, Index]:
+    """The interval [start, stop) of the tiles that hold some key of low … high, elementwise."""
+    low, high = low - self.start, high - self.start
     xp = _namespace(low, high)
     start = xp.clip(low // self.block, 0, self.tiles)
     stop = xp.clip(high // self.block + 1, 0, self.tiles)
-    stop = xp.where(high < low, 0, stop)
-    return _tidy(start[..., None], stop[..., None], 1)
+    return start, xp.where(high < low, 0, stop)
 
   def inside(self, low: Index, high: Index) -> Spans:
     """Tiles all of whose keys are in low … high (inclusive)."""
+    low, high = low - self.start, high - self.start
     xp = _namespace(low, high)
     start = xp.clip(-(-low // self.block), 0, self.tiles)
     stop = xp.clip((high + 1) // self.block, 0, self.tiles)

@@ -57,13 +57,39 @@ def attention(
   Gradients of out and lse reach query, key, value and bias. Differentiating twice, or forwards,
   raises TypeError or NotImplementedError; the reference does both.
   """
-  B, T, N, H = query.shape
-  S, K = key.shape[1:3]
-  tiles = tiles or tiling.choose(B, T, S, K, N // K, mask)
-  plan = layout.Plan(B, T, S, K, N // K, H, value.shape[-1], tiles, float(scale), logit_softcap)
+  plan = _planned(query, key, value, mask, scale, logit_softcap, tiles)
   where = Where(mask, segment_ids, query_positions)
   operands = (query, key, value, bias, where)
   return _attention(plan, *numerics.vary_alike(operands, operands))
+
+
+def gradients(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K Hv"],
+  results: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]],
+  cotangents: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]],
+  *,
+  mask: Any,
+  scale: float,
+  logit_softcap: float | None = None,
+) -> tuple[Array, Array, Array]:
+  """Gradients of query, key and value as far as these keys go.
+
+  Args:
+    results: out and log-sum-exp of attention to these keys and any others.
+    cotangents: theirs.
+  """
+  plan = _planned(query, key, value, mask, scale, logit_softcap)
+  saved = (query, key, value, None, Where(mask, None, None), *results)
+  return _backward(plan, saved, cotangents)[:3]
+
+
+def _planned(query, key, value, mask, scale, softcap, tiles=None) -> layout.Plan:
+  B, T, N, H = query.shape
+  S, K = key.shape[1:3]
+  tiles = tiles or tiling.choose(B, T, S, K, N // K, mask)
+  return layout.Plan(B, T, S, K, N // K, H, value.shape[-1], tiles, float(scale), softcap)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,7 +16,7 @@ BIASES = {"use_bias": True, "out_bias": True}
 FORMS = {
   "MHA": Attention(6, mask=masks.Full(), **BIASES),
   "GQA": Attention(6, kv_heads=2, head_width=4, rope=Rope(), qk_norm=1e-6),
-  "MQA": Attention(6, kv_heads=1, logit_softcap=2.0, **BIASES),
+  "MQA": Attention(6, kv_heads=1, logit_softcap=2.0, sinks=True, **BIASES),
 }
 forms = pytest.mark.parametrize("module", [pytest.param(m, id=name) for name, m in FORMS.items()])
 GROUPS = ([[4, 0, 3], [1, 5], [2]], [[0, 1, 3, 4], [5, 2]], [[5], [4], [3], [2], [1], [0]])

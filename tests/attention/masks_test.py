@@ -22,6 +22,7 @@ from effjax.attention.masks import (
   Predicate,
   Prefix,
   RandomBlocks,
+  Shard,
   SlidingWindow,
   bigbird,
   longformer,
@@ -126,6 +127,22 @@ def test_tile_map_of_one_mask_is_exact(mask, T, more, block_q, block_k):
   want = statuses(matrix(mask, T, S), block_q, block_k)
   np.testing.assert_array_equal(blocks.dense(), want)
   np.testing.assert_array_equal(by_columns(blocks), want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+  composed(LEAVES | st.just(bigbird(jax.random.key(0), 40, block=5, number=1))),
+  st.tuples(st.integers(0, 30), st.integers(0, 30)),
+  st.integers(1, 10),
+  st.tuples(st.integers(1, 9), st.integers(1, 9)),
+)
+def test_a_shard_is_a_rectangle_of_the_matrix(mask, start, size, block):
+  query, key = start
+  shard = Shard(mask, query, key, 40)
+  want = np.broadcast_to(mask.dense(40), (1, 1, 40, 40))[0, 0, query:, key:][:size, :size]
+  np.testing.assert_array_equal(shard.dense(size)[0, 0], want)
+  got, want = shard.blocks(size, size, *block).dense(), statuses(want, *block)
+  assert ((got == want) | (got == 1)).all()
 
 
 def test_tile_map_of_a_causal_window_is_exact():

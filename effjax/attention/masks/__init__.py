@@ -19,6 +19,7 @@ from effjax.attention.masks.base import And, Mask, Not, Or
 from effjax.attention.masks.patterns import bigbird, longformer
 from effjax.attention.masks.per_head import PerHead
 from effjax.attention.masks.random_blocks import RandomBlocks
+from effjax.attention.masks.shard import Shard
 from effjax.attention.masks.tokens import Documents, Global, Prefix
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
   "Predicate",
   "Prefix",
   "RandomBlocks",
+  "Shard",
   "SlidingWindow",
   "bigbird",
   "longformer",

@@ -80,19 +80,18 @@ class RandomBlocks(Mask):
   def spans(self, grid, q_features, k_features):
     if not grid.contiguous:
       return Mask.spans(self, grid, q_features, k_features)
-    xp = namespace(self.table)
     first, last = grid.first // self.block, grid.last // self.block  # [1, 1, rows]
     most = (grid.index.shape[-1] - 2) // self.block + 2
     own = first[0, 0, :, None] + np.arange(most)[None]
-    chosen = self.table[:, :, np.minimum(own, self.table.shape[2] - 1)]  # [B, N, rows, most, r]
+    xp = namespace(self.table, own)
+    chosen = self.table[:, :, xp.minimum(own, self.table.shape[2] - 1)]  # [B, N, rows, most, r]
     valid = (own <= last[0, 0, :, None])[None, None, ..., None] & (chosen >= 0)
-    start = chosen * self.block // grid.block
-    stop = xp.minimum(((chosen + 1) * self.block - 1) // grid.block + 1, grid.tiles)
-    flat = lambda x: x.reshape(*x.shape[:3], -1)
     empty = Mask.spans(self, grid, (), ())[1]
     if chosen.shape[-1] == 0:
       return empty, empty
-    return union(flat(start), flat(xp.where(valid, stop, 0))), empty
+    low = (chosen * self.block).reshape(*chosen.shape[:3], -1)
+    high = xp.where(valid.reshape(low.shape), low + self.block - 1, low - 1)
+    return union(*grid.covering(low, high)), empty
 
   def check(self, batch, T, S, positions=False):
     blocks = -(-S // self.block)

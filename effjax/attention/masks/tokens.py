@@ -66,8 +66,8 @@ class Global(_Given):
       return (), ()
     flags = self._flags(length)
     row = np.arange(max(len(flags), len(q_positions)))[:, None] % len(flags)
-    xp = namespace(flags, q_positions)
-    queries = xp.asarray(flags)[row, q_positions.clip(0, length - 1)] & (q_positions >= 0)
+    listed = namespace(flags, q_positions).asarray(flags)
+    queries = listed[row, q_positions.clip(0, length - 1)] & (q_positions >= 0)
     return queries[:, None], flags[:, None]
 
   def predicate(self, q, k, q_features, k_features):
@@ -100,13 +100,12 @@ class Global(_Given):
     if isinstance(self.positions, int):
       last = zero + self.positions - 1
       return grid.touching(zero, last), grid.inside(zero, last)
-    chosen, xp = self._listed
+    chosen, _ = self._listed
     none = grid.touching(zero, zero - 1)
     if chosen.shape[1] == 0:
       return none, none
-    tile = chosen[:, None, None] // grid.block
-    stop = xp.where(chosen[:, None, None] < 0, tile, tile + 1)
-    return union(tile, stop), none
+    at = chosen[:, None, None]
+    return union(*grid.covering(at, at - (at < 0))), none
 
   @property
   def _listed(self) -> tuple[Index, Any]:

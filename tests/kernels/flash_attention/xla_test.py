@@ -123,10 +123,11 @@ def test_segments_and_padding(batch):
   check_against_float64(arrays, 2e-6, tiles, mask=Causal() & Documents(ids), scale=0.3)
 
 
-def test_query_positions():
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(3, 3) | Global((2, 30))])
+def test_query_positions(mask):
   positions = jnp.array([[3, 9, 2, 30], [0, 1, 2, 3]])
   check_against_float64(
-    problem(2, 4, 40, 2, 1, 8, 8), 2e-6, mask=Causal(), scale=1.0, query_positions=positions
+    problem(2, 4, 40, 2, 1, 8, 8), 2e-6, mask=mask, scale=1.0, query_positions=positions
   )
 
 
