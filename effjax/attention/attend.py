@@ -111,7 +111,7 @@ def _pick(implementation: str | None, query: Array, value: Array) -> Callable:
     raise ValueError(
       f"implementation={implementation!r} {what}; available: {names}, or None to pick"
     )
-  if query.shape[1] < _FEW:
+  if query.shape[1] < _FEW and backend != "gpu":
     return reference.attention
   shared = jax.device_count() > 1 and not jax.typeof(query).manual_axis_type.varying
   return (

@@ -30,7 +30,7 @@ class Kernels:
   """A platform's kernels; each takes a `Job` and returns padded arrays.
 
   Attributes:
-    forward: out [B, T, N, Hv] and log-sum-exp [B, N, T].
+    forward: out [P, B, T, N, Hv] and log-sum-exp [P, B, N, T] of P parts of each row's tiles.
     queries: dQ [B, T, N, H].
     keys: dK [B, S, K, H] and dV [B, S, K, Hv].
     bias: the bias's gradient, in its shape.
@@ -54,6 +54,7 @@ class Settings:
   scale: float
   softcap: float | None
   sizes: Sizes
+  splits: int
   interpret: bool
 
 
@@ -125,14 +126,18 @@ def attention(
   *,
   mask: Any,
   scale: float,
-  logit_softcap: float | None,
-  bias: Float[Array, "#B #N #T #S"] | None,
-  segment_ids: tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None,
-  query_positions: Int[Array, "#B T"] | None,
-  sizes: Sizes | None,
-  interpret: bool,
+  logit_softcap: float | None = None,
+  bias: Float[Array, "#B #N #T #S"] | None = None,
+  segment_ids: tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None = None,
+  query_positions: Int[Array, "#B T"] | None = None,
+  sizes: Sizes | None = None,
+  interpret: bool = False,
+  splits: int = 1,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
   """Attention and its log-sum-exp, differentiable once, with a platform's kernels.
+
+  Args:
+    splits: parts in which the tiles of a row are worked on at the same time.
 
   Raises:
     ValueError: for heads wider than `WIDEST`, or types other than float32, bfloat16 and float16.
@@ -146,7 +151,7 @@ def attention(
   )
   if bias is not None:
     bias = jnp.broadcast_to(bias, (*bias.shape[:2], T, S))
-  settings = Settings(kernels, float(scale), logit_softcap, sizes, interpret)
+  settings = Settings(kernels, float(scale), logit_softcap, sizes, splits, interpret)
   operands = (query, key, value, bias, Where(mask, segment_ids, query_positions))
   return _attention(settings, *numerics.vary_alike(operands, operands))
 
@@ -165,7 +170,15 @@ def _forward(settings, query, key, value, bias, where):
   job = _job(settings, settings.sizes.forward, query, key, value, bias, where)
   out, lse = settings.kernels.forward(job)
   T = query.shape[1]
-  return out[:, :T, :, : value.shape[-1]], jnp.swapaxes(lse, 1, 2)[:, :T]
+  out, lse = out[..., :T, :, : value.shape[-1]], jnp.swapaxes(lse, 2, 3)[:, :, :T]
+  return (out[0], lse[0]) if settings.splits == 1 else _joined(out, lse, query.dtype)
+
+
+def _joined(out: Array, lse: Array, dtype: Any) -> tuple[Array, Array]:
+  """Attention from its parts over disjoint keys, along the first axis."""
+  whole = jax.nn.logsumexp(lse, axis=0)
+  share = jnp.exp(lse - jnp.where(whole > -jnp.inf, whole, 0.0)[None])
+  return jnp.sum(out * share[..., None], axis=0).astype(dtype), whole
 
 
 def _backward(settings, saved, cotangents):

@@ -4,6 +4,7 @@ A program takes one tile of queries (for dK and dV one of keys), goes through it
 first those that need no mask, and keeps what it sums in registers.
 """
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +15,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from effjax.core.typing import Array, Float
-from effjax.kernels.flash_attention import fused, steps
+from effjax.kernels.flash_attention import folding, fused, steps
 from effjax.kernels.flash_attention.fused import Job
 from effjax.kernels.flash_attention.places import Place
 from effjax.kernels.flash_attention.sizes import Sizes
 
 
 def _forward(job: Job) -> tuple[Array, Array]:
-  size = job.size
+  size, splits = job.size, job.settings.splits
 
   def kernel(x, out, lse):
     rows = jax.tree.map(lambda ref: ref[...][:, None], x.queries)
@@ -33,15 +34,18 @@ def _forward(job: Job) -> tuple[Array, Array]:
       logits, _ = job.scores(x.query[...], x.key[here, :], bias, seen)
       return steps.accumulate(carry, logits, x.value[here, :])
 
+    row, part = lax.div(pl.program_id(0), splits), lax.rem(pl.program_id(0), splits)
     start = steps.start(size.queries, job.value.shape[-1])
-    result, log_sum = steps.finish(*_visit(job, x.lists, (), pl.program_id(0), tile, start))
+    carry = _visit(job, x.lists, (), row, tile, start, (part, splits))
+    result, log_sum = steps.finish(*carry)
     out[...] = result.astype(out.dtype)
     lse[...] = log_sum[:, 0]
 
   B, T, N, _ = job.query.shape
-  out = jax.ShapeDtypeStruct((B, T, N, job.value.shape[-1]), job.query.dtype)
-  lse = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
-  return _call(job, kernel, _by_rows(job), ("bqnh", out), ("bnq", lse))
+  kind = job.query.dtype if splits == 1 else jnp.float32
+  out = jax.ShapeDtypeStruct((splits, B, T, N, job.value.shape[-1]), kind)
+  lse = jax.ShapeDtypeStruct((splits, B, N, T), jnp.float32)
+  return _call(job, kernel, _by_rows(job, splits), ("pbqnh", out), ("pbnq", lse))
 
 
 def _queries(job: Job) -> Array:
@@ -129,9 +133,26 @@ def _bias(job: Job) -> Array:
   return _call(job, kernel, _by_bias(job), ("bnqk", job.bias))[0]
 
 
-def _visit(job: Job, lists: Any, head: tuple[Any, ...], i: Array, tile: Any, carry: Any) -> Any:
-  """Folds `tile(j, masked, carry)` over the list of tile i: the full ones, then the partial."""
+def _visit(
+  job: Job,
+  lists: Any,
+  head: tuple[Any, ...],
+  i: Array,
+  tile: Any,
+  carry: Any,
+  part: tuple[Any, int] = (0, 1),
+) -> Any:
+  """Folds `tile(j, masked, carry)` over the list of tile i, or over part (p, of P) of it.
+
+  The full tiles come first, then the partial ones.
+  """
   begin, middle, end = lists.offset[*head, i], lists.partial[*head, i], lists.offset[*head, i + 1]
+  which, parts = part
+  if parts > 1:
+    share = lax.div(end - begin + parts - 1, parts)
+    begin = jnp.minimum(begin + which * share, end)
+    end = jnp.minimum(begin + share, end)
+    middle = jnp.clip(middle, begin, end)
   step = lambda masked: lambda n, carry: tile(lists.index[*head, n], masked, carry)
   if job.any_full:
     carry = lax.fori_loop(begin, middle, step(False), carry)
@@ -163,16 +184,17 @@ _OPERANDS = {
 }
 
 
-def _by_rows(job: Job) -> Place:
-  """A program for each tile of queries, query head and batch row."""
+def _by_rows(job: Job, splits: int = 1) -> Place:
+  """A program for each tile of queries (and part of its list), query head and batch row."""
   B, _, N, _ = job.query.shape
   axes = {
+    "p": (None, lambda i, n, b: lax.rem(i, splits)),
     "b": (None, lambda i, n, b: b),
     "n": (None, lambda i, n, b: n),
     "m": (None, lambda i, n, b: lax.div(n, job.group)),
-    "q": (job.size.queries, lambda i, n, b: i),
+    "q": (job.size.queries, lambda i, n, b: lax.div(i, splits)),
   }
-  return Place((job.tiles[0], N, B), axes)
+  return Place((job.tiles[0] * splits, N, B), axes)
 
 
 def _by_columns(job: Job) -> Place:
@@ -219,6 +241,10 @@ def _call(job: Job, kernel: Any, place: Place, *results: tuple[str, Any]) -> tup
   )(operands)
 
 
+_PROGRAMS = 256  # about as many as fill a device
+_LEAST = 256  # keys for which a part is worth its own program
+_FEW = 64  # queries that one tile holds
+
 KERNELS = fused.Kernels(_forward, _queries, _keys, _bias, "gpu", pl.next_power_of_2)
 
 
@@ -228,16 +254,30 @@ def attention(
   value: Float[Array, "B S K Hv"],
   *,
   sizes: Sizes | None = None,
+  splits: int | None = None,
   interpret: bool = False,
   **arguments: Any,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
   """Attention and its log-sum-exp; arguments and results as of `xla.attention`.
 
+  A few queries against a cache would leave most of a GPU idle: the heads that share keys then count
+  as queries (`folding`), and the keys are worked on in parts, joined by their log-sum-exps.
+
   Args:
     sizes: of the tiles, powers of two from 16; from the device's table when None.
+    splits: parts of the keys; as many as fill the device when None.
     interpret: run on any device, to check the kernels.
 
   Raises:
     ValueError: for heads wider than 256, or types other than float32, bfloat16 and float16.
   """
-  return fused.attention(KERNELS, query, key, value, sizes=sizes, interpret=interpret, **arguments)
+  (B, T, N, _), (S, K) = query.shape, key.shape[1:3]
+  folded = folding.fits(query, key, **arguments)
+  if splits is None:
+    programs = B * (K if folded else N)
+    splits = max(1, min(_PROGRAMS // programs, S // _LEAST)) if T <= _FEW else 1
+  options = {"sizes": sizes, "splits": splits, "interpret": interpret}
+  run = functools.partial(fused.attention, KERNELS, **options)
+  if folded:
+    run = functools.partial(folding.attention, run)
+  return run(query, key, value, **arguments)

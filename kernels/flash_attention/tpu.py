@@ -52,7 +52,7 @@ def _forward(job: Job) -> tuple[Array, Array]:
   results = ("bnqh", (B, N, T, Hv), job.query.dtype), ("bn1q", (B, N, 1, T), jnp.float32)
   scratch = [(rows, 1), (rows, 1), (rows, Hv)]
   out, lse = _call(job, kernel, _by_rows(job), results, scratch)
-  return jnp.swapaxes(out, 1, 2), lse[:, :, 0]
+  return jnp.swapaxes(out, 1, 2)[None], lse[None, :, :, 0]
 
 
 def _queries(job: Job) -> Array:
