@@ -55,6 +55,7 @@ def ring_attend(
 
   Raises:
     ValueError: shapes that do not fit.
+    TypeError: forward-mode derivatives, which there are none of.
 
   Example:
     >>> from functools import partial

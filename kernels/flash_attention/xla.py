@@ -6,6 +6,8 @@ and sum l per query):
   l ← l·exp(m − m') + rowsum P;  A ← A·exp(m − m') + PV;  at the end O = A / l, LSE = m + log l.
 Backward, from O and LSE alone, with D = rowsum(dO∘O) − dLSE:
   P = exp(S − LSE);  dV += PᵀdO;  dS = P∘(dOVᵀ − D);  dQ += scale·dS·K;  dK += scale·dSᵀQ.
+Tangents, from LSE too, with Ṡ = scale·(Q̇Kᵀ + QK̇ᵀ) through the soft cap, + the bias's:
+  LṠE = rowsum P∘Ṡ;  Ȯ = (P∘Ṡ)V + PV̇ − LṠE∘O.
 
 References: Milakov and Gimelshein, arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691, algorithms
 1 and 2.
@@ -22,6 +24,7 @@ from numpy.polynomial import Polynomial
 from numpy.polynomial.chebyshev import chebpts1
 
 from effjax.core import numerics
+from effjax.core.linear_map import linear_map
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import layout
 from effjax.kernels.flash_attention import tiles as tiling
@@ -54,8 +57,8 @@ def attention(
     query_positions: absolute position of each query; the last T of S when None.
     tiles: sizes to work in, chosen for the backend when None.
 
-  Gradients of out and lse reach query, key, value and bias. Differentiating twice, or forwards,
-  raises TypeError or NotImplementedError; the reference does both.
+  Derivatives of out and lse by query, key, value and bias are exact in both modes, forwards over
+  each included. Reverse-mode over derivatives raises ValueError; the reference does that too.
   """
   plan = _planned(query, key, value, mask, scale, logit_softcap, tiles)
   where = Where(mask, segment_ids, query_positions)
@@ -92,21 +95,18 @@ def _planned(query, key, value, mask, scale, softcap, tiles=None) -> layout.Plan
   return layout.Plan(B, T, S, K, N // K, H, value.shape[-1], tiles, float(scale), softcap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attention(plan, query, key, value, bias, where):
   return _forward(plan, query, key, value, bias, where)
 
 
-def _attention_fwd(plan, query, key, value, bias, where):
-  out, lse = _forward(plan, query, key, value, bias, where)
-  return (out, lse), (query, key, value, bias, where, out, lse)
-
-
-def _attention_bwd(plan, saved, cotangents):
-  return *_backward(plan, saved, cotangents), None
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
+@_attention.defjvp
+def _attention_jvp(plan, primals, tangents):
+  results = _attention(plan, *primals)
+  forward = lambda saved, moves: _tangents(plan, saved, moves)
+  backward = lambda saved, cotangents: _backward(plan, saved, cotangents)
+  moved = linear_map(forward, backward, (*primals, *results), tangents[:4], results)
+  return results, moved
 
 
 def _compute_type(x: Array) -> Any:
@@ -261,6 +261,57 @@ def _backward(plan, saved, cotangents):
   if bias is not None:
     d_bias = d_bias[:, :, : bias.shape[2], : bias.shape[3]].astype(bias.dtype)
   return *gradients, d_bias
+
+
+def _tangents(plan, saved, moves):
+  """Tangents of out and lse."""
+  query, key, value, bias, where, out, lse = saved
+  sight = _Sight(plan, where)
+  compute = _compute_type(query)
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  addressed = None if bias is None else _Bias(plan, bias.shape)
+  padded = [None if bias is None else addressed.pad(x) for x in (bias, moves[3])]
+  some = lse > -jnp.inf
+  safe = jnp.where(some, lse, -_FLOOR)
+  safe = _pad(safe, 1, plan.q_tiles * plan.tiles.queries, -_FLOOR)[..., None]
+
+  def group(results, c):
+    take = lambda x, kind=compute: _take(plan, x, c).astype(kind)
+    queries = [
+      _to_rows(plan, (take(x, wide) * plan.scale).astype(compute)) for x in (query, moves[0])
+    ]
+    keys = [_to_keys(plan, take(x), across=True) for x in (key, moves[1])]
+    values = [_to_keys(plan, take(x), across=False) for x in (value, moves[2])]
+    zeros = lambda width: _zeros((plan.stacked, plan.rows, width), wide, query)
+
+    def row(_, x):
+      i, q, q_move, lse = x
+
+      def tile(j, seen, carry):
+        extra = [None if x is None else addressed.read(plan, x, c, i, j) for x in padded]
+        scores, capped = _scores(plan, q, keys[0][j], extra[0], seen)
+        weights = _exp(scores.reshape(*lse.shape[:2], -1) - lse)
+        move = (_dot(q_move, keys[0][j]) + _dot(q, keys[1][j])).reshape(scores.shape)
+        if plan.softcap is not None:
+          move = move * (1 - jnp.square(capped / plan.softcap))
+        if bias is not None:
+          move = move + extra[1].astype(move.dtype)
+        move = lax.optimization_barrier(weights * move.reshape(weights.shape))
+        d_lse, d_out = carry
+        d_out = d_out + _dot(move, values[0][j]) + _dot(weights, values[1][j])
+        return d_lse + move.sum(-1, keepdims=True), d_out
+
+      return None, sight.visit(c, i, tile, (zeros(1), zeros(plan.Hv)))
+
+    rows = jnp.arange(plan.q_tiles), *queries, _to_rows(plan, take(safe, wide))
+    parts = lax.scan(row, None, rows)[1]
+    put = lambda whole, part: _put(plan, whole, _from_rows(plan, part), c)
+    return tuple(map(put, results, parts)), None
+
+  shape = query.shape[:3]
+  results = _zeros((*shape, 1), wide, query), _zeros((*shape, plan.Hv), wide, query)
+  d_lse, d_out = lax.scan(group, results, jnp.arange(plan.groups))[0]
+  return (d_out - d_lse * out.astype(wide)).astype(query.dtype), d_lse[..., 0]
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:

@@ -175,9 +175,14 @@ def test_transformations_agree():
   mesh = jax.make_mesh((2, 2), ("b", "h"), axis_types=(AxisType.Auto,) * 2)
   spec = P("b", None, "h")
   sharded = jax.shard_map(attention, mesh=mesh, in_specs=(spec, spec, spec, P("b")), out_specs=spec)
-  want = gradients(attention)
+
+  def both(function):
+    tangent = jax.jit(lambda *x: jax.jvp(lambda *x: function(*x, ids), x, x)[1])(*arrays)
+    return gradients(function), tangent
+
+  want = both(attention)
   for function in (jax.checkpoint(attention), mapped, sharded):
-    chex.assert_trees_all_close(gradients(function), want, atol=1e-5)
+    chex.assert_trees_all_close(both(function), want, atol=1e-5)
 
 
 def test_sharded_arguments_are_not_gathered():
@@ -188,18 +193,50 @@ def test_sharded_arguments_are_not_gathered():
   assert "all-gather" not in compiled.as_text()
 
 
-def test_second_derivatives_forward_over_reverse_or_a_clear_error():
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_tangents(dtype, tolerance):
+  """Forward-mode against float64, with all that scores go through and rows that see nothing."""
+  ids = jnp.where(jnp.arange(24) < 17, 0, -1)[None]
+  options = {"mask": Causal(), "scale": 0.4, "logit_softcap": 1.5, "segment_ids": (ids, ids)}
+  at, to = (problem(2, 24, 24, 4, 2, 4, 6, (1, 4, 24, 24), dtype, seed)[:4] for seed in (0, 1))
+
+  def tangents(attention, *arrays):
+    run = lambda q, k, v, b: attention(q, k, v, bias=b, **options)
+    return jax.jvp(run, *map(tuple, arrays))[1]
+
+  tiled = functools.partial(xla.attention, tiles=Tiles(2, 1, 16, 8))
+  got = jax.jit(functools.partial(tangents, tiled))(at, to)
+  with jax.enable_x64(True):
+    wide = [[jnp.asarray(np.asarray(x, np.float64)) for x in arrays] for arrays in (at, to)]
+    want = tangents(reference.attention, *wide)
+  assert [x.dtype for x in got] == [dtype, jnp.float32]
+  for x, y in zip(got, map(np.asarray, want), strict=True):
+    scale = max(np.abs(y).max(), 1)
+    np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=tolerance * scale)
+    assert (np.asarray(x)[:, 17:] == 0).all()
+
+
+def test_second_derivatives_or_a_clear_error():
   q, k, v, *_ = problem(1, 20, 20, 1, 1, 4, 4)
+  forward = lambda attention: lambda q: attention(q, k, v, mask=Causal(), scale=1.0)[0]
+  gradient = lambda attention: jax.grad(lambda q: (forward(attention)(q) ** 2).sum())
+  move = lambda f, q: jax.jvp(f, (q,), (v,))[1]
 
-  def gradient(attention):
-    return jax.grad(lambda q: (attention(q, k, v, mask=Causal(), scale=1.0)[0] ** 2).sum())
+  def stopped(attention):
+    """As consistency models and MeanFlow (arXiv 2505.13447) have it."""
+    target = lambda q: jax.lax.stop_gradient(move(forward(attention), q))
+    return jax.grad(lambda q: ((forward(attention)(q) - target(q)) ** 2).sum())
 
-  product = lambda attention: jax.jit(lambda q: jax.jvp(gradient(attention), (q,), (q,))[1])(q)
-  chex.assert_trees_all_close(product(xla.attention), product(reference.attention), atol=1e-4)
-  with pytest.raises(ValueError, match="Reverse-mode"):
-    jax.grad(lambda q: gradient(xla.attention)(q).sum())(q)
-  with pytest.raises(TypeError, match="custom_vjp"):
-    jax.jvp(lambda q: xla.attention(q, k, v, mask=Causal(), scale=1.0)[0], (q,), (q,))
+  forms = {
+    "forward over reverse": lambda attention, q: move(gradient(attention), q),
+    "forward over forward": lambda attention, q: move(lambda q: move(forward(attention), q), q),
+    "reverse past a tangent": lambda attention, q: stopped(attention)(q),
+  }
+  every = lambda attention: jax.jit(lambda q: {n: f(attention, q) for n, f in forms.items()})(q)
+  chex.assert_trees_all_close(every(xla.attention), every(reference.attention), atol=1e-4)
+  for again in (gradient(xla.attention), lambda q: move(forward(xla.attention), q)):
+    with pytest.raises(ValueError, match="Reverse-mode"):
+      jax.grad(lambda q, again=again: again(q).sum())(q)
 
 
 def temporaries(length: int, mask) -> int:
