@@ -266,22 +266,22 @@ def _backward(plan, saved, cotangents):
 def _tangents(plan, saved, moves):
   """Tangents of out and lse."""
   query, key, value, bias, where, out, lse = saved
-  sight = _Sight(plan, where)
+  sight = GroupedSight(plan, where)
   compute = _compute_type(query)
   wide = jnp.promote_types(query.dtype, jnp.float32)
-  addressed = None if bias is None else _Bias(plan, bias.shape)
+  addressed = None if bias is None else layout.Bias(plan, bias.shape)
   padded = [None if bias is None else addressed.pad(x) for x in (bias, moves[3])]
   some = lse > -jnp.inf
   safe = jnp.where(some, lse, -_FLOOR)
-  safe = _pad(safe, 1, plan.q_tiles * plan.tiles.queries, -_FLOOR)[..., None]
+  safe = layout.pad(safe, 1, plan.q_tiles * plan.tiles.queries, -_FLOOR)[..., None]
 
   def group(results, c):
-    take = lambda x, kind=compute: _take(plan, x, c).astype(kind)
+    take = lambda x, kind=compute: layout.take(plan, x, c).astype(kind)
     queries = [
-      _to_rows(plan, (take(x, wide) * plan.scale).astype(compute)) for x in (query, moves[0])
+      layout.to_rows(plan, (take(x, wide) * plan.scale).astype(compute)) for x in (query, moves[0])
     ]
-    keys = [_to_keys(plan, take(x), across=True) for x in (key, moves[1])]
-    values = [_to_keys(plan, take(x), across=False) for x in (value, moves[2])]
+    keys = [layout.to_keys(plan, take(x), across=True) for x in (key, moves[1])]
+    values = [layout.to_keys(plan, take(x), across=False) for x in (value, moves[2])]
     zeros = lambda width: _zeros((plan.stacked, plan.rows, width), wide, query)
 
     def row(_, x):
@@ -303,9 +303,9 @@ def _tangents(plan, saved, moves):
 
       return None, sight.visit(c, i, tile, (zeros(1), zeros(plan.Hv)))
 
-    rows = jnp.arange(plan.q_tiles), *queries, _to_rows(plan, take(safe, wide))
+    rows = jnp.arange(plan.q_tiles), *queries, layout.to_rows(plan, take(safe, wide))
     parts = lax.scan(row, None, rows)[1]
-    put = lambda whole, part: _put(plan, whole, _from_rows(plan, part), c)
+    put = lambda whole, part: layout.put(plan, whole, layout.from_rows(plan, part), c)
     return tuple(map(put, results, parts)), None
 
   shape = query.shape[:3]
