@@ -19,7 +19,7 @@ _EVERYWHERE = {
   "interpret": functools.partial(gpu.attention, interpret=True),
 }
 _DEVICES = {
-  "gpu": {"gpu": gpu.attention, "cudnn": cudnn.attention},
+  "gpu": {"gpu": gpu.attention, "hopper": gpu.attention, "cudnn": cudnn.attention},
   "tpu": {"tpu": tpu.attention},
 }
 _KNOWN = (*_EVERYWHERE, *(name for ready in _DEVICES.values() for name in ready))
@@ -59,8 +59,8 @@ def attend(
       takes its part of the softmax's denominator and gives nothing. With it, a query that may see
       nothing has a log-sum-exp of the sink.
     return_lse: also return the log-sum-exp of each query's scores, [B, T, N], differentiable.
-    implementation: "reference" (holds T × S scores), "xla" (tiles; linear memory), "gpu" or "tpu"
-      (fused kernels), "cudnn" (the GPU kernel instead, with a logged reason, where cuDNN cannot
+    implementation: "reference" (holds T × S scores), "xla" (tiles; linear memory), "gpu" (or
+      "hopper") or "tpu" (fused kernels), "cudnn" (the GPU kernel instead, with a logged reason, where cuDNN cannot
       honour an argument), "interpret" (the GPU kernel, run slowly on any device), or None to pick.
       XLA cannot split a fused kernel over devices: on several, None picks it in a `shard_map` only.
 

@@ -11,7 +11,7 @@ import pytest
 from effjax.attention import attend
 from effjax.attention.masks import Causal, Documents, SlidingWindow
 
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "xla"])
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "xla", "interpret"])
 
 
 def qkv(B=2, T=24, S=24, N=4, K=2, H=8, Hv=8):
