@@ -60,9 +60,10 @@ def attend(
       nothing has a log-sum-exp of the sink.
     return_lse: also return the log-sum-exp of each query's scores, [B, T, N], differentiable.
     implementation: "reference" (holds T × S scores), "xla" (tiles; linear memory), "gpu" (or
-      "hopper") or "tpu" (fused kernels), "cudnn" (the GPU kernel instead, with a logged reason, where cuDNN cannot
-      honour an argument), "interpret" (the GPU kernel, run slowly on any device), or None to pick.
-      XLA cannot split a fused kernel over devices: on several, None picks it in a `shard_map` only.
+      "hopper") or "tpu" (fused kernels), "cudnn" (the GPU kernel instead, with a logged reason,
+      where cuDNN cannot honour an argument), "interpret" (the GPU kernel, run slowly on any
+      device), or None to pick. XLA cannot split a fused kernel over devices: on several, None picks
+      it in a `shard_map` only.
 
   Raises:
     ValueError: shapes that do not fit, or an implementation that is not available here.
