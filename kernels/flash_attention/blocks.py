@@ -110,7 +110,7 @@ def tile_lists(sight: Sight, rows: int, columns: int, *, by_columns: bool = Fals
     if sight.ragged:
       tiles = dataclasses.replace(tiles, full=tiles.full & (tiles.column < columns - 1))
     lists.append(tiles.turned.listed(columns) if by_columns else tiles.listed(rows))
-  most = max(len(each.index) for each in lists)
+  most = max(1, *(len(each.index) for each in lists))
   pad = lambda x: np.pad(x.index, (0, most - len(x.index)))
   lists = [dataclasses.replace(each, index=pad(each)) for each in lists]
   return jax.tree.map(lambda *x: np.stack(x).reshape(b, h, -1), *lists)

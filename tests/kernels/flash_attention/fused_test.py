@@ -75,6 +75,11 @@ def test_parts_of_the_keys_where_a_query_sees_nothing():
 
 
 @PLATFORMS
+def test_a_mask_that_shows_nothing(platform):
+  check(platform, problem(B=1, T=20, S=20), {"mask": ~Full()}, scale=0.4)
+
+
+@PLATFORMS
 def test_maps_over_rows_and_shards_over_batch_and_heads(platform):
   q, k, v, *_ = problem(T=40, S=40)
   run = lambda q, k, v: platform.attention(
