@@ -19,7 +19,7 @@ from effjax.core import numerics
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import steps
 from effjax.kernels.flash_attention.blocks import TileList, tile_lists
-from effjax.kernels.flash_attention.sight import Sight, Where, edges
+from effjax.kernels.flash_attention.sight import Sight, Where
 from effjax.kernels.flash_attention.sizes import Size, Sizes, choose
 
 WIDEST = 256
@@ -252,9 +252,13 @@ def _job(
 def _integers(tree: Any, length: int, padded: int) -> tuple[Any, Callable[[Any], Any]]:
   """The arrays as int32 [b, h, padded], and a function that gives tiles of them their types."""
   flags = jax.tree.map(lambda x: jnp.dtype(x.dtype) == jnp.bool_, tree)
-  whole = lambda x: jnp.broadcast_to(x, (*x.shape[:2], length)).astype(jnp.int32)
+
+  def whole(x: Any) -> Array:
+    x = jnp.broadcast_to(x, (*x.shape[:2], length)).astype(jnp.int32)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, padded - length)), mode="edge")
+
   read = lambda tiles: jax.tree.map(lambda flag, x: x != 0 if flag else x, flags, tiles)
-  return edges(jax.tree.map(whole, tree), padded), read
+  return jax.tree.map(whole, tree), read
 
 
 def _padded(x: Array, length: int, width: int) -> Array:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -71,16 +70,3 @@ class Sight:
     for a, b in zip(q_ids, k_ids, strict=True):
       seen = seen & (a == b) & (a >= 0)
     return seen & (k < self.length) if self.ragged else seen
-
-
-def edge(x: Any, length: int) -> Any:
-  """[b, h, X] continued to `length` with its last element; a single one stays single."""
-  short = length - x.shape[2]
-  if short <= 0 or x.shape[2] == 1:
-    return x
-  return jnp.pad(x, ((0, 0), (0, 0), (0, short)), mode="edge")
-
-
-def edges(tree: Any, length: int) -> Any:
-  """`edge` of each array."""
-  return jax.tree.map(lambda x: edge(x, length), tree)

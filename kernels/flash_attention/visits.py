@@ -10,7 +10,7 @@ from jax import lax
 
 from effjax.core.typing import Array
 from effjax.kernels.flash_attention.layout import Plan
-from effjax.kernels.flash_attention.sight import Sight, Where, edges
+from effjax.kernels.flash_attention.sight import Sight, Where
 from effjax.kernels.flash_attention.spans import Spans, union
 
 
@@ -25,8 +25,8 @@ class GroupedSight:
     rest = merge(sight.every.complement(plan.k_tiles), t.batch, heads)
     every = rest.complement(plan.k_tiles)
     self.partial, self.full = partition(some, every, plan.S // t.keys, plan.k_tiles)
-    self.queries = edges(sight.queries, plan.q_tiles * t.queries)
-    self.keys = edges(sight.keys, plan.k_tiles * t.keys)
+    self.queries = _continued(sight.queries, plan.q_tiles * t.queries)
+    self.keys = _continued(sight.keys, plan.k_tiles * t.keys)
 
   def visit(self, c: Array, i: Array, body: Any, carry: Any) -> Any:
     """Folds `body(tile, seen, carry)` over the key tiles of query tile i of group c."""
@@ -65,6 +65,16 @@ class GroupedSight:
       return x.reshape(batch, *split, length)[place]
 
     return jax.tree.map(cut, features)
+
+
+def _continued(tree: Any, length: int) -> Any:
+  """Arrays [b, h, X] up to `length` with their last element; a single one stands for all."""
+
+  def edge(x: Any) -> Any:
+    short = length - x.shape[2]
+    return x if x.shape[2] == 1 else jnp.pad(x, ((0, 0), (0, 0), (0, short)), mode="edge")
+
+  return jax.tree.map(edge, tree)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,7 +147,7 @@ def _scores(plan: layout.Plan, q: Array, k: Array, bias: Array | None, seen: Arr
   capped = numerics.softcap(capped, plan.softcap)
   scores = capped if bias is None else capped + bias.astype(capped.dtype)
   if seen is not None:
-    scores = jnp.where(seen, scores, -jnp.inf)
+    scores = jnp.where(lax.optimization_barrier(seen), scores, -jnp.inf)
   return scores, capped
 
 

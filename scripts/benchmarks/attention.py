@@ -5,7 +5,9 @@
 One batch row, causal, forward and forward + backward. Contenders take turns in one process; times
 are medians, ratios are ours / the other's. A contender that takes over 8 seconds is timed once.
 Memory is what the compiled forward + backward holds beside its arguments and results, and the
-exponent e of its growth as N^e. The last line is one JSON object.
+exponent e of its growth as N^e. Sparse patterns at the pattern length are compared with dense
+attention by the time for a visited pair, a pair of a tile that is not empty. The last line is one
+JSON object.
 """
 
 import json
@@ -19,14 +21,16 @@ from absl import app, flags
 
 from effjax import cost
 from effjax.attention import attend
-from effjax.attention.masks import Causal, Full, Mask, SlidingWindow
+from effjax.attention.masks import Causal, Full, Mask, SlidingWindow, bigbird
 from effjax.cost.timing import interleaved, medians
+from effjax.kernels.flash_attention.tiles import choose
 
 LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "8192"], "Sequence lengths.")
 HEADS = flags.DEFINE_integer("heads", 8, "Heads.")
 WIDTH = flags.DEFINE_integer("width", 64, "Head width.")
 DTYPES = flags.DEFINE_list("dtypes", ["float32"], "Types: float32, bfloat16.")
 WINDOW = flags.DEFINE_integer("window", 256, "Keys before its own that a windowed query sees.")
+PATTERN_LENGTH = flags.DEFINE_integer("pattern_length", 16384, "Length of the sparse patterns.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of interleaved timings.")
 PATIENCE = 8.0  # seconds: a contender slower than this is timed once
 
@@ -107,6 +111,26 @@ def windowed(length: int, backward: bool) -> dict[str, float]:
   return medians(interleaved(contenders, ROUNDS.value, patience=PATIENCE))
 
 
+def patterns(length: int, backward: bool) -> dict[str, float]:
+  """Seconds for a visited pair and head: dense, through a window, and BigBird."""
+  arrays = inputs(length, "float32")
+  kinds = {
+    "dense": Full(),
+    "window": SlidingWindow(WINDOW.value, WINDOW.value),
+    "bigbird": bigbird(jax.random.key(0), length),
+  }
+  contenders = {name: bound(tiled(mask), arrays, backward) for name, mask in kinds.items()}
+  times = medians(interleaved(contenders, ROUNDS.value, patience=PATIENCE))
+  return {name: times[name] / visited(mask, length) for name, mask in kinds.items()}
+
+
+def visited(mask: Mask, length: int) -> int:
+  """Pairs in the tiles that are not empty, for each head, padding included."""
+  tiles = choose(1, length, length, HEADS.value, 1, mask)
+  blocks = mask.blocks(length, length, tiles.queries, tiles.keys)
+  return blocks.rows.visited * tiles.queries * tiles.keys
+
+
 def temporaries(function: Callable, length: int) -> int:
   """Bytes the compiled forward + backward holds beside arguments and results."""
   arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(length, "float32")]
@@ -143,6 +167,14 @@ def main(_):
     row(f"window_{name}", times)
     for dense in ("causal", "full", "jax.nn"):
       result[f"window_{name}_faster_than_{dense}"] = round(times[dense] / times["window"], 2)
+
+  print(f"Time for a visited pair at {PATTERN_LENGTH.value}, ps")
+  for backward in (False, True):
+    name = "forward_backward" if backward else "forward"
+    times = patterns(PATTERN_LENGTH.value, backward)
+    row(name, times, 1e12)
+    for kind in times.keys() - {"dense"}:
+      result[f"{kind}_{name}_pair_over_dense"] = round(times[kind] / times["dense"], 3)
 
   print("Temporaries of forward + backward, MiB")
   for name, function in (("effjax", tiled(Causal())), ("jax.nn", plain)):
