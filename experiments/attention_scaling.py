@@ -5,16 +5,17 @@
 
 Forward and backward of attention alone, one row, every token seeing both ways: all scores at once,
 all scores in tiles, sparse patterns in the same tiles, Linformer, and linear attention. Times are
-medians, the contenders taking turns at each length; memory is what the compiled program holds
+medians, all contenders at all lengths taking turns; memory is what the compiled program holds
 beside its arguments and results, for which it need not run. Exponents are least-squares slopes over
 the three greatest lengths of each, where constant costs no longer count for much.
 
 Measured (jax 0.10.2, CPU): memory grows with the power 2.00 of the length for dense attention,
 which would hold 96 GiB at 32,768 tokens, 0.91 in tiles (135 MiB there), 0.89 to 0.97 for the sparse
 patterns, 0.98 for Linformer and 1.00 for linear attention (675 MiB).
-Times, to be measured again: two runs beside other work agree on the order only (at 8,192 tokens
-Linformer, then linear attention and the window, Longformer, dilated, BigBird, flash), with
-exponents of 2.1 to 2.5 dense, 1.4 to 2.1 flash, 0.6 to 1.1 for the rest and 0.9 to 1.4 for BigBird.
+Times, to be measured again: three runs beside other work, each length on its own, agree on the
+order only (at 8,192 tokens Linformer, then linear attention and the window, Longformer, dilated,
+BigBird, flash); their exponents were 2.1 to 2.5 dense, 1.4 to 2.3 flash, 0.9 to 2.0 BigBird and 0.6
+to 1.6 for the others.
 Tiles of 256 hold four blocks of BigBird's each, so that its twelve random blocks a tile visit three
 quarters of all tiles at 4,096 tokens and 46 % at 8,192: its time becomes linear only beyond.
 """
@@ -22,6 +23,7 @@ quarters of all tiles at 4,096 tokens and 46 % at 8,192: its time becomes linear
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,7 @@ from effjax.train import workdir as files
 from experiments import harness
 
 PAUSE = 0.2  # seconds before each turn
-COLUMNS = (("time", "ms", 1e3, "seconds"), ("memory", "MiB", 2.0**-20, "temporaries"))
+COLUMNS = (("time", "ms", 1e3), ("memory", "MiB", 2.0**-20))
 
 
 @dataclasses.dataclass
@@ -128,9 +130,12 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   names = harness.chosen(config.names, KINDS, what="contender")
   lengths = _lengths(config)
   folder = files.claim(workdir, config)
-  tasks = {f"N={n}": functools.partial(measured, config, names, n) for n in lengths}
+  tasks = {f"N={n}": functools.partial(held, config, names, n) for n in lengths}
   points = harness.compute(folder, tasks, label="lengths")
-  rows = [summary(points, name) for name in names]
+  times = harness.compute(
+    folder, {"times": functools.partial(timed, config, points)}, label="times"
+  )
+  rows = [summary(points + times, name) for name in names]
   harness.plot(folder, functools.partial(draw, names=names), panels=2, size=(11.5, 4.8))
   columns = {"name": "", "time ^": ".2f", "memory ^": ".2f"}
   columns |= {f"ms {n}": ",.0f" for n in lengths if n <= config.timed}
@@ -140,19 +145,38 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   return rows
 
 
-def measured(config: Config, names: list[str], length: int) -> harness.Row:
-  """Seconds and bytes of temporaries of each contender at one length."""
+def held(config: Config, names: list[str], length: int) -> harness.Row:
+  """Bytes of temporaries of each contender at one length."""
+  arrays, programs = problem(config, names, length)
+  sizes = {name: cost.compiled(program, *arrays).temporaries for name, program in programs.items()}
+  return {"memory": [[name, length, size] for name, size in sizes.items()]}
+
+
+def timed(config: Config, points: list[harness.Row]) -> harness.Row:
+  """Seconds of each contender at each length that is run, all in turns."""
+  calls, places = {}, {}
+  for row in points:
+    length = row["memory"][0][1]
+    names = [name for name, _, size in row["memory"] if (size or 0) <= config.memory]
+    if length <= config.timed:
+      arrays, programs = problem(config, names, length)
+      for name, program in programs.items():
+        label = f"{name} {length}"
+        calls[label], places[label] = waited(program, arrays), (name, length)
+  times = medians(interleaved(calls, config.rounds, patience=config.patience, pause=PAUSE))
+  return {"time": [[*places[label], seconds] for label, seconds in times.items()]}
+
+
+def problem(config: Config, names: list[str], length: int) -> tuple[list[Array], dict]:
+  """Query, key, value and cotangent, and the contenders' programs."""
   keys = jax.random.split(jax.random.key(1), 4)
   arrays = [jax.random.normal(key, (1, length, config.heads, config.width)) for key in keys]
-  programs = {name: both_ways(KINDS[name].make(config, length)) for name in names}
-  held = {name: cost.compiled(program, *arrays).temporaries for name, program in programs.items()}
-  calls = {
-    name: functools.partial(lambda program: jax.block_until_ready(program(*arrays)), program)
-    for name, program in programs.items()
-    if length <= config.timed and (held[name] or 0) <= config.memory
-  }
-  times = medians(interleaved(calls, config.rounds, patience=config.patience, pause=PAUSE))
-  return {"length": length, "seconds": times, "temporaries": held}
+  return arrays, {name: both_ways(KINDS[name].make(config, length)) for name in names}
+
+
+def waited(program: Callable, arrays: list[Array]) -> Callable[[], Any]:
+  """A call that waits for its results."""
+  return lambda: jax.block_until_ready(program(*arrays))
 
 
 def both_ways(attention: Callable[..., Array]) -> Callable:
@@ -164,11 +188,17 @@ def both_ways(attention: Callable[..., Array]) -> Callable:
 def summary(points: list[harness.Row], name: str) -> harness.Row:
   """Times and temporaries of one contender at each length, and their exponents."""
   row: harness.Row = {"name": name}
-  for column, unit, factor, part in COLUMNS:
-    line = {p["length"]: factor * p[part][name] for p in points if name in p[part]}
+  for column, unit, factor in COLUMNS:
+    line = series(points, name, column, factor)
     row[f"{column} ^"] = exponent(line)
     row |= {f"{unit} {n}": y for n, y in line.items()}
   return row
+
+
+def series(points: list[harness.Row], name: str, column: str, factor: float) -> dict[int, float]:
+  """What was measured of one contender, by length."""
+  found = [cell for row in points for cell in row.get(column, ()) if cell[0] == name]
+  return {length: factor * y for _, length, y in found if y is not None}
 
 
 def exponent(line: dict[int, float]) -> float | None:
@@ -198,13 +228,12 @@ def claims(rows: list[harness.Row]) -> dict[str, bool]:
 def draw(axes, points: list[harness.Row], names: list[str]) -> None:
   """Time and memory over the length, both logarithmic."""
   colours = dict(zip(KINDS, (*harness.COLOURS, "#c2607f", "#222222"), strict=True))
-  for ax, (column, unit, factor, part) in zip(axes, COLUMNS, strict=True):
+  ticks = sorted({length for row in points for _, length, _ in row.get("memory", ())})
+  for ax, (column, unit, factor) in zip(axes, COLUMNS, strict=True):
     for name in names:
-      line = [(p["length"], factor * p[part][name]) for p in points if name in p[part]]
+      line = series(points, name, column, factor)
       if line:
-        x, y = zip(*line, strict=True)
-        ax.loglog(x, y, color=colours[name], marker="o", markersize=4, label=name)
-    ticks = [p["length"] for p in points]
+        ax.loglog(*zip(*line.items(), strict=True), color=colours[name], marker="o", label=name)
     ax.set(xlabel="tokens", ylabel=unit)
     ax.set_title(f"{column.capitalize()}, forward and backward")
     ax.set_xticks(ticks, [f"{n:,}" for n in ticks])

@@ -48,7 +48,9 @@ def test_afresh_is_the_model_on_pieces(reader):
   subject, batches = reader._ready
   cut = study.pieces(batches[0], 32)
   assert cut["tokens"].shape == (3, 32)
-  np.testing.assert_array_equal(cut["tokens"][1], batches[0]["tokens"][0, 16:48])
+  np.testing.assert_array_equal(cut["tokens"][1, 1:], batches[0]["tokens"][0, 17:48])
+  np.testing.assert_array_equal(cut["tokens"][:, 0], batches[0]["tokens"][0, [0, 0, 0]])
+  np.testing.assert_array_equal(cut["targets"][1], batches[0]["targets"][0, 16:48])
   row = reader.afresh(32)
   own = [study.read(subject, study.pieces(batch, 32)) for batch in batches]
   third = np.mean([nll[1, 16:] for nll in own])  # positions 32 … 47 are the second piece's
