@@ -197,7 +197,8 @@ def _backward(settings, saved, cotangents):
   d_key, d_value = kernels.keys(job(sizes.keys, *arguments, by_columns=True))
   d_bias = None
   if bias is not None:
-    d_bias = kernels.bias(job(sizes.queries, *arguments))[:, :, : bias.shape[2], : bias.shape[3]]
+    size = sizes.bias or sizes.queries
+    d_bias = kernels.bias(job(size, *arguments))[:, :, : bias.shape[2], : bias.shape[3]]
   return d_query, like(d_key, key), like(d_value, value), d_bias, None
 
 

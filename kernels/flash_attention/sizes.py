@@ -25,18 +25,22 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Those of the forward kernel, of the queries' gradient, and of the keys' and values'."""
+  """Those of the forward kernel and of the gradients: of the queries, of keys and values, of a bias.
+
+  The bias's are those of the queries where they are not given.
+  """
 
   forward: Size
   queries: Size
   keys: Size
+  bias: Size | None = None
 
 
 # The first row that matches: part of the device's name, bytes of an element, widest head.
-# GPU rows are the largest that compile for sm_90 without spilling registers.
+# GPU rows of two bytes are the largest that compile for sm_90 without spilling registers.
 _TABLE = {
   "gpu": [
-    ("", 2, 64, Sizes(Size(128, 128, 8, 2), Size(128, 128, 8, 2), Size(128, 128, 8, 2))),
+    ("", 2, 64, Sizes(*[Size(128, 128, 8, 2)] * 3, bias=Size(128, 64, 8, 2))),
     ("", 2, 128, Sizes(Size(128, 64, 8, 2), Size(128, 64, 8, 2), Size(64, 128, 8, 2))),
     ("", 2, 256, Sizes(Size(64, 64, 8, 2), Size(64, 32, 8, 2), Size(32, 64, 8, 2))),
     ("", 4, 64, Sizes(Size(64, 32, 4, 2), Size(32, 32, 4, 2), Size(32, 32, 4, 2))),
@@ -64,4 +68,5 @@ def choose(platform: str, dtype: Any, width: int, T: int, S: int) -> Sizes:
     if name in device and itemsize <= most_bytes and width <= most_width
   )
   fit = lambda size: size.within(T, S, _UNIT[platform])
-  return Sizes(fit(sizes.forward), fit(sizes.queries), fit(sizes.keys))
+  bias = sizes.bias and fit(sizes.bias)
+  return Sizes(fit(sizes.forward), fit(sizes.queries), fit(sizes.keys), bias)
