@@ -5,7 +5,6 @@ other, so that the next tile's keys and values arrive while this one is worked o
 leaves out. What a row sums stays in VMEM from its first tile to its last.
 """
 
-import contextlib
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effjax.core.typing import Array, Float
-from effjax.kernels.flash_attention import fused, steps
-from effjax.kernels.flash_attention.blocks import TileList
+from effjax.kernels.flash_attention import fused, steps, walks
 from effjax.kernels.flash_attention.fused import Job
 from effjax.kernels.flash_attention.places import Place
 from effjax.kernels.flash_attention.sizes import Sizes
 
 _LANES = 128
-_EMPTY, _FULL, _PARTIAL, _FIRST, _LAST = 0, 1, 2, 4, 8
 
 
 def _forward(job: Job) -> tuple[Array, Array]:
@@ -157,61 +154,6 @@ def _turned(x: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Walk:
-  """The tiles of all rows one after the other, for each of the batch rows and heads of the lists.
-
-  The arrays are int32 [b · h · steps]: the row, the tile of the other axis, and flags. A row with
-  an empty list has one step, which does nothing but begin and end it.
-
-  Attributes:
-    steps: steps kept for a batch row and head.
-    used: how many of them the longest walk takes, traced where the mask is.
-    batch, heads: of the lists, each 1 or all.
-  """
-
-  steps: int
-  used: Any
-  batch: int
-  heads: int
-  arrays: tuple[Array, Array, Array]
-
-  @classmethod
-  def of(cls, lists: TileList, columns: int) -> "_Walk":
-    batch, heads, rows = lists.partial.shape
-    known = isinstance(lists.offset, np.ndarray)
-    xp = np if known else jnp
-    lengths = xp.maximum(xp.diff(lists.offset, axis=-1), 1).sum(-1)
-    used = lengths.max()
-    most = int(used) if known else rows * columns
-    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
-      flat = jax.tree.map(lambda x: jnp.asarray(x).reshape(batch * heads, -1), lists)
-      arrays = jax.vmap(lambda each: _walked(each, most))(flat)
-    return cls(most, most if known else used, batch, heads, tuple(x.ravel() for x in arrays))
-
-  def entry(self, b: Array, n: Array, s: Array) -> Array:
-    """Where step s of batch row b and query head n is in the arrays."""
-    b, n = (i if count > 1 else 0 for i, count in ((b, self.batch), (n, self.heads)))
-    return (b * self.heads + n) * self.steps + s
-
-
-def _walked(lists: TileList, most: int) -> tuple[Array, Array, Array]:
-  counts = jnp.diff(lists.offset)
-  lengths = jnp.maximum(counts, 1)
-  end = jnp.cumsum(lengths)
-  s = jnp.arange(most)
-  row = jnp.minimum(jnp.searchsorted(end, s, side="right"), len(counts) - 1)
-  n = s - (end - lengths)[row]
-  inside = s < end[-1]
-  at = lists.offset[row] + jnp.clip(n, 0, jnp.maximum(counts[row] - 1, 0))
-  kind = jnp.where(at < lists.partial[row], _FULL, _PARTIAL)
-  kind = jnp.where(inside & (n < counts[row]), kind, _EMPTY)
-  kind += jnp.where(inside & (n == 0), _FIRST, 0)
-  kind += jnp.where(inside & (n == lengths[row] - 1), _LAST, 0)
-  tile = jnp.pad(lists.index, (0, 1))[at]
-  return tuple(x.astype(jnp.int32) for x in (row, tile, kind))
-
-
-@dataclasses.dataclass(frozen=True)
 class _Route(Place):
   """A place whose blocks follow a walk.
 
@@ -222,7 +164,7 @@ class _Route(Place):
     keys_across: whether keys lie along the last axis of a tile.
   """
 
-  walk: _Walk | None
+  walk: walks.Walk | None
   entry: Any
   repeats: int
   keys_across: bool
@@ -231,7 +173,7 @@ class _Route(Place):
 def _by_rows(job: Job) -> _Route:
   """The tiles of each row of tiles, for each query head and batch row."""
   B, _, N, _ = job.query.shape
-  walk = _Walk.of(job.lists, job.tiles[1])
+  walk = walks.Walk.of(job.lists, job.tiles[1])
   axes = {
     "b": (None, lambda b, n, s, *lists: b),
     "n": (None, lambda b, n, s, *lists: n),
@@ -245,7 +187,7 @@ def _by_rows(job: Job) -> _Route:
 def _by_columns(job: Job) -> _Route:
   """The tiles of each column, for key-value heads where the lists are one for all query heads."""
   B, _, N, _ = job.query.shape
-  walk = _Walk.of(job.lists, job.tiles[0])
+  walk = walks.Walk.of(job.lists, job.tiles[0])
   repeats = job.group if walk.heads == 1 else 1
   query_head = lambda x, g: x * repeats + g
   entry = lambda b, x, s, g: walk.entry(b, query_head(x, g), s)
@@ -285,16 +227,16 @@ class _Step:
     self.job, self.route = job, route
     ids = tuple(pl.program_id(axis) for axis in range(len(route.grid)))
     repeat = ids[-1] if route.repeats > 1 or route.walk is None else 0
-    self.kind = lists[2][route.entry(*ids)] if lists else _PARTIAL | _FIRST | _LAST
-    self.first = (self.kind & _FIRST != 0) & (repeat == 0)
-    self.last = (self.kind & _LAST != 0) & (repeat == route.repeats - 1)
+    self.kind = lists[2][route.entry(*ids)] if lists else walks.PARTIAL | walks.FIRST | walks.LAST
+    self.first = (self.kind & walks.FIRST != 0) & (repeat == 0)
+    self.last = (self.kind & walks.LAST != 0) & (repeat == route.repeats - 1)
     self.key_tile = route.axes["k"][1](*ids, *lists)
 
   def visit(self, tile: Any) -> None:
     """Runs `tile(masked)` if there is a tile to visit."""
-    for flag, present in ((_FULL, self.job.any_full), (_PARTIAL, self.job.any_partial)):
+    for flag, present in ((walks.FULL, self.job.any_full), (walks.PARTIAL, self.job.any_partial)):
       if present:
-        pl.when(self.kind & flag != 0)(lambda masked=flag == _PARTIAL: tile(masked))
+        pl.when(self.kind & flag != 0)(lambda masked=flag == walks.PARTIAL: tile(masked))
 
   def seen(self, x: Any, masked: bool) -> Array | None:
     """The predicate on the tile."""
