@@ -14,7 +14,7 @@ import numpy as np
 from effjax import cost
 from effjax.core import trees
 from effjax.core.numerics import cross_entropy
-from effjax.core.typing import Params, PyTree
+from effjax.core.typing import Array, Float, Params, PyTree
 from effjax.core.weights import is_weight
 from effjax.decode import unrolled
 from effjax.models import Transformer, TransformerConfig
@@ -138,10 +138,16 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(module: Transformer, params: Params, batch: dict):
+def losses(module: Transformer, params: Params, batch: dict) -> Float[Array, "B T"]:
+  """−log p(target) at each position of a batch, in nats."""
   layout = {"segment_ids": batch["segment_ids"], "positions": batch["positions"]}
   logits = module.apply({"params": params}, batch["tokens"], **layout)
-  values = cross_entropy(logits, batch["targets"])
+  return cross_entropy(logits, batch["targets"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(module: Transformer, params: Params, batch: dict):
+  values = losses(module, params, batch)
   return (values * batch["weights"]).sum(), batch["weights"].sum()
 
 
