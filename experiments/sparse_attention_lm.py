@@ -120,7 +120,7 @@ def trained(config: Config, lab: Lab, held_out: list, name: str, seed: int) -> h
   context = max(TIMES) * config.length
   subject = lab.fresh(with_mixer(lab.dense, mixers(config)[name], context), seed)
   subject, curve = lab.train(Run(subject), seed, name, steps=config.steps)
-  row = {"pattern": name, "seed": seed, "curve": curve}
+  row: harness.Row = {"pattern": name, "seed": seed, "curve": curve}
   row["flops_token"] = cost.flops(subject.config, length=config.length)
   for times in TIMES:
     nll, weight, before = read(subject, held_out, times * config.length)
