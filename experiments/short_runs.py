@@ -89,10 +89,12 @@ class Lab:
     """Gives what `dense_after` would train."""
     self._trained[part, seed] = subject
 
-  def train(self, run: Run, seed: int, label: str) -> tuple[Subject, list[list[float]]]:
-    """Trains `run` for the rest of its budget; the subject after it, and its [step, loss] curve."""
+  def train(
+    self, run: Run, seed: int, label: str, steps: int | None = None
+  ) -> tuple[Subject, list[list[float]]]:
+    """The subject after training, and its [step, loss] curve; `steps` None is the budget's rest."""
     shape, subject = self.shape, run.subject
-    steps = self.steps(run)
+    steps = self.steps(run) if steps is None else steps
     optimizer, step = self._step(run, steps, label)
     state = init_state(
       jax.tree.map(jnp.copy, subject.params), optimizer, trainable=subject.trainable
@@ -113,14 +115,14 @@ class Lab:
     budget = 3.0 * forward(self.dense) * self.shape.steps * (1 - run.spent)
     return max(1, round(budget / (run.passes * forward(run.subject.config) + run.extra_flops)))
 
-  def validation(self, rows: int) -> list[dict[str, np.ndarray]]:
-    """Batches of held-out text, at most `rows` rows in all."""
+  def validation(self, rows: int, length: int | None = None) -> list[dict[str, np.ndarray]]:
+    """Batches of held-out text, at most `rows` rows in all, of the runs' length or another."""
     shape = self.shape
     batches = data.loader(
       self.corpus,
       self.tokenizer,
       batch_size=shape.batch,
-      length=shape.length,
+      length=length or shape.length,
       seed=0,
       split="validation",
     )
