@@ -25,7 +25,7 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Those of the forward kernel and of the gradients: of queries, of keys and values, of a bias.
+  """Those of the forward kernel and of the gradients of queries, of keys and values, of a bias.
 
   The bias's are those of the queries where they are not given.
   """

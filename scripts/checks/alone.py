@@ -1,0 +1,111 @@
+"""Programs that hold one kernel of fused attention each, so that its figures are its own."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from effjax.attention.masks import Causal, Documents, Full
+from effjax.kernels.flash_attention import fused, gpu, tpu
+from effjax.kernels.flash_attention.fused import Job, Kernels
+from effjax.kernels.flash_attention.sizes import Size, choose
+
+KERNELS = ("forward", "queries", "keys", "bias")
+MASKS = {"full": lambda ids: Full(), "causal": lambda ids: Causal(), "documents": Documents}
+BATCH, LENGTH, HEADS, GROUPS = 4, 4096, 8, 4  # more than VMEM holds, so that tiles are streamed
+_PLATFORMS = {"gpu": gpu.KERNELS, "tpu": tpu.KERNELS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A type, a head width, a mask: "bfloat16-128-causal"."""
+
+  dtype: str
+  width: int
+  mask: str
+
+  @classmethod
+  def of(cls, name: str) -> "Case":
+    """The case of a name.
+
+    Raises:
+      ValueError: if it is not one.
+    """
+    dtype, _, rest = name.partition("-")
+    width, _, mask = rest.partition("-")
+    if mask not in MASKS or not width.isdecimal() or dtype not in ("bfloat16", "float32"):
+      raise ValueError(
+        f"case={name!r}; allowed: bfloat16 or float32, a width, and one of {', '.join(MASKS)}, "
+        "as in bfloat16-128-causal"
+      )
+    return cls(dtype, int(width), mask)
+
+  def __str__(self) -> str:
+    return f"{self.dtype}-{self.width}-{self.mask}"
+
+  @property
+  def kernels(self) -> tuple[str, ...]:
+    """Those worth compiling: without a mask none has a part that it has not with a causal one."""
+    return KERNELS[:1] if self.mask == "full" else KERNELS
+
+  def size(self, kernel: str, platform: str) -> Size:
+    """The table's size of a kernel's tiles."""
+    sizes = choose(platform, self.dtype, self.width, LENGTH, LENGTH)
+    return getattr(sizes, kernel) or sizes.queries
+
+  def arguments(self, kernel: str) -> tuple[Any, ...]:
+    """Shapes and types of query, key, value, ids and, for its own kernel, a bias."""
+    array = lambda heads: (BATCH, LENGTH, heads, self.width)
+    shapes = [array(HEADS), array(GROUPS), array(GROUPS)]
+    *heads, bias = (
+      jax.ShapeDtypeStruct(shape, self.dtype) for shape in [*shapes, (1, HEADS, LENGTH, LENGTH)]
+    )
+    ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    return *heads, ids, bias if kernel == "bias" else None
+
+
+def program(case: Case, kernel: str, platform: str) -> Callable[..., Any]:
+  """A function of the case's arguments that runs one kernel."""
+  kernels = _alone(_PLATFORMS[platform], kernel)
+
+  def run(query, key, value, ids, bias):
+    attention = lambda *arrays: fused.attention(
+      kernels,
+      *arrays[:3],
+      bias=arrays[3],
+      mask=MASKS[case.mask](ids),
+      scale=case.width**-0.5,
+      logit_softcap=None,
+      segment_ids=None,
+      query_positions=None,
+      sizes=None,
+      interpret=False,
+    )
+    results, backward = jax.vjp(attention, query, key, value, bias)
+    gradients = dict(zip(("query", "key", "value", "bias"), backward(results), strict=True))
+    return {
+      "forward": results,
+      "queries": gradients["query"],
+      "keys": (gradients["key"], gradients["value"]),
+      "bias": gradients["bias"],
+    }[kernel]
+
+  return run
+
+
+def _alone(kernels: Kernels, name: str) -> Kernels:
+  """The platform with one of its kernels; the others give arguments back, in the right shapes."""
+
+  def forward(job: Job):
+    return job.query, jnp.swapaxes(job.query[..., 0], 1, 2).astype(jnp.float32)
+
+  given = {
+    "forward": forward,
+    "queries": lambda job: job.query,
+    "keys": lambda job: (job.key, job.value),
+    "bias": lambda job: job.bias,
+  }
+  del given[name]
+  return dataclasses.replace(kernels, **given)

@@ -1,0 +1,61 @@
+"""What compilers say of one kernel, read from the files that they leave."""
+
+import json
+import pathlib
+import re
+import subprocess
+
+import numpy as np
+
+Figures = dict[str, float]
+
+_SHARED = r"kCustomKernel .*\] {kernel}\S* grid: .*shared_memory: (\d+) bytes"
+
+
+def gpu(dump: pathlib.Path, kernel: str, ptxas: str | None, architecture: str) -> Figures:
+  """Bytes of shared memory of a block, and with ptxas registers of a thread and bytes it spills."""
+  (launches,) = dump.glob("*.thunk_sequence.txt")
+  shared = re.search(_SHARED.format(kernel=kernel), launches.read_text())
+  if shared is None:
+    raise ValueError(f"dump: {launches.name} does not launch {kernel!r}")
+  figures: Figures = {"shared": int(shared[1])}
+  if ptxas is None:
+    return figures
+  entry = re.compile(rf"\.entry {kernel}\w*\(")
+  (source,) = (path for path in dump.glob("*.ptx") if entry.search(path.read_text()))
+  command = [ptxas, "-v", f"-arch={architecture}", str(source), "-o", "/dev/null"]
+  said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+  spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+  return figures | {
+    "registers": max(map(int, re.findall(r"Used (\d+) reg", said))),
+    "spill": spilled,
+  }
+
+
+def tpu(dump: pathlib.Path, kernel: str) -> Figures:
+  """Bundles of the schedule and the share with a matrix operation; bytes of VMEM and of spills."""
+  (schedule,) = dump.glob(f"*-*{kernel}*-final_hlo-static-per-bundle-utilization.txt")
+  names, _, *bundles = schedule.read_text().split("\n")[1:]
+  (report,) = dump.glob("*vmem_report.html")
+  figures = {"bundles": len(_table(bundles))}
+  matrix = [i for i, name in enumerate(names.split(", ")) if name in ("MXU", "MATMUL")]
+  busy = _table(bundles)[:, matrix].any(1).mean()
+  return figures | {"matmul": round(float(busy), 3)} | _memory(report.read_text(), kernel)
+
+
+def _table(lines: list[str]) -> np.ndarray:
+  """[bundles, units], how many of each a bundle uses."""
+  return np.array([line.split() for line in lines if re.fullmatch(r"[\d\s]+\d\s*", line)], int)
+
+
+def _memory(page: str, kernel: str) -> Figures:
+  """Those of the kernel in the page's data."""
+  data, _ = json.JSONDecoder().raw_decode(page, page.index("{", page.index("const DATA")))
+  programs = data["hlo_breakdowns"].items()
+  (blocks,) = (each["blocks"] for name, each in programs if kernel in name)
+  scoped = [block for block in blocks if block["block_type"] == "SCOPED"]
+  pieces = [piece for block in scoped for piece in block["allocations"]]
+  return {
+    "vmem": sum(block["block_size"] for block in scoped),
+    "spill": sum(piece["size"] for piece in pieces if piece["tag"] == "SPILL"),
+  }
