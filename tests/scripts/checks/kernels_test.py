@@ -46,10 +46,12 @@ def test_shared_memory_is_read_for_the_kernel_asked_for(tmp_path):
 
 def test_the_share_of_bundles_with_a_matrix_operation(tmp_path):
   schedule = "== CAPACITY:\nMXU, VALU\n 4 4\n== UTILIZATION:\n 2 0\n 0 3\n 1 1\n 0 0\n"
-  (tmp_path / "1-keys.1-00-final_hlo-static-per-bundle-utilization.txt").write_text(schedule)
+  for name in ("transpose_jvp_keys__.1", "iota.refs_3___keys__"):
+    path = tmp_path / f"1-{name}-00-final_hlo-static-per-bundle-utilization.txt"
+    path.write_text(schedule)
   pieces = [{"size": 10, "tag": "scratch operand"}, {"size": 6, "tag": "SPILL"}]
   block = {"block_type": "SCOPED", "block_size": 16, "allocations": pieces}
-  data = {"hlo_breakdowns": {"copy": {"blocks": []}, "keys.1": {"blocks": [block]}}}
+  data = {"hlo_breakdowns": {"copy": {"blocks": []}, "transpose_jvp_keys__.1": {"blocks": [block]}}}
   (tmp_path / "1-vmem_report.html").write_text(f"const DATA = {json.dumps(data)};")
   want = {"bundles": 4, "matmul": 0.5, "vmem": 16, "spill": 6}
   assert reports.tpu(tmp_path, "keys") == want
