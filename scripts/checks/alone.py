@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from effjax.attention.masks import Causal, Documents, Full
 from effjax.kernels.flash_attention import fused, gpu, tpu
 from effjax.kernels.flash_attention.fused import Job, Kernels
-from effjax.kernels.flash_attention.sizes import Size, choose
+from effjax.kernels.flash_attention.sizes import Size, Sizes, choose
 
 KERNELS = ("forward", "queries", "keys", "bias")
 MASKS = {"full": lambda ids: Full(), "causal": lambda ids: Causal(), "documents": Documents}
@@ -55,19 +55,21 @@ class Case:
     sizes = choose(platform, self.dtype, self.width, LENGTH, LENGTH)
     return getattr(sizes, kernel) or sizes.queries
 
-  def arguments(self, kernel: str) -> tuple[Any, ...]:
+  def arguments(self, kernel: str, length: int = LENGTH) -> tuple[Any, ...]:
     """Shapes and types of query, key, value, ids and, for its own kernel, a bias."""
-    array = lambda heads: (BATCH, LENGTH, heads, self.width)
+    array = lambda heads: (BATCH, length, heads, self.width)
     shapes = [array(HEADS), array(GROUPS), array(GROUPS)]
     *heads, bias = (
-      jax.ShapeDtypeStruct(shape, self.dtype) for shape in [*shapes, (1, HEADS, LENGTH, LENGTH)]
+      jax.ShapeDtypeStruct(shape, self.dtype) for shape in [*shapes, (1, HEADS, length, length)]
     )
-    ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    ids = jax.ShapeDtypeStruct((BATCH, length), jnp.int32)
     return *heads, ids, bias if kernel == "bias" else None
 
 
-def program(case: Case, kernel: str, platform: str) -> Callable[..., Any]:
-  """A function of the case's arguments that runs one kernel."""
+def program(
+  case: Case, kernel: str, platform: str, sizes: Sizes | None = None, interpret: bool = False
+) -> Callable[..., Any]:
+  """A function of the case's arguments that runs one kernel, in the table's sizes by default."""
   kernels = _alone(_PLATFORMS[platform], kernel)
 
   def run(query, key, value, ids, bias):
@@ -80,32 +82,24 @@ def program(case: Case, kernel: str, platform: str) -> Callable[..., Any]:
       logit_softcap=None,
       segment_ids=None,
       query_positions=None,
-      sizes=None,
-      interpret=False,
+      sizes=sizes,
+      interpret=interpret,
     )
-    results, backward = jax.vjp(attention, query, key, value, bias)
-    gradients = dict(zip(("query", "key", "value", "bias"), backward(results), strict=True))
-    return {
-      "forward": results,
-      "queries": gradients["query"],
-      "keys": (gradients["key"], gradients["value"]),
-      "bias": gradients["bias"],
-    }[kernel]
+    if kernel == "forward":
+      return attention(query, key, value, bias)
+    (_, lse), backward = jax.vjp(attention, query, key, value, bias)
+    d_query, d_key, d_value, d_bias = backward((query, jnp.zeros_like(lse)))
+    return {"queries": d_query, "keys": (d_key, d_value), "bias": d_bias}[kernel]
 
   return run
 
 
 def _alone(kernels: Kernels, name: str) -> Kernels:
-  """The platform with one of its kernels; the others give arguments back, in the right shapes."""
+  """The platform with one of its kernels; the others give zeros."""
 
-  def forward(job: Job):
-    return job.query, jnp.swapaxes(job.query[..., 0], 1, 2).astype(jnp.float32)
+  def silent(run: Callable[[Job], Any]) -> Callable[[Job], Any]:
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+    return lambda job: jax.tree.map(zeros, jax.eval_shape(lambda: run(job)))
 
-  given = {
-    "forward": forward,
-    "queries": lambda job: job.query,
-    "keys": lambda job: (job.key, job.value),
-    "bias": lambda job: job.bias,
-  }
-  del given[name]
-  return dataclasses.replace(kernels, **given)
+  others = {each: silent(getattr(kernels, each)) for each in KERNELS if each != name}
+  return dataclasses.replace(kernels, **others)

@@ -110,7 +110,7 @@ def main(_) -> None:
   except RuntimeError as error:
     raise SystemExit(f"error: {error}") from None
   result = check(_TARGETS.value, [str(Case.of(name)) for name in _CASES.value])
-  print("\n".join(result["faults"]), file=sys.stderr)
+  print(*result["faults"], sep="\n", end="\n" * bool(result["faults"]), file=sys.stderr)
   print(json.dumps(result, ensure_ascii=False))
   sys.exit(bool(result["faults"]))
 

@@ -34,13 +34,19 @@ def gpu(dump: pathlib.Path, kernel: str, ptxas: str | None, architecture: str) -
 
 def tpu(dump: pathlib.Path, kernel: str) -> Figures:
   """Bundles of the schedule and the share with a matrix operation; bytes of VMEM and of spills."""
-  (schedule,) = dump.glob(f"*-*{kernel}*-final_hlo-static-per-bundle-utilization.txt")
+  schedules = dump.glob("*-final_hlo-static-per-bundle-utilization.txt")
+  (schedule,) = (path for path in schedules if _names(path.name.split("-")[1], kernel))
   names, _, *bundles = schedule.read_text().split("\n")[1:]
   (report,) = dump.glob("*vmem_report.html")
   figures = {"bundles": len(_table(bundles))}
   matrix = [i for i, name in enumerate(names.split(", ")) if name in ("MXU", "MATMUL")]
   busy = _table(bundles)[:, matrix].any(1).mean()
   return figures | {"matmul": round(float(busy), 3)} | _memory(report.read_text(), kernel)
+
+
+def _names(program: str, kernel: str) -> bool:
+  """Whether a program is the kernel: "keys.1", "transpose_jvp_keys__.1", not "iota.keys"."""
+  return re.fullmatch(rf"[a-z_]*{kernel}_*\.\d+", program) is not None
 
 
 def _table(lines: list[str]) -> np.ndarray:
@@ -52,7 +58,7 @@ def _memory(page: str, kernel: str) -> Figures:
   """Those of the kernel in the page's data."""
   data, _ = json.JSONDecoder().raw_decode(page, page.index("{", page.index("const DATA")))
   programs = data["hlo_breakdowns"].items()
-  (blocks,) = (each["blocks"] for name, each in programs if kernel in name)
+  (blocks,) = (each["blocks"] for name, each in programs if _names(name, kernel))
   scoped = [block for block in blocks if block["block_type"] == "SCOPED"]
   pieces = [piece for block in scoped for piece in block["allocations"]]
   return {
