@@ -59,7 +59,7 @@ def test_rows_are_cut_into_contexts_and_know_what_comes_before(monkeypatch):
     "weights": np.array([[1.0] * 7 + [0.0]]),
     "targets": np.arange(8)[None],
   }
-  monkeypatch.setattr(sparse_attention_lm, "losses", lambda *x: x[-1]["targets"] / 2)
+  monkeypatch.setattr(sparse_attention_lm, "token_nll", lambda *x: x[-1]["targets"] / 2)
   nll, weight, before = sparse_attention_lm.read(
     Subject(presets.llama(8, 8, 1, 1), None), [batch], 4
   )
