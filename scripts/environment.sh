@@ -1,6 +1,7 @@
 # Sourced by the scripts beside it: goes to the repository root and makes .venv/<version>.
 #
 #   use_environment EXTRAS PACKAGE...   makes or updates the environment; sets PY to its interpreter
+#   extra_of_device                     "cuda" or "tpu" where there is such a device, else "dev"
 #   require_name KIND FOLDER NAME       ends with the names there are when FOLDER/NAME.py is none
 #
 # PYTHON names the interpreter (default python3), as in `PYTHON=python3.12 scripts/test`.
@@ -68,6 +69,16 @@ use_environment() {
     "$PY" -m pip install -qq --no-deps "$@"
   fi
   echo "$wanted" >"$stamp"
+}
+
+extra_of_device() {
+  if command -v nvidia-smi >/dev/null; then
+    echo cuda
+  elif compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
+    echo tpu
+  else
+    echo dev
+  fi
 }
 
 require_name() {

@@ -1,6 +1,6 @@
 """Compiles the fused attention kernels for TPUs and NVIDIA GPUs on a machine that has neither.
 
-    python -m scripts.checks.kernels --targets=h100,v5e --cases=bfloat16-128-causal
+    python -m scripts.checks.kernels --targets=h100,v5e --kinds=bfloat16-128-causal
 
 One row for each kernel: seconds to compile (with tracing and the reports); on GPUs registers of a
 thread, bytes it spills, shared memory of a block; on TPUs bundles of the static schedule, the share
@@ -31,8 +31,8 @@ CASES = (
   *("bfloat16-128-full", "bfloat16-256-causal", "float32-64-causal", "float32-256-causal"),
 )
 _TARGETS = flags.DEFINE_list("targets", list(TARGETS), "Devices to compile for.")
-_CASES = flags.DEFINE_list(
-  "cases", list(CASES), "Type, head width and mask, as in bfloat16-64-causal."
+_KINDS = flags.DEFINE_list(
+  "kinds", list(CASES), "Type, head width and mask, as in bfloat16-64-causal."
 )
 LEAST_MATMUL = 0.55
 _COLUMNS = ("seconds", "registers", "spill", "shared", "bundles", "matmul", "vmem")
@@ -109,7 +109,7 @@ def main(_) -> None:
     plugins.install()
   except RuntimeError as error:
     raise SystemExit(f"error: {error}") from None
-  result = check(_TARGETS.value, [str(Case.of(name)) for name in _CASES.value])
+  result = check(_TARGETS.value, [str(Case.of(name)) for name in _KINDS.value])
   print(*result["faults"], sep="\n", end="\n" * bool(result["faults"]), file=sys.stderr)
   print(json.dumps(result, ensure_ascii=False))
   sys.exit(bool(result["faults"]))

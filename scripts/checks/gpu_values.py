@@ -1,0 +1,104 @@
+"""Values and gradients of attention's implementations at their own tile sizes, against float64."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.attention import masks
+from effjax.kernels.flash_attention import cudnn
+from effjax.kernels.flash_attention.sizes import choose
+from effjax.kernels.flash_attention.tiles import Tiles
+from scripts.checks import cases
+
+Row = dict[str, Any]
+
+
+def problems(length: int, widths: tuple[int, ...]) -> dict[str, cases.Structure]:
+  """By name: every width, every type, and at heads of 64 every option, of ragged lengths."""
+  of = functools.partial(_problem, length)
+  half = length // 2 + 3
+  longformer = masks.longformer(length // 8, (0, 5), causal=True)
+  bigbird = lambda rng: masks.bigbird(
+    jax.random.key(int(rng.integers(99))), length, block=16, number=1
+  )
+  found = {f"{kind}-{width}": of(width, kind) for width in widths for kind in cases.TOLERANCE}
+  return found | {
+    "full": of(64, mask=masks.Full()),
+    "window": of(64, mask=masks.SlidingWindow(length // 4, 3)),
+    "longformer": of(64, mask=longformer),
+    "bigbird": dataclasses.replace(of(64), mask=bigbird),
+    "softcap": dataclasses.replace(of(64), softcap=1.5),
+    "bias": dataclasses.replace(of(64), bias=(1, 4, length, length)),
+    "segments": dataclasses.replace(of(64), segments=True),
+    "positions": dataclasses.replace(of(64, queries=half), positions=True),
+    "fewer queries": of(64, queries=half),
+  }
+
+
+def _problem(
+  length: int,
+  width: int,
+  dtype: str = "bfloat16",
+  mask: Any = None,
+  queries: int | None = None,
+) -> cases.Structure:
+  T = queries or length
+  return cases.Structure(
+    shape=(2, T, length, 2, 2, width, width),
+    dtype=dtype,
+    scale=width**-0.5,
+    softcap=None,
+    bias=None,
+    mask=lambda rng: masks.Causal() if mask is None else mask,
+    segments=False,
+    positions=False,
+    tiles=Tiles(1, 1, 64, 64),
+    sizes=choose("gpu", dtype, width, T, length),
+  )
+
+
+def rows(problems: dict[str, cases.Structure], interpret: bool) -> Iterator[Row]:
+  """Relative errors of each problem by each implementation, as they come."""
+  for number, (name, problem) in enumerate(problems.items()):
+    # XLA rounds the factors of float32 products to 11 bits on GPUs unless it is told not to.
+    exact = "highest" if problem.dtype == "float32" else None
+    with jax.default_matmul_precision(exact):
+      yield from _compared(name, problem, np.random.default_rng(number), interpret)
+
+
+def _compared(
+  name: str, problem: cases.Structure, rng: np.random.Generator, interpret: bool
+) -> Iterator[Row]:
+  arrays, where = problem.draw(rng)
+  want = cases.exact(problem)(arrays, where)
+  for by, run in cases.programs(problem, ("gpu", "xla"), interpret).items():
+    yield _row(name, by, problem, cases.errors(run(arrays, where), want))
+  if not interpret and _by_cudnn(problem, arrays, where):
+    arrays[-1] = jnp.zeros_like(arrays[-1])  # it gives no log-sum-exp to differentiate
+    want = cases.exact(problem)(arrays, where)
+    found = jax.jit(functools.partial(cases.evaluate, functools.partial(_cudnn, problem)))
+    out, _, *gradients = found(arrays, where)
+    yield _row(name, "cudnn", problem, cases.errors((out, want[1], *gradients), want))
+
+
+def _row(name: str, by: str, problem: cases.Structure, errors: dict[str, float]) -> Row:
+  limit = cases.TOLERANCE[problem.dtype]
+  good = all(error <= limit for error in errors.values())
+  return {"problem": name, "by": by, "tolerance": limit, "good": good, "errors": errors}
+
+
+def _by_cudnn(problem: cases.Structure, arrays: Any, where: Any) -> bool:
+  """Whether cuDNN honours the problem."""
+  options = {"scale": problem.scale, "logit_softcap": problem.softcap, "bias": arrays[3]}
+  return cudnn.refusal(*arrays[:3], return_lse=False, **options, **where) is None
+
+
+def _cudnn(problem: cases.Structure, *arrays: Any, **arguments: Any) -> tuple[Any, Any]:
+  options = {"scale": problem.scale, "logit_softcap": problem.softcap}
+  out, _ = cudnn.attention(*arrays, **options, **arguments)
+  return out, jnp.zeros(out.shape[:3], jnp.float32)
