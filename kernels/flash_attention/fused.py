@@ -149,8 +149,9 @@ def attention(
   sizes = sizes or choose(
     kernels.platform, query.dtype, max(query.shape[-1], value.shape[-1]), T, S
   )
-  if bias is not None:
-    bias = jnp.broadcast_to(bias, (*bias.shape[:2], T, S))
+  if bias is not None and bias.shape[2:] != (T, S):
+    # In float32, so that the gradient of what is shared is not rounded before it is summed.
+    bias = jnp.broadcast_to(bias.astype(jnp.float32), (*bias.shape[:2], T, S))
   settings = Settings(kernels, float(scale), logit_softcap, sizes, splits, interpret)
   operands = (query, key, value, bias, Where(mask, segment_ids, query_positions))
   return _attention(settings, *numerics.vary_alike(operands, operands))
