@@ -108,6 +108,7 @@ def from_keys(plan: Plan, x: Array) -> Array:
 
 
 def pad(x: Array, axis: int, length: int, value: Any = 0) -> Array:
+  """`x` with `value` behind its end, up to `length` along `axis`."""
   short = length - x.shape[axis]
   widths = [(0, short if a == axis else 0) for a in range(x.ndim)]
   return jnp.pad(x, widths, constant_values=value) if short else x
