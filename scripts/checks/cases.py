@@ -47,12 +47,15 @@ class Structure:
   tiles: Tiles
   sizes: Sizes
 
+  @property
+  def options(self) -> dict[str, Any]:
+    return {"scale": self.scale, "logit_softcap": self.softcap}
+
   def draw(self, rng: np.random.Generator) -> tuple[Any, Any]:
     """Arrays (query, key, value, bias, d_out, d_lse), and who sees whom."""
     B, T, S, K, G, H, Hv = self.shape
     N = K * G
-    shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, Hv), self.bias, (B, T, N, Hv), (B, T, N)]
-    arrays = [None if s is None else jnp.asarray(rng.normal(size=s), self.dtype) for s in shapes]
+    arrays = operands(B, T, S, N, K, H, Hv, self.bias, self.dtype, rng)
     if arrays[3] is not None:
       arrays[3] = jnp.where(rng.random(arrays[3].shape) < 0.1, -jnp.inf, arrays[3])
     ids = lambda length: jnp.asarray(np.sort(rng.integers(-1, 3, (B, length)), axis=1), jnp.int32)
@@ -64,6 +67,13 @@ class Structure:
       ),
     }
     return arrays, where
+
+
+def operands(B, T, S, N, K, H, Hv, bias=None, dtype="float32", rng=0) -> list[Any]:
+  """Random query, key, value, bias of the shape `bias`, and cotangents of out and lse."""
+  shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, Hv), bias, (B, T, N, Hv), (B, T, N)]
+  rng = np.random.default_rng(rng)
+  return [None if s is None else jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
 
 
 def structure(rng: np.random.Generator) -> Structure:
@@ -149,7 +159,7 @@ def programs(
   problem: Structure, platforms: tuple[str, ...], interpret: bool
 ) -> dict[str, Callable]:
   """A compiled `evaluate` for each of the platforms "xla", "gpu", "tpu"."""
-  options = {"scale": problem.scale, "logit_softcap": problem.softcap}
+  options = problem.options
   fused = {"sizes": problem.sizes, "interpret": interpret}
   attention = {
     "xla": functools.partial(xla.attention, tiles=problem.tiles, **options),
@@ -159,9 +169,8 @@ def programs(
   return {name: jax.jit(functools.partial(evaluate, attention[name])) for name in platforms}
 
 
-def exact(problem: Structure) -> Callable:
-  """The same in float64, written out."""
-  options = {"scale": problem.scale, "logit_softcap": problem.softcap}
+def exact(**options: Any) -> Callable:
+  """`evaluate` of attention written out, with these options, in float64."""
   run = jax.jit(functools.partial(evaluate, functools.partial(reference.attention, **options)))
 
   def wide(arrays, where):

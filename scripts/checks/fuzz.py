@@ -32,7 +32,8 @@ def fuzz(number: int, draws: int, seed: int) -> tuple[dict[str, float], list[str
     for n in range(seed, seed + -(-number // draws)):
       rng = np.random.default_rng(n)
       problem = cases.structure(rng)
-      exact, programs = cases.exact(problem), cases.programs(problem, PLATFORMS, interpret=True)
+      exact = cases.exact(**problem.options)
+      programs = cases.programs(problem, PLATFORMS, interpret=True)
       for _ in range(min(draws, number - bar.n)):
         arrays, where = problem.draw(rng)
         want = exact(arrays, where)

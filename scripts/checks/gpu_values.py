@@ -75,12 +75,12 @@ def _compared(
   name: str, problem: cases.Structure, rng: np.random.Generator, interpret: bool
 ) -> Iterator[Row]:
   arrays, where = problem.draw(rng)
-  want = cases.exact(problem)(arrays, where)
+  want = cases.exact(**problem.options)(arrays, where)
   for by, run in cases.programs(problem, ("gpu", "xla"), interpret).items():
     yield _row(name, by, problem, cases.errors(run(arrays, where), want))
   if not interpret and _by_cudnn(problem, arrays, where):
     arrays[-1] = jnp.zeros_like(arrays[-1])  # it gives no log-sum-exp to differentiate
-    want = cases.exact(problem)(arrays, where)
+    want = cases.exact(**problem.options)(arrays, where)
     found = jax.jit(functools.partial(cases.evaluate, functools.partial(_cudnn, problem)))
     out, _, *gradients = found(arrays, where)
     yield _row(name, "cudnn", problem, cases.errors((out, want[1], *gradients), want))

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from effjax.attention.masks import Causal, Full, Global, SlidingWindow, longformer
-from effjax.kernels.flash_attention import gpu, reference, tpu
+from effjax.kernels.flash_attention import gpu, tpu
 from effjax.kernels.flash_attention.blocks import tile_lists
 from effjax.kernels.flash_attention.sight import Sight, Where
 from effjax.kernels.flash_attention.sizes import Size, Sizes, choose
@@ -26,10 +26,7 @@ MASKS = {
 
 
 def problem(B=2, T=37, S=45, N=4, K=2, H=8, Hv=16, bias=None):
-  """Query, key, value, bias, and cotangents of out and lse."""
-  shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, Hv), bias, (B, T, N, Hv), (B, T, N)]
-  rng = np.random.default_rng(0)
-  return [None if s is None else jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+  return cases.operands(B, T, S, N, K, H, Hv, bias)
 
 
 def check(platform, arrays, where, **options):
@@ -37,10 +34,7 @@ def check(platform, arrays, where, **options):
   run = functools.partial(platform.attention, sizes=SMALL, interpret=True, **options)
   got = jax.jit(functools.partial(cases.evaluate, run))(arrays, where)
   options.pop("splits", None)
-  with jax.enable_x64(True):
-    wide = [None if x is None else jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
-    plain = functools.partial(reference.attention, **options)
-    want = jax.tree.map(np.asarray, jax.jit(functools.partial(cases.evaluate, plain))(wide, where))
+  want = cases.exact(**options)(arrays, where)
   for name, error in cases.errors(got, want).items():
     assert error < 2e-6, name
 

@@ -27,37 +27,15 @@ from effjax.attention.masks import (
 )
 from effjax.kernels.flash_attention import reference, xla
 from effjax.kernels.flash_attention.tiles import Tiles
+from scripts.checks import cases
 
 SMALL = Tiles(1, 1, 16, 16)
 
 
-def problem(B, T, S, N, K, H, Hv, bias=None, dtype="float32", seed=0):
-  """Query, key, value, bias, and cotangents of out and lse."""
-  shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, Hv), bias, (B, T, N, Hv), (B, T, N)]
-  rng = np.random.default_rng(seed)
-  return [None if s is None else jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
-
-
-def evaluate(function, arrays):
-  """out, lse and the gradients of query, key, value, bias."""
-  *inputs, d_out, d_lse = arrays
-  (out, lse), backward = jax.vjp(function, *inputs)
-  d_lse = jnp.where(jnp.isfinite(lse), d_lse.astype(lse.dtype), 0)
-  return out, lse, *jax.tree.leaves(backward((d_out.astype(out.dtype), d_lse)))
-
-
-def exact(arrays, **arguments):
-  """The same in float64."""
-  with jax.enable_x64(True):
-    wide = [None if x is None else jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
-    function = lambda q, k, v, b: reference.attention(q, k, v, bias=b, **arguments)
-    return jax.tree.map(np.asarray, jax.jit(functools.partial(evaluate, function))(wide))
-
-
 def check_against_float64(arrays, tolerance, tiles=SMALL, **arguments):
-  function = lambda q, k, v, b: xla.attention(q, k, v, bias=b, tiles=tiles, **arguments)
-  got = jax.jit(functools.partial(evaluate, function))(arrays)
-  for x, y in zip(got, exact(arrays, **arguments), strict=True):
+  run = functools.partial(xla.attention, tiles=tiles, **arguments)
+  got = jax.jit(functools.partial(cases.evaluate, run))(arrays, {})
+  for x, y in zip(got, cases.exact(**arguments)(arrays, {}), strict=True):
     x = np.asarray(x, np.float64)
     np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y))
     x, y = (np.where(np.isfinite(y), z, 0) for z in (x, y))
@@ -82,11 +60,11 @@ def random_blocks(heads: int):
 @pytest.mark.parametrize("tiles", [Tiles(2, 1, 16, 8), Tiles(1, 2, 8, 16)])
 def test_patterns(mask, tiles):
   """Of heads, of the batch and of data, where tiles hold several heads and rows, and T < S."""
-  check_against_float64(problem(2, 37, 45, 4, 2, 4, 6), 2e-6, tiles, mask=mask, scale=0.4)
+  check_against_float64(cases.operands(2, 37, 45, 4, 2, 4, 6), 2e-6, tiles, mask=mask, scale=0.4)
 
 
 @st.composite
-def cases(draw):
+def small_cases(draw):
   B, K, G = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
   T, S = draw(st.integers(1, 50)), draw(st.integers(1, 50))
   width = st.one_of(st.none(), st.integers(0, 40))
@@ -96,11 +74,11 @@ def cases(draw):
   bias = draw(st.one_of(st.none(), st.tuples(*(st.sampled_from((1, n)) for n in shape))))
   cap = draw(st.sampled_from((None, 1.5)))
   tiles = Tiles(draw(st.sampled_from((1, B))), draw(st.sampled_from((1, K))), 16, 8)
-  return problem(B, T, S, K * G, K, 4, 6, bias, seed=T), mask, cap, tiles
+  return cases.operands(B, T, S, K * G, K, 4, 6, bias, rng=T), mask, cap, tiles
 
 
 @settings(max_examples=4, deadline=None)
-@given(cases())
+@given(small_cases())
 def test_random_problems(case):
   arrays, mask, cap, tiles = case
   check_against_float64(arrays, 2e-6, tiles, mask=mask, scale=0.4, logit_softcap=cap)
@@ -108,7 +86,7 @@ def test_random_problems(case):
 
 @pytest.mark.slow
 @settings(max_examples=15, deadline=None)
-@given(cases())
+@given(small_cases())
 def test_many_random_problems(case):
   arrays, mask, cap, tiles = case
   check_against_float64(arrays, 2e-6, tiles, mask=mask, scale=0.4, logit_softcap=cap)
@@ -117,7 +95,7 @@ def test_many_random_problems(case):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_segments_and_padding(batch):
   ids = jnp.array([[0] * 20 + [1] * 13 + [-1] * 7, [-1] * 5 + [3] * 30 + [-1] * 5])
-  arrays = problem(2, 40, 40, 4, 2, 8, 8)
+  arrays = cases.operands(2, 40, 40, 4, 2, 8, 8)
   tiles = Tiles(batch, 1, 16, 8)
   check_against_float64(arrays, 2e-6, tiles, mask=Causal(), scale=0.3, segment_ids=(ids, ids))
   check_against_float64(arrays, 2e-6, tiles, mask=Causal() & Documents(ids), scale=0.3)
@@ -127,24 +105,24 @@ def test_segments_and_padding(batch):
 def test_query_positions(mask):
   positions = jnp.array([[3, 9, 2, 30], [0, 1, 2, 3]])
   check_against_float64(
-    problem(2, 4, 40, 2, 1, 8, 8), 2e-6, mask=mask, scale=1.0, query_positions=positions
+    cases.operands(2, 4, 40, 2, 1, 8, 8), 2e-6, mask=mask, scale=1.0, query_positions=positions
   )
 
 
 def test_rows_that_see_nothing_are_zero_with_zero_gradients():
-  arrays = problem(1, 20, 20, 2, 1, 8, 8, bias=(1, 1, 20, 20))
+  arrays = cases.operands(1, 20, 20, 2, 1, 8, 8, bias=(1, 1, 20, 20))
   ids = jnp.where(jnp.arange(20) < 12, 0, -1)[None]
-  function = lambda q, k, v, b: xla.attention(
-    q, k, v, bias=b, mask=Full(), scale=1.0, segment_ids=(ids, ids), tiles=SMALL
+  run = functools.partial(
+    xla.attention, mask=Full(), scale=1.0, segment_ids=(ids, ids), tiles=SMALL
   )
-  out, lse, d_q, d_k, d_v, d_b = jax.jit(functools.partial(evaluate, function))(arrays)
+  out, lse, d_q, d_k, d_v, d_b = jax.jit(functools.partial(cases.evaluate, run))(arrays, {})
   assert (lse[:, 12:] == -jnp.inf).all() and jnp.isfinite(lse[:, :12]).all()
   for x in (out, d_q, d_k, d_v, d_b[0]):
     assert (x[:, 12:] == 0).all() and jnp.abs(x[:, :12]).sum() > 0
 
 
 def test_bias_of_minus_infinity_hides_like_a_mask():
-  q, k, v, *_ = problem(1, 24, 24, 2, 2, 8, 8)
+  q, k, v, *_ = cases.operands(1, 24, 24, 2, 2, 8, 8)
   bias = jnp.where(Causal().dense(24), 0.0, -jnp.inf)[None, None]
   hidden = xla.attention(q, k, v, mask=Full(), scale=1.0, bias=bias, tiles=SMALL)
   chex.assert_trees_all_close(
@@ -154,13 +132,13 @@ def test_bias_of_minus_infinity_hides_like_a_mask():
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 1e-2), ("float16", 2e-3)])
 def test_half_precision(dtype, tolerance):
-  arrays = problem(1, 40, 40, 4, 2, 16, 16, dtype=dtype)
+  arrays = cases.operands(1, 40, 40, 4, 2, 16, 16, dtype=dtype)
   check_against_float64(arrays, tolerance, mask=Causal(), scale=0.25)
   assert xla.attention(*arrays[:3], mask=Causal(), scale=0.25)[0].dtype == dtype
 
 
 def test_transformations_agree():
-  arrays = problem(2, 40, 40, 4, 2, 8, 8)[:3]
+  arrays = cases.operands(2, 40, 40, 4, 2, 8, 8)[:3]
   ids = jnp.sort(jax.random.randint(jax.random.key(1), (2, 40), -1, 3), 1)
 
   def attention(q, k, v, ids):
@@ -198,7 +176,9 @@ def test_tangents(dtype, tolerance):
   """Forward-mode against float64, with all that scores go through and rows that see nothing."""
   ids = jnp.where(jnp.arange(24) < 17, 0, -1)[None]
   options = {"mask": Causal(), "scale": 0.4, "logit_softcap": 1.5, "segment_ids": (ids, ids)}
-  at, to = (problem(2, 24, 24, 4, 2, 4, 6, (1, 4, 24, 24), dtype, seed)[:4] for seed in (0, 1))
+  at, to = (
+    cases.operands(2, 24, 24, 4, 2, 4, 6, (1, 4, 24, 24), dtype, seed)[:4] for seed in (0, 1)
+  )
 
   def tangents(attention, *arrays):
     run = lambda q, k, v, b: attention(q, k, v, bias=b, **options)
@@ -217,7 +197,7 @@ def test_tangents(dtype, tolerance):
 
 
 def test_second_derivatives_or_a_clear_error():
-  q, k, v, *_ = problem(1, 20, 20, 1, 1, 4, 4)
+  q, k, v, *_ = cases.operands(1, 20, 20, 1, 1, 4, 4)
   forward = lambda attention: lambda q: attention(q, k, v, mask=Causal(), scale=1.0)[0]
   gradient = lambda attention: jax.grad(lambda q: (forward(attention)(q) ** 2).sum())
   move = lambda f, q: jax.jvp(f, (q,), (v,))[1]
@@ -266,7 +246,7 @@ def test_work_follows_the_visited_tiles():
 
   jax.tree_util.register_static(Counted)
   mask = Counted(40, 0)
-  q, k, v, *_ = problem(1, 256, 256, 1, 1, 4, 4)
+  q, k, v, *_ = cases.operands(1, 256, 256, 1, 1, 4, 4)
   jax.jit(lambda q: xla.attention(q, k, v, mask=mask, scale=1.0, tiles=SMALL))(q)
   jax.effects_barrier()
   status = SlidingWindow(40, 0).blocks(256, 256, 16, 16).dense()
