@@ -39,12 +39,15 @@ def attention(
 
 def refusal(query: Array, key: Array, value: Array, *, return_lse: bool, **arguments) -> str | None:
   """What cuDNN cannot honour, or None."""
-  band = _band(arguments["mask"])
+  band, bias = _band(arguments["mask"]), arguments["bias"]
   reasons = {
     f"type {query.dtype}": query.dtype not in (jnp.bfloat16, jnp.float16),
     "the log-sum-exp": return_lse,
     f"mask {arguments['mask']}": band is None,
     "fewer queries than keys": band not in (None, (None, None)) and query.shape[1] != key.shape[1],
+    "a bias shared along queries or keys": (
+      bias is not None and bias.shape[2:] != (query.shape[1], key.shape[1])
+    ),
     "a soft cap": arguments["logit_softcap"] is not None,
     "segment ids": arguments["segment_ids"] is not None,
     "query positions": arguments["query_positions"] is not None,

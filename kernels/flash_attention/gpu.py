@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from effjax.core.typing import Array, Float
-from effjax.kernels.flash_attention import folding, fused, steps
+from effjax.kernels.flash_attention import folding, fused, row_bias, steps
 from effjax.kernels.flash_attention.fused import Job
 from effjax.kernels.flash_attention.places import Place
 from effjax.kernels.flash_attention.sizes import Sizes
@@ -248,6 +248,7 @@ _FEW = 64  # queries that one tile holds
 KERNELS = fused.Kernels(_forward, _queries, _keys, _bias, "gpu", pl.next_power_of_2)
 
 
+@row_bias.outside
 def attention(
   query: Float[Array, "B T N H"],
   key: Float[Array, "B S K H"],

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effjax.core.typing import Array, Float
-from effjax.kernels.flash_attention import fused, steps, walks
+from effjax.kernels.flash_attention import fused, row_bias, steps, walks
 from effjax.kernels.flash_attention.fused import Job
 from effjax.kernels.flash_attention.places import Place
 from effjax.kernels.flash_attention.sizes import Sizes
@@ -305,6 +305,7 @@ def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, st
 KERNELS = fused.Kernels(_forward, _queries, _keys, _bias, "tpu", lambda width: width)
 
 
+@row_bias.outside
 def attention(
   query: Float[Array, "B T N H"],
   key: Float[Array, "B S K H"],

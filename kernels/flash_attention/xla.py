@@ -26,7 +26,7 @@ from numpy.polynomial.chebyshev import chebpts1
 from effjax.core import numerics
 from effjax.core.linear_map import linear_map
 from effjax.core.typing import Array, Float, Int
-from effjax.kernels.flash_attention import layout
+from effjax.kernels.flash_attention import layout, row_bias
 from effjax.kernels.flash_attention import tiles as tiling
 from effjax.kernels.flash_attention.sight import Where
 from effjax.kernels.flash_attention.visits import GroupedSight
@@ -36,6 +36,7 @@ _NODES = chebpts1(64) / 2
 _EXP2 = Polynomial.fit(_NODES, np.exp2(_NODES), 6).convert().coef[::-1]  # 2^x on [−½, ½]
 
 
+@row_bias.outside
 def attention(
   query: Float[Array, "B T N H"],
   key: Float[Array, "B S K H"],

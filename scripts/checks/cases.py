@@ -184,7 +184,9 @@ def exact(**options: Any) -> Callable:
 def errors(got: tuple[Any, ...], want: tuple[Any, ...]) -> dict[str, float]:
   """‖got − want‖ / ‖want‖ of each result; infinite where one of the two alone is not finite.
 
-  The elements of `want` count as at least `LEAST` on average, for gradients that cancel to nothing.
+  The elements of `want` count as at least `LEAST` on average, for gradients that cancel to nothing;
+  those of a bias shared along keys, which sum what all its queries' log-sum-exps ask for, as at
+  least what so many terms of `LEAST` add up to by chance.
   """
   found = {}
   for name, x, y in zip(NAMES, got, want, strict=False):
@@ -192,7 +194,8 @@ def errors(got: tuple[Any, ...], want: tuple[Any, ...]) -> dict[str, float]:
     if (np.isfinite(x) != finite).any() or (x[~finite] != y[~finite]).any():
       found[name] = np.inf
       continue
+    terms = np.size(want[1]) / y.size if name == "d_bias" and y.shape[3] == 1 else 1.0
     x, y = x[finite], y[finite]
-    size = max(np.linalg.norm(y), LEAST * x.size**0.5)
+    size = max(np.linalg.norm(y), LEAST * (x.size * terms) ** 0.5)
     found[name] = float(np.linalg.norm(x - y) / size) if x.size else 0.0
   return found
