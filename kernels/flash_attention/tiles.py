@@ -9,7 +9,7 @@ import numpy as np
 
 from effjax.kernels.flash_attention.spans import Grid
 
-_CPU_TILE = 2**19  # scores worked on at once: two megabytes of float32 stay near two cores
+_CPU_TILE = 2**20  # scores worked on at once: fewer, and two cores wait for each other more
 _DEVICE_TILE = 2**24
 # Sizes of a tile, and the time one takes on two CPU cores, relative to the others.
 _SIZES = {(512, 512): 8.0, (512, 256): 4.0, (256, 256): 3.7, (128, 128): 1.05}

@@ -111,16 +111,19 @@ def _attention_jvp(plan, primals, tangents):
 
 
 def _compute_type(x: Array) -> Any:
-  """Half precision products are slow on CPUs, and exact in float32."""
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  return wide if jax.default_backend() == "cpu" else x.dtype
+  """The type of a product's factors: float16 is slow on CPUs, and exact in float32."""
+  slow = x.dtype == jnp.float16 and jax.default_backend() == "cpu"
+  return jnp.float32 if slow else x.dtype
 
 
 def _dot(a: Array, b: Array) -> Array:
   """[n, i, j] · [n, j, k] in the type of b, accumulated in at least float32."""
   wide = jnp.promote_types(b.dtype, jnp.float32)
-  dims = (((2,), (1,)), ((0,), (0,)))
-  return lax.dot_general(a.astype(b.dtype), b, dims, preferred_element_type=wide)
+  a = a.astype(b.dtype)
+  if b.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    # XLA chooses its bfloat16 product, which takes no transposes, before it folds transposes in.
+    a, b = lax.optimization_barrier((a, b))
+  return lax.dot_general(a, b, (((2,), (1,)), ((0,), (0,))), preferred_element_type=wide)
 
 
 @jax.custom_jvp
@@ -148,7 +151,7 @@ def _scores(plan: layout.Plan, q: Array, k: Array, bias: Array | None, seen: Arr
   capped = numerics.softcap(capped, plan.softcap)
   scores = capped if bias is None else capped + bias.astype(capped.dtype)
   if seen is not None:
-    scores = jnp.where(lax.optimization_barrier(seen), scores, -jnp.inf)
+    scores = lax.optimization_barrier(jnp.where(seen, scores, -jnp.inf))
   return scores, capped
 
 
@@ -176,9 +179,9 @@ def _forward(plan, query, key, value, bias, where):
         extra = None if bias is None else addressed.read(plan, padded, c, i, j)
         scores = _scores(plan, q, keys[j], extra, seen)[0].reshape(*q.shape[:2], -1)
         new = jnp.maximum(top, scores.max(-1, keepdims=True))
-        weights = lax.optimization_barrier(_exp(scores - new))
+        weights = lax.optimization_barrier(_exp(scores - new).astype(compute))
         fade = jnp.exp(top - new)
-        total = total * fade + weights.sum(-1, keepdims=True)
+        total = total * fade + weights.sum(-1, keepdims=True, dtype=wide)
         return total, new, out * fade + _dot(weights, values[j])
 
       total, top, out = sight.visit(c, i, tile, start)
