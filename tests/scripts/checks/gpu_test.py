@@ -1,9 +1,9 @@
 """The check of a GPU without one: values interpreted, the arithmetic of its tables, refusals."""
 
+import itertools
 import json
+import types
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -40,13 +40,31 @@ def test_tiles_left_out_are_those_of_the_map():
   assert gpu_times.fewer(mask, 1024, 64) == pytest.approx(status.size / (status > 0).sum())
 
 
-def test_a_longer_call_takes_longer(monkeypatch):
-  monkeypatch.setattr(gpu_times, "ENOUGH", 1e-3)
-  x = jnp.ones((512, 512))
-  calls = {"once": jax.jit(lambda x: x @ x), "often": jax.jit(lambda x: (x @ x) @ (x @ x + 1) @ x)}
-  contenders = {name: (lambda f=f: f(x), jax.block_until_ready) for name, f in calls.items()}
-  times = gpu_times.medians(contenders)
-  assert times["often"] > times["once"] > 0
+def test_a_median_is_the_time_of_one_call(monkeypatch):
+  now, turns = [0.0], {"steady": [], "uneven": []}
+
+  def contender(name, seconds):
+    turn = turns[name]
+
+    def call():
+      now[0] += next(seconds)
+      turn.append("called")
+
+    return call, lambda _: turn.append("waited")
+
+  monkeypatch.setattr(gpu_times, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+  monkeypatch.setattr(gpu_times, "ENOUGH", 0.5)
+  uneven = itertools.chain([0.25] * 6, [9.0] * 2, itertools.repeat(0.25))
+  times = gpu_times.medians(
+    {
+      "steady": contender("steady", itertools.repeat(0.0625)),
+      "uneven": contender("uneven", uneven),
+    },
+    rounds=3,
+  )
+  assert times == {"steady": 0.0625, "uneven": 0.25}
+  assert [turn.count("waited") for turn in turns.values()] == [5, 5]
+  assert [turn.count("called") for turn in turns.values()] == [2 * 3 + 3 * 8, 2 * 3 + 3 * 2]
 
 
 @pytest.mark.slow
