@@ -1,7 +1,8 @@
 """How tiled attention in XLA lays its arrays out: a group of heads at a time, tile by tile.
 
 A group of heads is taken out of the arrays and laid out, and its results are put back, so that what
-a step holds does not grow with the number of groups.
+a step holds does not grow with the number of groups. Keys are laid out once for a group, queries a
+tile at a time: each is used in one place only, and new memory costs more than its use.
 """
 
 import dataclasses
@@ -55,16 +56,16 @@ class Plan:
     heads = self.K // self.tiles.heads
     return c // heads, c % heads
 
-  def place(self, x: Array, c: Array) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """Where group c lies in x [B or 1, length, heads, ...]: starts and sizes."""
+  def place(self, x: Array, c: Array, i: Any = None) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Where group c lies in x [B or 1, length, heads, ...]: starts and sizes; of query tile i."""
     (batch, head), heads = self.split(c), x.shape[2] * self.tiles.heads // self.K
-    rest = x.shape[3:]
-    start = (batch * self.tiles.batch, 0, head * heads, *(0 for _ in rest))
-    return start, (self.tiles.batch, x.shape[1], heads, *rest)
+    first, length = (0, x.shape[1]) if i is None else (i * self.tiles.queries, self.tiles.queries)
+    start = (batch * self.tiles.batch, first, head * heads, *(0 for _ in x.shape[3:]))
+    return start, (self.tiles.batch, length, heads, *x.shape[3:])
 
 
 def take(plan: Plan, x: Array, c: Array) -> Array:
-  """[B, T, heads, ...] → those of group c."""
+  """[B, S, heads, ...] → those of group c."""
   if plan.groups == 1:
     return x
   return lax.dynamic_slice(x, *plan.place(x, c))
@@ -76,19 +77,25 @@ def put(plan: Plan, x: Array, part: Array, c: Array) -> Array:
   return part if plan.groups == 1 else lax.dynamic_update_slice(x, part, plan.place(x, c)[0])
 
 
-def to_rows(plan: Plan, x: Array) -> Array:
-  """[batch, T, heads · G, X] → [query tiles, stacked, rows, X], padded with zeros."""
+def take_rows(plan: Plan, x: Array, c: Array, i: Array) -> Array:
+  """[B, padded T, heads · G, X] → [stacked, rows, X], those of group c and query tile i."""
   t, X = plan.tiles, x.shape[-1]
-  x = pad(x, 1, plan.q_tiles * t.queries)
-  x = x.reshape(t.batch, plan.q_tiles, t.queries, t.heads, plan.G, X).transpose(1, 0, 3, 4, 2, 5)
-  return x.reshape(plan.q_tiles, plan.stacked, plan.rows, X)
+  x = lax.dynamic_slice(x, *plan.place(x, c, i))
+  x = x.reshape(t.batch, t.queries, t.heads, plan.G, X).transpose(0, 2, 3, 1, 4)
+  return x.reshape(plan.stacked, plan.rows, X)
 
 
-def from_rows(plan: Plan, x: Array) -> Array:
-  """[query tiles, stacked, rows, X] → [batch, T, heads · G, X]."""
+def put_rows(plan: Plan, x: Array, part: Array, c: Array, i: Array) -> Array:
+  """`x` with the values [stacked, rows, X] of group c and query tile i replaced."""
   t, X = plan.tiles, x.shape[-1]
-  x = x.reshape(plan.q_tiles, t.batch, t.heads, plan.G, t.queries, X).transpose(1, 0, 4, 2, 3, 5)
-  return x.reshape(t.batch, -1, t.heads * plan.G, X)[:, : plan.T]
+  part = part.reshape(t.batch, t.heads, plan.G, t.queries, X).transpose(0, 3, 1, 2, 4)
+  part = part.reshape(t.batch, t.queries, -1, X).astype(x.dtype)
+  return lax.dynamic_update_slice(x, part, plan.place(x, c, i)[0])
+
+
+def pad_rows(plan: Plan, x: Array, value: Any = 0) -> Array:
+  """[B, T, ...] → [B, padded T, ...], whole query tiles."""
+  return pad(x, 1, plan.q_tiles * plan.tiles.queries, value)
 
 
 def to_keys(plan: Plan, x: Array, across: bool) -> Array:

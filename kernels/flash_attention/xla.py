@@ -144,6 +144,11 @@ def _exp_jvp(primals, tangents):
   return y, y * tangents[0]
 
 
+def _scaled(plan: layout.Plan, q: Array) -> Array:
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  return (q.astype(wide) * plan.scale).astype(_compute_type(q))
+
+
 def _scores(plan: layout.Plan, q: Array, k: Array, bias: Array | None, seen: Array | None):
   """Scores of a tile [batch, heads, G, queries, keys], and before bias and mask."""
   t = plan.tiles
@@ -162,17 +167,16 @@ def _forward(plan, query, key, value, bias, where):
   addressed = None if bias is None else layout.Bias(plan, bias.shape)
   padded = None if bias is None else addressed.pad(bias)
 
+  queries = layout.pad_rows(plan, query)
+
   def group(results, c):
-    queries = layout.to_rows(
-      plan, (layout.take(plan, query, c).astype(wide) * plan.scale).astype(compute)
-    )
     keys = layout.to_keys(plan, layout.take(plan, key, c).astype(compute), across=True)
     values = layout.to_keys(plan, layout.take(plan, value, c).astype(compute), across=False)
     zeros = lambda width: _zeros((plan.stacked, plan.rows, width), wide, query)
     start = zeros(1), zeros(1) + _FLOOR, zeros(plan.Hv)
 
-    def row(_, x):
-      i, q = x
+    def row(results, i):
+      q = _scaled(plan, layout.take_rows(plan, queries, c, i))
 
       def tile(j, seen, carry):
         total, top, out = carry
@@ -188,16 +192,15 @@ def _forward(plan, query, key, value, bias, where):
       some = total > 0
       safe = jnp.where(some, total, 1.0)
       lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
-      return None, ((out / safe).astype(query.dtype), lse)
+      put = lambda whole, part: layout.put_rows(plan, whole, part, c, i)
+      return tuple(map(put, results, (out / safe, lse))), None
 
-    parts = lax.scan(row, None, (jnp.arange(plan.q_tiles), queries))[1]
-    put = lambda whole, part: layout.put(plan, whole, layout.from_rows(plan, part), c)
-    return tuple(map(put, results, parts)), None
+    return lax.scan(row, results, jnp.arange(plan.q_tiles))
 
-  shape = query.shape[:3]
+  shape = queries.shape[:3]
   results = _zeros((*shape, plan.Hv), query.dtype, query), _zeros((*shape, 1), wide, query)
   out, lse = lax.scan(group, results, jnp.arange(plan.groups))[0]
-  return out, lse[..., 0]
+  return out[:, : plan.T], lse[:, : plan.T, :, 0]
 
 
 def _backward(plan, saved, cotangents):
@@ -212,31 +215,26 @@ def _backward(plan, saved, cotangents):
   delta = jnp.sum(d_out.astype(wide) * out.astype(wide), -1) - d_lse
   delta = jnp.where(some, delta, 0.0)[..., None]
   # Rows with nothing to attend to, padded ones among them: exp(score − large) = 0.
-  lse = jnp.where(some, lse, -_FLOOR)
-  lse = layout.pad(lse, 1, plan.q_tiles * plan.tiles.queries, -_FLOOR)[..., None]
+  lse = layout.pad_rows(plan, jnp.where(some, lse, -_FLOOR), -_FLOOR)[..., None]
+  rows = [layout.pad_rows(plan, x) for x in (query, d_out, delta)]
 
   def group(carry, c):
     (d_query, d_key, d_value), d_bias = carry
-    take = lambda x, kind=compute: layout.take(plan, x, c).astype(kind)
-    rows = (
-      jnp.arange(plan.q_tiles),
-      layout.to_rows(plan, (take(query, wide) * plan.scale).astype(compute)),
-      layout.to_rows(plan, take(d_out)),
-      layout.to_rows(plan, take(lse, wide)),
-      layout.to_rows(plan, take(delta, wide)),
-    )
+    take = lambda x: layout.take(plan, x, c).astype(compute)
     keys, keys_across = (layout.to_keys(plan, take(key), across) for across in (False, True))
     values_across = layout.to_keys(plan, take(value), across=True)
 
-    def row(carry, x):
-      i, q, do, lse, delta = x
+    def row(carry, i):
+      d_query, *carry = carry
+      q, do, delta, ends = (layout.take_rows(plan, x, c, i) for x in (*rows, lse))
+      q, do = _scaled(plan, q), do.astype(compute)
       q_across, do_across = jnp.swapaxes(q, 1, 2), jnp.swapaxes(do, 1, 2)
 
       def tile(j, seen, carry):
         d_q, d_k, d_v, d_bias = carry
         extra = None if bias is None else addressed.read(plan, padded, c, i, j)
         scores, capped = _scores(plan, q, keys_across[j], extra, seen)
-        weights = _exp(scores.reshape(*lse.shape[:2], -1) - lse)
+        weights = _exp(scores.reshape(*ends.shape[:2], -1) - ends)
         d_v = d_v.at[j].add(_dot(do_across, weights.astype(compute)))
         d_scores = weights * (_dot(do, values_across[j]) - delta)
         if bias is not None:
@@ -249,22 +247,23 @@ def _backward(plan, saved, cotangents):
 
       carry = _zeros(q.shape, wide, query), *carry
       d_q, *carry = sight.visit(c, i, tile, carry)
-      return tuple(carry), (d_q * plan.scale).astype(query.dtype)
+      return (layout.put_rows(plan, d_query, d_q * plan.scale, c, i), *carry), None
 
     d_k = _zeros(keys_across.shape, wide, query)
     d_v = _zeros(values_across.shape, wide, query)
-    (d_k, d_v, d_bias), d_q = lax.scan(row, (d_k, d_v, d_bias), rows)
-    d_query = layout.put(plan, d_query, layout.from_rows(plan, d_q), c)
+    carry = d_query, d_k, d_v, d_bias
+    d_query, d_k, d_v, d_bias = lax.scan(row, carry, jnp.arange(plan.q_tiles))[0]
     d_key = layout.put(plan, d_key, layout.from_keys(plan, d_k), c)
     d_value = layout.put(plan, d_value, layout.from_keys(plan, d_v), c)
     return ((d_query, d_key, d_value), d_bias), None
 
-  start = tuple(_zeros(x.shape, x.dtype, query) for x in (query, key, value))
+  start = tuple(_zeros(x.shape, x.dtype, query) for x in (rows[0], key, value))
   d_bias = None if bias is None else _zeros(addressed.shape, wide, query)
   (gradients, d_bias), _ = lax.scan(group, (start, d_bias), jnp.arange(plan.groups))
+  d_query, d_key, d_value = gradients
   if bias is not None:
     d_bias = d_bias[:, :, : bias.shape[2], : bias.shape[3]].astype(bias.dtype)
-  return *gradients, d_bias
+  return d_query[:, : plan.T], d_key, d_value, d_bias
 
 
 def _tangents(plan, saved, moves):
@@ -276,25 +275,23 @@ def _tangents(plan, saved, moves):
   addressed = None if bias is None else layout.Bias(plan, bias.shape)
   padded = [None if bias is None else addressed.pad(x) for x in (bias, moves[3])]
   some = lse > -jnp.inf
-  safe = jnp.where(some, lse, -_FLOOR)
-  safe = layout.pad(safe, 1, plan.q_tiles * plan.tiles.queries, -_FLOOR)[..., None]
+  ends = layout.pad_rows(plan, jnp.where(some, lse, -_FLOOR), -_FLOOR)[..., None]
+  rows = [layout.pad_rows(plan, x) for x in (query, moves[0])]
 
   def group(results, c):
-    take = lambda x, kind=compute: layout.take(plan, x, c).astype(kind)
-    queries = [
-      layout.to_rows(plan, (take(x, wide) * plan.scale).astype(compute)) for x in (query, moves[0])
-    ]
+    take = lambda x: layout.take(plan, x, c).astype(compute)
     keys = [layout.to_keys(plan, take(x), across=True) for x in (key, moves[1])]
     values = [layout.to_keys(plan, take(x), across=False) for x in (value, moves[2])]
     zeros = lambda width: _zeros((plan.stacked, plan.rows, width), wide, query)
 
-    def row(_, x):
-      i, q, q_move, lse = x
+    def row(results, i):
+      q, q_move = (_scaled(plan, layout.take_rows(plan, x, c, i)) for x in rows)
+      end = layout.take_rows(plan, ends, c, i)
 
       def tile(j, seen, carry):
         extra = [None if x is None else addressed.read(plan, x, c, i, j) for x in padded]
         scores, capped = _scores(plan, q, keys[0][j], extra[0], seen)
-        weights = _exp(scores.reshape(*lse.shape[:2], -1) - lse)
+        weights = _exp(scores.reshape(*end.shape[:2], -1) - end)
         move = (_dot(q_move, keys[0][j]) + _dot(q, keys[1][j])).reshape(scores.shape)
         if plan.softcap is not None:
           move = move * (1 - jnp.square(capped / plan.softcap))
@@ -305,16 +302,15 @@ def _tangents(plan, saved, moves):
         d_out = d_out + _dot(move, values[0][j]) + _dot(weights, values[1][j])
         return d_lse + move.sum(-1, keepdims=True), d_out
 
-      return None, sight.visit(c, i, tile, (zeros(1), zeros(plan.Hv)))
+      parts = sight.visit(c, i, tile, (zeros(1), zeros(plan.Hv)))
+      return tuple(layout.put_rows(plan, *x, c, i) for x in zip(results, parts, strict=True)), None
 
-    rows = jnp.arange(plan.q_tiles), *queries, layout.to_rows(plan, take(safe, wide))
-    parts = lax.scan(row, None, rows)[1]
-    put = lambda whole, part: layout.put(plan, whole, layout.from_rows(plan, part), c)
-    return tuple(map(put, results, parts)), None
+    return lax.scan(row, results, jnp.arange(plan.q_tiles))
 
-  shape = query.shape[:3]
+  shape = rows[0].shape[:3]
   results = _zeros((*shape, 1), wide, query), _zeros((*shape, plan.Hv), wide, query)
-  d_lse, d_out = lax.scan(group, results, jnp.arange(plan.groups))[0]
+  parts = lax.scan(group, results, jnp.arange(plan.groups))[0]
+  d_lse, d_out = (x[:, : plan.T] for x in parts)
   return (d_out - d_lse * out.astype(wide)).astype(query.dtype), d_lse[..., 0]
 
 
