@@ -1,6 +1,6 @@
 """With which power of the length do time and memory of each attention grow?
 
-  scripts/run attention_scaling                                                 (about 4 minutes)
+  scripts/run attention_scaling                                                 (about 3 minutes)
   scripts/run attention_scaling --config.names=dense,flash,window --config.lengths=2048,4096,8192
 
 Forward and backward of attention alone, one row, every token seeing both ways: all scores at once,
@@ -9,15 +9,15 @@ medians, all contenders at all lengths taking turns; memory is what the compiled
 beside its arguments and results, for which it need not run. Exponents are least-squares slopes over
 the three greatest lengths of each, where constant costs no longer count for much.
 
-Measured (jax 0.10.2, CPU): memory grows with the power 2.00 of the length for dense attention,
-which would hold 96 GiB at 32,768 tokens, 0.91 in tiles (135 MiB there), 0.89 to 0.97 for the sparse
-patterns, 0.98 for Linformer and 1.00 for linear attention (675 MiB).
-Times, to be measured again: three runs beside other work, each length on its own, agree on the
-order only (at 8,192 tokens Linformer, then linear attention and the window, Longformer, dilated,
-BigBird, flash); their exponents were 2.1 to 2.5 dense, 1.4 to 2.3 flash, 0.9 to 2.0 BigBird and 0.6
-to 1.6 for the others.
-Tiles of 256 hold four blocks of BigBird's each, so that its twelve random blocks a tile visit three
-quarters of all tiles at 4,096 tokens and 46 % at 8,192: its time becomes linear only beyond.
+Measured (jax 0.10.2, two CPU cores, 2.6 minutes): time grows with the power 2.02 of the length for
+flash, 1.92 dense, 1.61 BigBird, and 0.8 to 1.1 for the others; at 8,192 tokens Linformer takes 69
+ms, a window 170, linear attention 251, Longformer 282, dilated windows 343, BigBird 1,320 and flash
+1,623. Memory grows with the power 2.00 dense, which would hold 96 GiB at 32,768 tokens, 0.93 in
+tiles (167 MiB there), 0.89 to 0.99 for the sparse patterns, and 1.00 for Linformer and linear
+attention (675 MiB).
+That BigBird's time is linear did NOT hold: a tile of 512 queries holds eight rows of its blocks, so
+that their random blocks visit 94 % of all tiles at 4,096 tokens and 66 % at 8,192. Its time becomes
+linear only beyond.
 """
 
 import dataclasses
