@@ -1,8 +1,8 @@
 """How tiled attention in XLA lays its arrays out: a group of heads at a time, tile by tile.
 
 A group of heads is taken out of the arrays and laid out, and its results are put back, so that what
-a step holds does not grow with the number of groups. Keys are laid out once for a group, queries a
-tile at a time: each is used in one place only, and new memory costs more than its use.
+a step holds does not grow with the number of groups. Keys are laid out once for a group, as many
+query tiles read them; queries and results a tile at a time, as one step alone uses each.
 """
 
 import dataclasses

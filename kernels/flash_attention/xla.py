@@ -166,7 +166,6 @@ def _forward(plan, query, key, value, bias, where):
   wide = jnp.promote_types(query.dtype, jnp.float32)
   addressed = None if bias is None else layout.Bias(plan, bias.shape)
   padded = None if bias is None else addressed.pad(bias)
-
   queries = layout.pad_rows(plan, query)
 
   def group(results, c):
