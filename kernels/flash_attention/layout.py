@@ -40,6 +40,12 @@ class Plan:
     return self.tiles.batch * self.tiles.heads
 
   @property
+  def tile(self) -> tuple[int, ...]:
+    """Axes of a tile of scores: batch, heads, G, queries, keys."""
+    t = self.tiles
+    return t.batch, t.heads, self.G, t.queries, t.keys
+
+  @property
   def groups(self) -> int:
     return (self.B // self.tiles.batch) * (self.K // self.tiles.heads)
 

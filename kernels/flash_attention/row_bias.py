@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from effjax.core.typing import Array
 
@@ -22,9 +23,22 @@ def outside(attention: Callable) -> Callable:
     if bias is None or bias.shape[3] > 1:
       return attention(*arrays, bias=bias, **options)
     out, lse = attention(*arrays, **options)
-    shift = jnp.swapaxes(bias[..., 0], 1, 2).astype(lse.dtype)
+    shift = _repeat(jnp.swapaxes(bias[..., 0], 1, 2).astype(lse.dtype), lse.shape)
     hidden = shift == -jnp.inf
     lse = jnp.where(hidden | (lse == -jnp.inf), -jnp.inf, lse + shift)
     return jnp.where(hidden[..., None], 0, out), lse
 
   return shifted
+
+
+def _repeat(x: Array, shape: tuple[int, ...]) -> Array:
+  """Axes of one up to `shape` by doubling, whose transpose, the gradient, is a sum in pairs.
+
+  Cotangents of either sign cancel in it, and one running sum would keep the rounding of them all.
+  """
+  for axis, length in enumerate(shape):
+    if x.shape[axis] < length:
+      while x.shape[axis] < length:
+        x = jnp.concatenate([x, x], axis)
+      x = lax.slice_in_dim(x, 0, length, axis=axis)
+  return x

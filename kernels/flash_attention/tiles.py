@@ -20,12 +20,15 @@ class Tiles:
   """Batch rows, key-value heads, queries and keys that one step works on.
 
   `batch` divides B and `heads` divides K; T and S are padded to multiples of `queries` and `keys`.
+  `fixed` tries the maximum over a query's first tile in place of a running one: less to do in each
+  tile, and all of it twice for queries whose other scores lie far from it or that see nothing.
   """
 
   batch: int
   heads: int
   queries: int
   keys: int
+  fixed: bool = False
 
 
 def choose(B: int, T: int, S: int, K: int, G: int, mask: Any) -> Tiles:
@@ -47,7 +50,7 @@ def choose(B: int, T: int, S: int, K: int, G: int, mask: Any) -> Tiles:
   if jax.default_backend() == "cpu" and jax.device_count() == 1:
     room = max(_CPU_TILE // (G * queries * keys), 1)
     heads = 1 if mask.heads > 1 else _divisor(K, max(room, 2 if K % 2 == 0 else 1))
-    return Tiles(_divisor(B, room // heads) if heads == K else 1, heads, queries, keys)
+    return Tiles(_divisor(B, room // heads) if heads == K else 1, heads, queries, keys, fixed=True)
   while B * K * G * queries * keys > _DEVICE_TILE and max(queries, keys) > 128:
     queries, keys = _even(T, max(queries // 2, 128)), _even(S, max(keys // 2, 128))
   return Tiles(B, K, queries, keys)

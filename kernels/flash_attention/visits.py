@@ -28,8 +28,8 @@ class GroupedSight:
     self.queries = _continued(sight.queries, plan.q_tiles * t.queries)
     self.keys = _continued(sight.keys, plan.k_tiles * t.keys)
 
-  def visit(self, c: Array, i: Array, body: Any, carry: Any) -> Any:
-    """Folds `body(tile, seen, carry)` over the key tiles of query tile i of group c."""
+  def visit(self, c: Array, i: Array, body: Any, carry: Any, wanted: Any = True) -> Any:
+    """Folds `body(tile, seen, carry)` over the key tiles of query tile i of group c, if `wanted`."""
     for visits, masked in ((self.full, False), (self.partial, True)):
       if visits.none:
         continue
@@ -40,7 +40,7 @@ class GroupedSight:
         j = tile(n)
         return body(j, self.seen(c, i, j) if masked else None, carry)
 
-      carry = lax.fori_loop(0, count, step, carry)
+      carry = lax.fori_loop(0, count * wanted, step, carry)
     return carry
 
   def seen(self, c: Array, i: Array, j: Array) -> Array:

@@ -4,6 +4,8 @@ Forward, for a tile of queries Q and each visited tile of keys (online softmax, 
 and sum l per query):
   S = scale·QKᵀ → softcap → + bias → mask;  m' = max(m, rowmax S);  P = exp(S − m')
   l ← l·exp(m − m') + rowsum P;  A ← A·exp(m − m') + PV;  at the end O = A / l, LSE = m + log l.
+Any m that keeps l in range gives the same O and LSE. With `fixed` tiles the maximum over the first
+tile stays; where some l then ends outside 2^±60, those queries start again with the running one.
 Backward, from O and LSE alone, with D = rowsum(dO∘O) − dLSE:
   P = exp(S − LSE);  dV += PᵀdO;  dS = P∘(dOVᵀ − D);  dQ += scale·dS·K;  dK += scale·dSᵀQ.
 Tangents, from LSE too, with Ṡ = scale·(Q̇Kᵀ + QK̇ᵀ) through the soft cap, + the bias's:
@@ -31,6 +33,7 @@ from effjax.kernels.flash_attention import tiles as tiling
 from effjax.kernels.flash_attention.sight import Where
 from effjax.kernels.flash_attention.visits import GroupedSight
 
+_MOST = 2.0**60  # sums up to it, and down to its inverse, are far from float32's ends
 _FLOOR = -1e30  # least running maximum: finite, so that a row of −inf scores gives exp(−inf) = 0
 _NODES = chebpts1(64) / 2
 _EXP2 = Polynomial.fit(_NODES, np.exp2(_NODES), 6).convert().coef[::-1]  # 2^x on [−½, ½]
@@ -128,10 +131,13 @@ def _dot(a: Array, b: Array) -> Array:
 
 @jax.custom_jvp
 def _exp(x: Array) -> Array:
-  """e^x for x ≤ 0. On CPUs by a polynomial of degree 6, to 1e-7 of 1 in 0.7 of jnp.exp's time."""
+  """e^x, above _MOST by any number that is. On CPUs by a polynomial in 0.7 of jnp.exp's time.
+
+  Of degree 6, to 1e-7 of the greater of 1 and e^x.
+  """
   if jax.default_backend() != "cpu" or x.dtype != jnp.float32:
     return jnp.exp(x)
-  power = x * np.float32(np.log2(np.e))
+  power = jnp.minimum(x * np.float32(np.log2(np.e)), 127)
   whole = jnp.round(power)
   part = jnp.polyval(jnp.asarray(_EXP2, x.dtype), power - whole, unroll=16)
   bits = lax.bitcast_convert_type(part, jnp.int32) + (whole.astype(jnp.int32) << 23)
@@ -149,15 +155,21 @@ def _scaled(plan: layout.Plan, q: Array) -> Array:
   return (q.astype(wide) * plan.scale).astype(_compute_type(q))
 
 
-def _scores(plan: layout.Plan, q: Array, k: Array, bias: Array | None, seen: Array | None):
-  """Scores of a tile [batch, heads, G, queries, keys], and before bias and mask."""
-  t = plan.tiles
-  capped = _dot(q, k).reshape(t.batch, t.heads, plan.G, t.queries, t.keys)
+def _scores(plan: layout.Plan, q: Array, k: Array, bias: Array | None):
+  """Scores of a tile [batch, heads, G, queries, keys] without the mask, and before the bias."""
+  capped = _dot(q, k).reshape(plan.tile)
   capped = numerics.softcap(capped, plan.softcap)
-  scores = capped if bias is None else capped + bias.astype(capped.dtype)
-  if seen is not None:
-    scores = lax.optimization_barrier(jnp.where(seen, scores, -jnp.inf))
-  return scores, capped
+  return capped if bias is None else capped + bias.astype(capped.dtype), capped
+
+
+def _hide(seen: Array | None, x: Array, value: float) -> Array:
+  """`x`, shaped like scores, with `value` where the mask hides."""
+  if seen is None:
+    return x
+  if seen.size < x.size:
+    # XLA repeats what is cheap in each head and each use; a square root it works out once.
+    seen = jnp.sqrt(seen.astype(x.dtype)) > 0
+  return jnp.where(seen, x, value)
 
 
 def _forward(plan, query, key, value, bias, where):
@@ -176,18 +188,38 @@ def _forward(plan, query, key, value, bias, where):
 
     def row(results, i):
       q = _scaled(plan, layout.take_rows(plan, queries, c, i))
+      flat = lambda x: x.reshape(*q.shape[:2], -1)
 
-      def tile(j, seen, carry):
-        total, top, out = carry
+      def unmasked(j):
         extra = None if bias is None else addressed.read(plan, padded, c, i, j)
-        scores = _scores(plan, q, keys[j], extra, seen)[0].reshape(*q.shape[:2], -1)
+        return _scores(plan, q, keys[j], extra)[0]
+
+      def running(j, seen, carry):
+        total, top, out = carry
+        scores = flat(lax.optimization_barrier(_hide(seen, unmasked(j), -jnp.inf)))
         new = jnp.maximum(top, scores.max(-1, keepdims=True))
         weights = lax.optimization_barrier(_exp(scores - new).astype(compute))
         fade = jnp.exp(top - new)
         total = total * fade + weights.sum(-1, keepdims=True, dtype=wide)
         return total, new, out * fade + _dot(weights, values[j])
 
-      total, top, out = sight.visit(c, i, tile, start)
+      def fixed(j, seen, carry):
+        total, top, out = carry
+        scores = flat(unmasked(j))
+        first = lambda: jnp.maximum(scores.max(-1, keepdims=True), _FLOOR)
+        top = lax.cond(top[0, 0, 0] == -jnp.inf, first, lambda: top)
+        weights = _hide(seen, _exp(scores - top).reshape(plan.tile), 0.0)
+        weights = lax.optimization_barrier(flat(weights).astype(compute))
+        total = total + weights.sum(-1, keepdims=True, dtype=wide)
+        return total, top, out + _dot(weights, values[j])
+
+      carry, again = start, True
+      if plan.tiles.fixed:
+        tried = sight.visit(c, i, fixed, (start[0], start[1] - jnp.inf, start[2]))
+        fits = (tried[0] > 1 / _MOST) & (tried[0] < _MOST)
+        again = ~(fits.all() & jnp.isfinite(tried[2]).all())
+        carry = jax.tree.map(lambda x, y: jnp.where(again, x, y), start, tried)
+      total, top, out = sight.visit(c, i, running, carry, again)
       some = total > 0
       safe = jnp.where(some, total, 1.0)
       lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
@@ -232,7 +264,8 @@ def _backward(plan, saved, cotangents):
       def tile(j, seen, carry):
         d_q, d_k, d_v, d_bias = carry
         extra = None if bias is None else addressed.read(plan, padded, c, i, j)
-        scores, capped = _scores(plan, q, keys_across[j], extra, seen)
+        scores, capped = _scores(plan, q, keys_across[j], extra)
+        scores = lax.optimization_barrier(_hide(seen, scores, -jnp.inf))
         weights = _exp(scores.reshape(*ends.shape[:2], -1) - ends)
         d_v = d_v.at[j].add(_dot(do_across, weights.astype(compute)))
         d_scores = weights * (_dot(do, values_across[j]) - delta)
@@ -289,7 +322,8 @@ def _tangents(plan, saved, moves):
 
       def tile(j, seen, carry):
         extra = [None if x is None else addressed.read(plan, x, c, i, j) for x in padded]
-        scores, capped = _scores(plan, q, keys[0][j], extra[0], seen)
+        scores, capped = _scores(plan, q, keys[0][j], extra[0])
+        scores = lax.optimization_barrier(_hide(seen, scores, -jnp.inf))
         weights = _exp(scores.reshape(*end.shape[:2], -1) - end)
         move = (_dot(q_move, keys[0][j]) + _dot(q, keys[1][j])).reshape(scores.shape)
         if plan.softcap is not None:

@@ -97,7 +97,9 @@ def structure(rng: np.random.Generator) -> Structure:
     mask=_mask(rng, whole, positions, depth=2),
     segments=bool(rng.random() < 0.3),
     positions=positions,
-    tiles=Tiles(divisor(B) if heads == K else 1, heads, pick(8, 16, 32), pick(8, 16, 32)),
+    tiles=Tiles(
+      divisor(B) if heads == K else 1, heads, pick(8, 16, 32), pick(8, 16, 32), pick(False, True)
+    ),
     sizes=Sizes(size(), size(), size()),
   )
 

@@ -57,7 +57,7 @@ def random_blocks(heads: int):
     pytest.param(Predicate(lambda q, k: (q * k) % 3 == 1), id="predicate"),
   ],
 )
-@pytest.mark.parametrize("tiles", [Tiles(2, 1, 16, 8), Tiles(1, 2, 8, 16)])
+@pytest.mark.parametrize("tiles", [Tiles(2, 1, 16, 8), Tiles(1, 2, 8, 16, fixed=True)])
 def test_patterns(mask, tiles):
   """Of heads, of the batch and of data, where tiles hold several heads and rows, and T < S."""
   check_against_float64(cases.operands(2, 37, 45, 4, 2, 4, 6), 2e-6, tiles, mask=mask, scale=0.4)
@@ -73,7 +73,9 @@ def small_cases(draw):
   shape = (B, K * G, T, S)
   bias = draw(st.one_of(st.none(), st.tuples(*(st.sampled_from((1, n)) for n in shape))))
   cap = draw(st.sampled_from((None, 1.5)))
-  tiles = Tiles(draw(st.sampled_from((1, B))), draw(st.sampled_from((1, K))), 16, 8)
+  tiles = Tiles(
+    draw(st.sampled_from((1, B))), draw(st.sampled_from((1, K))), 16, 8, draw(st.booleans())
+  )
   return cases.operands(B, T, S, K * G, K, 4, 6, bias, rng=T), mask, cap, tiles
 
 
@@ -137,12 +139,26 @@ def test_half_precision(dtype, tolerance):
   assert xla.attention(*arrays[:3], mask=Causal(), scale=0.25)[0].dtype == dtype
 
 
-def test_transformations_agree():
+@pytest.mark.parametrize("mask", [Causal(), ~Causal(), SlidingWindow(20, 20)])
+@pytest.mark.parametrize("steps", [(0, 300, -300, 0), (200, 0, 0, 100), (-1e4, 40, 0, 1e4)])
+def test_a_fixed_maximum_gives_way_where_scores_lie_far_from_it(mask, steps):
+  """Tiles of keys, hidden ones among them, whose scores are off each other's by these steps."""
+  q, k, v, *_ = cases.operands(1, 64, 64, 2, 2, 8, 8)
+  q = q.at[..., 0].set(1.0)
+  k = k.at[..., 0].set(jnp.repeat(jnp.asarray(steps, jnp.float32), 16)[None, :, None])
+  run = lambda fixed: xla.attention(q, k, v, mask=mask, scale=1.0, tiles=Tiles(1, 2, 16, 16, fixed))
+  chex.assert_trees_all_close(jax.jit(run, static_argnums=0)(True), run(False), atol=1e-5)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_transformations_agree(fixed):
   arrays = cases.operands(2, 40, 40, 4, 2, 8, 8)[:3]
   ids = jnp.sort(jax.random.randint(jax.random.key(1), (2, 40), -1, 3), 1)
 
+  tiles = Tiles(1, 1, 16, 16, fixed)
+
   def attention(q, k, v, ids):
-    return xla.attention(q, k, v, mask=Causal(), scale=1.0, segment_ids=(ids, ids), tiles=SMALL)[0]
+    return xla.attention(q, k, v, mask=Causal(), scale=1.0, segment_ids=(ids, ids), tiles=tiles)[0]
 
   def gradients(function):
     return jax.jit(jax.grad(lambda *x: (function(*x, ids) ** 2).sum(), (0, 1, 2)))(*arrays)
