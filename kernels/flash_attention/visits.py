@@ -29,7 +29,10 @@ class GroupedSight:
     self.keys = _continued(sight.keys, plan.k_tiles * t.keys)
 
   def visit(self, c: Array, i: Array, body: Any, carry: Any, wanted: Any = True) -> Any:
-    """Folds `body(tile, seen, carry)` over the key tiles of query tile i of group c, if `wanted`."""
+    """Folds `body(tile, seen, carry)` over the key tiles of query tile i of group c.
+
+    Over none of them where the boolean `wanted`, which may be known at run time alone, is false.
+    """
     for visits, masked in ((self.full, False), (self.partial, True)):
       if visits.none:
         continue
