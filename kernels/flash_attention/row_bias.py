@@ -37,8 +37,7 @@ def _repeat(x: Array, shape: tuple[int, ...]) -> Array:
   Cotangents of either sign cancel in it, and one running sum would keep the rounding of them all.
   """
   for axis, length in enumerate(shape):
-    if x.shape[axis] < length:
-      while x.shape[axis] < length:
-        x = jnp.concatenate([x, x], axis)
-      x = lax.slice_in_dim(x, 0, length, axis=axis)
+    while x.shape[axis] < length:
+      x = jnp.concatenate([x, x], axis)
+    x = lax.slice_in_dim(x, 0, length, axis=axis)
   return x

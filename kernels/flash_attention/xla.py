@@ -169,6 +169,10 @@ def _hide(seen: Array | None, x: Array, value: float) -> Array:
   return jnp.where(seen, x, value)
 
 
+def _masked(seen: Array | None, scores: Array) -> Array:
+  return scores if seen is None else lax.optimization_barrier(_hide(seen, scores, -jnp.inf))
+
+
 def _forward(plan, query, key, value, bias, where):
   sight = GroupedSight(plan, where)
   compute = _compute_type(query)
@@ -193,7 +197,7 @@ def _forward(plan, query, key, value, bias, where):
 
       def running(j, seen, carry):
         total, top, out = carry
-        scores = flat(lax.optimization_barrier(_hide(seen, unmasked(j), -jnp.inf)))
+        scores = flat(_masked(seen, unmasked(j)))
         new = jnp.maximum(top, scores.max(-1, keepdims=True))
         weights = lax.optimization_barrier(_exp(scores - new).astype(compute))
         fade = jnp.exp(top - new)
@@ -262,7 +266,7 @@ def _backward(plan, saved, cotangents):
         d_q, d_k, d_v, d_bias = carry
         extra = None if bias is None else addressed.read(plan, padded, c, i, j)
         scores, capped = _scores(plan, q, keys_across[j], extra)
-        scores = lax.optimization_barrier(_hide(seen, scores, -jnp.inf))
+        scores = _masked(seen, scores)
         weights = _exp(scores.reshape(*ends.shape[:2], -1) - ends)
         d_v = d_v.at[j].add(_dot(do_across, weights.astype(compute)))
         d_scores = weights * (_dot(do, values_across[j]) - delta)
@@ -320,7 +324,7 @@ def _tangents(plan, saved, moves):
       def tile(j, seen, carry):
         extra = [None if x is None else addressed.read(plan, x, c, i, j) for x in padded]
         scores, capped = _scores(plan, q, keys[0][j], extra[0])
-        scores = lax.optimization_barrier(_hide(seen, scores, -jnp.inf))
+        scores = _masked(seen, scores)
         weights = _exp(scores.reshape(*end.shape[:2], -1) - end)
         move = (_dot(q_move, keys[0][j]) + _dot(q, keys[1][j])).reshape(scores.shape)
         if plan.softcap is not None:
