@@ -3,7 +3,9 @@
     python -m scripts.benchmarks.attention --lengths=1024,4096,8192 --rounds=5
 
 One batch row, causal, forward and forward + backward. Contenders take turns in one process; times
-are medians, ratios are ours / the other's. A contender that takes over 8 seconds is timed once.
+and ratios, ours / the other's, are of medians and of the least times: a host that moves a virtual
+machine's cores apart slows XLA, whose cores work on one tile together, and torch's little.
+A contender that takes over 8 seconds is timed once.
 Memory is what the compiled forward + backward holds beside its arguments and results, and the
 exponent e of its growth as N^e. Sparse patterns at the pattern length are compared with dense
 attention by the time for a visited pair, a pair of a tile that is not empty. The last line is one
@@ -35,6 +37,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of interleaved timings.")
 PATIENCE = 8.0  # seconds: a contender slower than this is timed once
 
 Contenders = dict[str, Callable[[], object]]
+Summaries = dict[str, dict[str, float]]  # "median" and "least" seconds of each contender
 
 
 def inputs(length: int, dtype: str) -> list[jax.Array]:
@@ -92,7 +95,14 @@ def torch_attention(arrays: list[jax.Array], backward: bool) -> Callable | None:
   return call
 
 
-def peers(length: int, dtype: str, backward: bool) -> dict[str, float]:
+def timed(contenders: Contenders) -> Summaries:
+  """The median and the least time of each contender."""
+  times = interleaved(contenders, ROUNDS.value, patience=PATIENCE)
+  least = {name: min(seconds) for name, seconds in times.items()}
+  return {"median": medians(times), "least": least}
+
+
+def peers(length: int, dtype: str, backward: bool) -> Summaries:
   """Times of ours and the peers."""
   arrays = inputs(length, dtype)
   contenders = {"effjax": bound(tiled(Causal()), arrays, backward)}
@@ -100,18 +110,17 @@ def peers(length: int, dtype: str, backward: bool) -> dict[str, float]:
   if peer is not None:
     contenders["torch"] = peer
   contenders["jax.nn"] = bound(plain, arrays, backward)
-  return medians(interleaved(contenders, ROUNDS.value, patience=PATIENCE))
+  return timed(contenders)
 
 
-def windowed(length: int, backward: bool) -> dict[str, float]:
+def windowed(length: int, backward: bool) -> Summaries:
   """Times through a window and dense, in tiles."""
   arrays = inputs(length, "float32")
   kinds = {"window": SlidingWindow(WINDOW.value, 0), "causal": Causal(), "full": Full()}
-  contenders = {name: bound(tiled(mask), arrays, backward) for name, mask in kinds.items()}
-  return medians(interleaved(contenders, ROUNDS.value, patience=PATIENCE))
+  return timed({name: bound(tiled(mask), arrays, backward) for name, mask in kinds.items()})
 
 
-def patterns(length: int, backward: bool) -> dict[str, float]:
+def patterns(length: int, backward: bool) -> Summaries:
   """Seconds for a visited pair and head: dense, through a window, and BigBird."""
   arrays = inputs(length, "float32")
   kinds = {
@@ -119,9 +128,9 @@ def patterns(length: int, backward: bool) -> dict[str, float]:
     "window": SlidingWindow(WINDOW.value, WINDOW.value),
     "bigbird": bigbird(jax.random.key(0), length),
   }
-  contenders = {name: bound(tiled(mask), arrays, backward) for name, mask in kinds.items()}
-  times = medians(interleaved(contenders, ROUNDS.value, patience=PATIENCE))
-  return {name: times[name] / visited(mask, length) for name, mask in kinds.items()}
+  found = timed({name: bound(tiled(mask), arrays, backward) for name, mask in kinds.items()})
+  pairs = {name: visited(mask, length) for name, mask in kinds.items()}
+  return {kind: {n: t / pairs[n] for n, t in times.items()} for kind, times in found.items()}
 
 
 def visited(mask: Mask, length: int) -> int:
@@ -141,6 +150,17 @@ def row(label: str, cells: dict[str, float], unit: float = 1e3) -> None:
   print(f"{label:36s}" + "".join(f"{name:>9s} {x * unit:9.1f}" for name, x in cells.items()))
 
 
+def rows(label: str, found: Summaries, unit: float = 1e3) -> None:
+  for kind, cells in found.items():
+    row(f"{label} {kind}", cells, unit)
+
+
+def ratios(name: str, found: Summaries, one: str, other: str) -> dict[str, float]:
+  """one / other under `name`: of medians, and of the least times."""
+  endings = {"median": "", "least": "_least"}
+  return {f"{name}{endings[k]}": round(x[one] / x[other], 3) for k, x in found.items()}
+
+
 def main(_):
   lengths = [int(x) for x in LENGTHS.value]
   result = {"device": jax.default_backend(), "jax": jax.__version__}
@@ -150,11 +170,11 @@ def main(_):
     for length in lengths:
       for backward in (False, True):
         name = f"{dtype}_{length}_{'forward_backward' if backward else 'forward'}"
-        times = peers(length, dtype, backward)
-        jax_nn[name] = times["jax.nn"]
-        row(name, times)
-        for other in times.keys() - {"effjax"}:
-          result[f"{name}_over_{other}"] = round(times["effjax"] / times[other], 3)
+        found = peers(length, dtype, backward)
+        jax_nn[name] = {kind: times["jax.nn"] for kind, times in found.items()}
+        rows(name, found)
+        for other in found["median"].keys() - {"effjax"}:
+          result |= ratios(f"{name}_over_{other}", found, "effjax", other)
   if torch_attention(inputs(8, "float32"), False) is None:
     print("torch is not installed here: no comparison with it (it comes with Python 3.11)")
 
@@ -162,19 +182,20 @@ def main(_):
   print(f"Window of {WINDOW.value} at {longest}, ms")
   for backward in (False, True):
     name = f"{longest}_{'forward_backward' if backward else 'forward'}"
-    times = windowed(longest, backward)
-    times["jax.nn"] = jax_nn.get(f"float32_{name}", math.nan)
-    row(f"window_{name}", times)
+    found = windowed(longest, backward)
+    for kind, times in found.items():
+      times["jax.nn"] = jax_nn.get(f"float32_{name}", {}).get(kind, math.nan)
+    rows(f"window_{name}", found)
     for dense in ("causal", "full", "jax.nn"):
-      result[f"window_{name}_faster_than_{dense}"] = round(times[dense] / times["window"], 2)
+      result |= ratios(f"window_{name}_faster_than_{dense}", found, dense, "window")
 
   print(f"Time for a visited pair at {PATTERN_LENGTH.value}, ps")
   for backward in (False, True):
     name = "forward_backward" if backward else "forward"
-    times = patterns(PATTERN_LENGTH.value, backward)
-    row(name, times, 1e12)
-    for kind in times.keys() - {"dense"}:
-      result[f"{kind}_{name}_pair_over_dense"] = round(times[kind] / times["dense"], 3)
+    found = patterns(PATTERN_LENGTH.value, backward)
+    rows(name, found, 1e12)
+    for kind in found["median"].keys() - {"dense"}:
+      result |= ratios(f"{kind}_{name}_pair_over_dense", found, kind, "dense")
 
   print("Temporaries of forward + backward, MiB")
   for name, function in (("effjax", tiled(Causal())), ("jax.nn", plain)):

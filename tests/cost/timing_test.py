@@ -50,5 +50,12 @@ def test_a_slow_one_is_timed_once(clock):
   assert clock.slept == 2.0
 
 
+def test_a_short_call_is_counted_the_second_time(clock):
+  order: list[str] = []
+  calls = {"a": contender(clock, "a", order, [9.0, 0.5, 0.25, 0.75, 0.125])}
+  assert timing.interleaved(calls, 2) == {"a": [0.25, 0.125]}
+  assert order == ["a"] * 5
+
+
 def test_the_median_is_not_moved_by_a_disturbance():
   assert timing.medians({"a": [1.0, 50.0, 2.0], "b": [4.0]}) == {"a": 2.0, "b": 4.0}
