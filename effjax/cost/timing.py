@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
 
+_BRIEF = 2.0  # seconds
+
 
 def interleaved(
   contenders: Mapping[str, Callable[[], object]],
@@ -17,11 +19,10 @@ def interleaved(
   """Seconds of each call that waits for its result; in every round all take a turn.
 
   A round that is not counted goes first, with compilation. A pause of `pause` seconds before each
-  turn lets the one before give its memory back, which a runtime may do after its result is ready.
-  A call shorter than the pause is made twice and counted the second time: after a rest, a core
-  needs a while to regain its speed.
-  A contender that took longer than `patience` seconds in the first counted round sits out the later
-  ones.
+  turn lets the one before give its memory back, which a runtime may do after its result is ready. A
+  call of less than two seconds is made twice and counted the second time: after a rest, a core
+  needs a while to regain its speed. A contender that took longer than `patience` seconds in the
+  first counted round sits out the later ones.
 
   Example:
     >>> times = interleaved({"a": lambda: None, "b": lambda: None}, 3, pause=0.0)
@@ -37,7 +38,7 @@ def interleaved(
         continue
       time.sleep(pause)
       seconds = _seconds(call)
-      times[name].append(_seconds(call) if seconds < pause else seconds)
+      times[name].append(_seconds(call) if seconds < _BRIEF else seconds)
   return times
 
 

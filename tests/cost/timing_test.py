@@ -35,18 +35,18 @@ def contender(clock, name, order, seconds):
 
 def test_all_take_turns_and_the_first_round_does_not_count(clock):
   order: list[str] = []
-  calls = {n: contender(clock, n, order, s) for n, s in (("a", [100.0, 1.0]), ("b", [9.0, 2.0]))}
+  calls = {n: contender(clock, n, order, s) for n, s in (("a", [100.0, 3.0]), ("b", [9.0, 2.0]))}
   times = timing.interleaved(calls, 3)
   assert order == ["a", "b"] * 4
-  assert times == {"a": [1.0] * 3, "b": [2.0] * 3}
+  assert times == {"a": [3.0] * 3, "b": [2.0] * 3}
   assert clock.slept == 6.0
 
 
 def test_a_slow_one_is_timed_once(clock):
   order: list[str] = []
-  calls = {n: contender(clock, n, order, [s]) for n, s in (("slow", 5.0), ("fast", 1.0))}
+  calls = {n: contender(clock, n, order, [s]) for n, s in (("slow", 5.0), ("fast", 2.0))}
   times = timing.interleaved(calls, 3, patience=4.0, pause=0.5)
-  assert times == {"slow": [5.0], "fast": [1.0] * 3}
+  assert times == {"slow": [5.0], "fast": [2.0] * 3}
   assert clock.slept == 2.0
 
 

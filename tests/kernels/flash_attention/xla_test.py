@@ -150,6 +150,16 @@ def test_a_fixed_maximum_gives_way_where_scores_lie_far_from_it(mask, steps):
   chex.assert_trees_all_close(jax.jit(run, static_argnums=0)(True), run(False), atol=1e-5)
 
 
+def test_exponential():
+  x = np.linspace(-87, 87, 100_001, dtype=np.float32)
+  found, expected = np.asarray(jax.jit(xla._exp)(x), np.float64), np.exp(x.astype(np.float64))
+  np.testing.assert_allclose(found, expected, rtol=5e-6)
+  small = np.abs(x) < 1
+  np.testing.assert_allclose(found[small], expected[small], rtol=3e-7)
+  ends = jax.jit(xla._exp)(jnp.asarray([-jnp.inf, -1e30, -90.0, 0.0, jnp.nan]))
+  np.testing.assert_array_equal(ends, [0, 0, 0, 1, np.nan])
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 def test_transformations_agree(fixed):
   arrays = cases.operands(2, 40, 40, 4, 2, 8, 8)[:3]
