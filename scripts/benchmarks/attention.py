@@ -2,10 +2,11 @@
 
     python -m scripts.benchmarks.attention --lengths=1024,4096,8192 --rounds=5
 
-One batch row, causal, forward and forward + backward. Contenders take turns in one process; times
-and ratios, ours / the other's, are of medians and of the least times: a host that moves a virtual
-machine's cores apart slows XLA, whose cores work on one tile together, and torch's little.
-A contender that takes over 8 seconds is timed once.
+One batch row, causal, forward and forward + backward. All contenders take turns in one process, so
+that each meets the machine's good and bad minutes; times and ratios, ours / the other's, are of
+medians and of the least times: a host that moves a virtual machine's cores apart slows XLA, whose
+cores work on one tile together, and torch little. A contender that takes over 8 seconds is timed
+once.
 Memory is what the compiled forward + backward holds beside its arguments and results, and the
 exponent e of its growth as N^e. Sparse patterns at the pattern length are compared with dense
 attention by the time for a visited pair, a pair of a tile that is not empty. The last line is one
@@ -95,42 +96,33 @@ def torch_attention(arrays: list[jax.Array], backward: bool) -> Callable | None:
   return call
 
 
-def timed(contenders: Contenders) -> Summaries:
-  """The median and the least time of each contender."""
-  times = interleaved(contenders, ROUNDS.value, patience=PATIENCE)
-  least = {name: min(seconds) for name, seconds in times.items()}
-  return {"median": medians(times), "least": least}
-
-
-def peers(length: int, dtype: str, backward: bool) -> Summaries:
-  """Times of ours and the peers."""
+def peers(length: int, dtype: str, backward: bool) -> Contenders:
+  """Ours and the peers, causal."""
   arrays = inputs(length, dtype)
   contenders = {"effjax": bound(tiled(Causal()), arrays, backward)}
   peer = torch_attention(arrays, backward)
   if peer is not None:
     contenders["torch"] = peer
   contenders["jax.nn"] = bound(plain, arrays, backward)
-  return timed(contenders)
+  return contenders
 
 
-def windowed(length: int, backward: bool) -> Summaries:
-  """Times through a window and dense, in tiles."""
+def masked(kinds: dict[str, Mask], length: int, backward: bool) -> Contenders:
+  """Ours through each mask."""
   arrays = inputs(length, "float32")
-  kinds = {"window": SlidingWindow(WINDOW.value, 0), "causal": Causal(), "full": Full()}
-  return timed({name: bound(tiled(mask), arrays, backward) for name, mask in kinds.items()})
+  return {name: bound(tiled(mask), arrays, backward) for name, mask in kinds.items()}
 
 
-def patterns(length: int, backward: bool) -> Summaries:
-  """Seconds for a visited pair and head: dense, through a window, and BigBird."""
-  arrays = inputs(length, "float32")
-  kinds = {
-    "dense": Full(),
-    "window": SlidingWindow(WINDOW.value, WINDOW.value),
-    "bigbird": bigbird(jax.random.key(0), length),
+def timed(groups: dict[str, Contenders]) -> dict[str, Summaries]:
+  """The median and the least time of each contender of each group; all of them take turns."""
+  calls = {(group, name): call for group, each in groups.items() for name, call in each.items()}
+  named = {" ".join(key): call for key, call in calls.items()}
+  times = interleaved(named, ROUNDS.value, patience=PATIENCE)
+  kinds = {"median": medians(times), "least": {name: min(x) for name, x in times.items()}}
+  return {
+    group: {k: {n: x[f"{group} {n}"] for n in each} for k, x in kinds.items()}
+    for group, each in groups.items()
   }
-  found = timed({name: bound(tiled(mask), arrays, backward) for name, mask in kinds.items()})
-  pairs = {name: visited(mask, length) for name, mask in kinds.items()}
-  return {kind: {n: t / pairs[n] for n, t in times.items()} for kind, times in found.items()}
 
 
 def visited(mask: Mask, length: int) -> int:
@@ -163,39 +155,47 @@ def ratios(name: str, found: Summaries, one: str, other: str) -> dict[str, float
 
 def main(_):
   lengths = [int(x) for x in LENGTHS.value]
+  longest, sparse_length = lengths[-1], PATTERN_LENGTH.value
+  window = {"window": SlidingWindow(WINDOW.value, 0), "causal": Causal(), "full": Full()}
+  patterns = {
+    "dense": Full(),
+    "window": SlidingWindow(WINDOW.value, WINDOW.value),
+    "bigbird": bigbird(jax.random.key(0), sparse_length),
+  }
+  dense, narrow, sparse = {}, {}, {}
+  for direction in ("forward", "forward_backward"):
+    backward = direction != "forward"
+    for dtype in DTYPES.value:
+      for length in lengths:
+        dense[f"{dtype}_{length}_{direction}"] = peers(length, dtype, backward)
+    narrow[f"{longest}_{direction}"] = masked(window, longest, backward)
+    sparse[direction] = masked(patterns, sparse_length, backward)
+  found = timed(dense | narrow | sparse)
+
   result = {"device": jax.default_backend(), "jax": jax.__version__}
   print("Time, ms (causal)")
-  jax_nn = {}
-  for dtype in DTYPES.value:
-    for length in lengths:
-      for backward in (False, True):
-        name = f"{dtype}_{length}_{'forward_backward' if backward else 'forward'}"
-        found = peers(length, dtype, backward)
-        jax_nn[name] = {kind: times["jax.nn"] for kind, times in found.items()}
-        rows(name, found)
-        for other in found["median"].keys() - {"effjax"}:
-          result |= ratios(f"{name}_over_{other}", found, "effjax", other)
+  for name in dense:
+    rows(name, found[name])
+    for other in dense[name].keys() - {"effjax"}:
+      result |= ratios(f"{name}_over_{other}", found[name], "effjax", other)
   if torch_attention(inputs(8, "float32"), False) is None:
     print("torch is not installed here: no comparison with it (it comes with Python 3.11)")
 
-  longest = lengths[-1]
   print(f"Window of {WINDOW.value} at {longest}, ms")
-  for backward in (False, True):
-    name = f"{longest}_{'forward_backward' if backward else 'forward'}"
-    found = windowed(longest, backward)
-    for kind, times in found.items():
-      times["jax.nn"] = jax_nn.get(f"float32_{name}", {}).get(kind, math.nan)
-    rows(f"window_{name}", found)
-    for dense in ("causal", "full", "jax.nn"):
-      result |= ratios(f"window_{name}_faster_than_{dense}", found, dense, "window")
+  for name in narrow:
+    for kind, times in found[name].items():
+      times["jax.nn"] = found[f"float32_{name}"][kind]["jax.nn"]
+    rows(f"window_{name}", found[name])
+    for other in ("causal", "full", "jax.nn"):
+      result |= ratios(f"window_{name}_faster_than_{other}", found[name], other, "window")
 
-  print(f"Time for a visited pair at {PATTERN_LENGTH.value}, ps")
-  for backward in (False, True):
-    name = "forward_backward" if backward else "forward"
-    found = patterns(PATTERN_LENGTH.value, backward)
-    rows(name, found, 1e12)
-    for kind in found["median"].keys() - {"dense"}:
-      result |= ratios(f"{kind}_{name}_pair_over_dense", found, kind, "dense")
+  print(f"Time for a visited pair at {sparse_length}, ps")
+  pairs = {name: visited(mask, sparse_length) for name, mask in patterns.items()}
+  for name in sparse:
+    each = {k: {n: t / pairs[n] for n, t in times.items()} for k, times in found[name].items()}
+    rows(name, each, 1e12)
+    for kind in ("window", "bigbird"):
+      result |= ratios(f"{kind}_{name}_pair_over_dense", each, kind, "dense")
 
   print("Temporaries of forward + backward, MiB")
   for name, function in (("effjax", tiled(Causal())), ("jax.nn", plain)):
