@@ -183,10 +183,13 @@ def main(_):
 
   print(f"Window of {WINDOW.value} at {longest}, ms")
   for name in narrow:
-    for kind, times in found[name].items():
-      times["jax.nn"] = found[f"float32_{name}"][kind]["jax.nn"]
+    others = ["causal", "full"]
+    if f"float32_{name}" in found:
+      others.append("jax.nn")
+      for kind, times in found[name].items():
+        times["jax.nn"] = found[f"float32_{name}"][kind]["jax.nn"]
     rows(f"window_{name}", found[name])
-    for other in ("causal", "full", "jax.nn"):
+    for other in others:
       result |= ratios(f"window_{name}_faster_than_{other}", found[name], other, "window")
 
   print(f"Time for a visited pair at {sparse_length}, ps")
