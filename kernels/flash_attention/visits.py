@@ -25,7 +25,7 @@ class GroupedSight:
     rest = merge(sight.every.complement(plan.k_tiles), t.batch, heads)
     every = rest.complement(plan.k_tiles)
     self.partial, self.full = partition(some, every, plan.S // t.keys, plan.k_tiles)
-    self.dear = bool(jax.tree.leaves((sight.queries[1:], sight.keys)))  # more than positions
+    self.looks_up = bool(jax.tree.leaves((sight.queries[1:], sight.keys)))  # more than positions
     self.queries = _continued(sight.queries, plan.q_tiles * t.queries)
     self.keys = _continued(sight.keys, plan.k_tiles * t.keys)
 
@@ -54,7 +54,7 @@ class GroupedSight:
     keys = self._tile(self.keys, c, j, t.keys, np.s_[..., None, :])
     k = j * t.keys + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, t.keys), 4)
     seen = self.sight.seen(queries, keys, k)
-    if self.dear and seen.shape[:3] != self.plan.tile[:3]:
+    if self.looks_up and seen.shape[:3] != self.plan.tile[:3]:
       # XLA repeats what is cheap in each head and each use; a square root it works out once.
       seen = jnp.sqrt(seen.astype(jnp.float32)) > 0
     return jnp.broadcast_to(seen, self.plan.tile).reshape(self.plan.stacked, self.plan.rows, t.keys)
