@@ -20,7 +20,6 @@ def test_a_case_is_its_name_and_others_are_refused():
   [
     ({}, None),
     ({"spill": 8}, "spills 8 bytes"),
-    ({"spill": 8, "case": "float32-64-causal"}, None),
     ({"spill": 8, "target": "a100"}, None),
     ({"error": "no registers left"}, "no registers left"),
     ({"target": "v5e", "case": "bfloat16-128-full", "matmul": 0.5}, "50% of the bundles"),
