@@ -37,7 +37,7 @@ class Sizes:
 
 
 # The first row that matches: part of the device's name, bytes of an element, widest head.
-# GPU rows compile for sm_90 without spilling registers.
+# GPU rows compile for sm_90 without spilling registers; those of two bytes are the largest that do.
 _TABLE = {
   "gpu": [
     ("", 2, 64, Sizes(*[Size(128, 128, 8, 2)] * 3, bias=Size(128, 64, 8, 2))),
