@@ -1,5 +1,7 @@
 """Linear attention: a feature map in place of the softmax (arXiv 2006.16236)."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -148,14 +150,15 @@ class LinearAttention(nn.Module):
   """y = Concat_n linear_attention(q_n, k_n, v_n) · W_out; cost linear in the length.
 
   Parameters: "query", "key", "value" and "out" [D, D]. The cache is a `LinearState`, whose size
-  does not depend on the length. It absorbs each token it is given, in order, whatever
-  `context.positions` says, and cannot give one back: with several tokens at a time,
-  `context.segment_ids` must say which are padding.
+  does not depend on the length. It absorbs each token that is there, in order, whatever
+  `context.positions` says, and cannot give one back.
 
   Attributes:
     heads: N, a divisor of D.
     causal, chunk: as in `linear_attention`.
   """
+
+  rewinds: ClassVar[bool] = False
 
   heads: int
   causal: bool = True
@@ -169,11 +172,9 @@ class LinearAttention(nn.Module):
     cache: LinearState | None = None,
   ) -> tuple[Float[Array, "B T D"], LinearState | None]:
     head_width = self._head_width(x.shape[-1])
-    if cache is not None and x.shape[1] > 1 and context.segment_ids is None:
-      raise ValueError(
-        f"LinearAttention: segment_ids=None for {x.shape[1]} tokens and a cache; allowed: ids, "
-        "negative at padding, which the state could not forget again"
-      )
+    ids = context.segment_ids
+    if cache is not None and ids is not None:
+      ids = jnp.where(ids < 0, -1, 0)
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, head_width)
     query, key, value = (
       split(Linear(x.shape[-1], name=name)(x)) for name in ("query", "key", "value")
@@ -183,7 +184,7 @@ class LinearAttention(nn.Module):
       key,
       value,
       causal=self.causal,
-      segment_ids=context.segment_ids,
+      segment_ids=ids,
       state=cache,
       chunk=self.chunk,
     )

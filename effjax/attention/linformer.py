@@ -1,6 +1,6 @@
 """Linformer: attention whose keys and values are projected along the length (arXiv 2006.04768)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -100,6 +100,8 @@ class Linformer(nn.Module):
     causal: only False: a projected key holds all positions.
     implementation: as in `attend`.
   """
+
+  rewinds: ClassVar[bool] = True
 
   heads: int
   length: int

@@ -4,6 +4,8 @@ Lite Transformer (arXiv 2004.11886), section 4. The convolutions are those of "P
 (arXiv 1901.10430), section 3.
 """
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -130,6 +132,8 @@ class LSRA(nn.Module):
   inputs of the convolution.
   """
 
+  rewinds: ClassVar[bool] = True
+
   heads: int
   kernel: int = 31
   causal: bool = True
@@ -151,10 +155,10 @@ class LSRA(nn.Module):
     if cache is None:
       near = convolve(near, taps, causal=self.causal, segment_ids=context.segment_ids)
     else:
-      positions = context.positions_for(x)
       rows = jnp.arange(x.shape[0])[:, None]
-      inputs = cache.inputs.at[rows, positions].set(near.astype(cache.inputs.dtype))
-      near = convolve_cached(inputs.astype(x.dtype), taps, positions)
+      slots = context.slots_for(x, cache.inputs.shape[1])
+      inputs = cache.inputs.at[rows, slots].set(near.astype(cache.inputs.dtype), mode="drop")
+      near = convolve_cached(inputs.astype(x.dtype), taps, context.positions_for(x))
       cache = LSRACache(kv_cache, inputs)
     return jnp.concatenate([far, Linear(half, name="out")(near)], axis=-1), cache
 

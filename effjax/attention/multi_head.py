@@ -1,5 +1,7 @@
 """Multi-head attention (arXiv 1706.03762), with shared key-value heads (GQA, arXiv 2305.13245)."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
@@ -17,10 +19,10 @@ class KVCache:
   key: Float[Array, "... B S K H"]
   value: Float[Array, "... B S K H"]
 
-  def write(self, key: Array, value: Array, positions: Array) -> "KVCache":
-    """The cache with `key` and `value` [B, T, K, H] at `positions` [B, T]."""
-    row = jnp.arange(positions.shape[0])[:, None]
-    put = lambda old, new: old.at[row, positions].set(new.astype(old.dtype))
+  def write(self, key: Array, value: Array, slots: Array) -> "KVCache":
+    """The cache with `key` and `value` [B, T, K, H] in `slots` [B, T]; none past its end."""
+    row = jnp.arange(slots.shape[0])[:, None]
+    put = lambda old, new: old.at[row, slots].set(new.astype(old.dtype), mode="drop")
     return KVCache(put(self.key, key), put(self.value, value))
 
 
@@ -44,6 +46,8 @@ class Attention(nn.Module):
     cross: keys and values come from `context.memory`.
     implementation: as in `attend`.
   """
+
+  rewinds: ClassVar[bool] = True
 
   heads: int
   kv_heads: int | None = None
@@ -109,9 +113,7 @@ class Attention(nn.Module):
     if cache is None:
       mask, segments = self._mask(context, key.shape[1]), context.segment_ids
       return attend(query, key, value, mask=mask, segment_ids=segments, **arguments), None
-    if context.segment_ids is not None:
-      raise ValueError("Attention: segment_ids with a cache; allowed: one sequence a row, no ids")
-    cache = cache.write(key, value, positions)
+    cache = cache.write(key, value, context.slots_for(x, cache.key.shape[1]))
     key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
     arguments["query_positions"] = positions
     mask = self._mask(context, key.shape[1])

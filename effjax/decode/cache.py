@@ -1,13 +1,14 @@
 """Caches: their shape buckets, the prefill that fills them, and layouts that decode fast.
 
-A token's slot in a cache is its position. Prompts are padded on the right: what the padding wrote
-to slots past a row's length is hidden by the causal mask, and overwritten when the row gets there.
+Padding has a negative segment id: mixers neither write nor absorb it, so that prompts of any
+lengths, padded on either side, leave the caches that each row alone would.
 """
 
 import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core.typing import Array, Int, Params, PyTree
 from effjax.layers.stack import unscan
@@ -30,18 +31,50 @@ def bucket(length: int) -> int:
   return -(-length // step) * step
 
 
-def prefill(module: nn.Module, params: Params, tokens: Int[Array, "B T"], cache: PyTree) -> PyTree:
-  """The cache after positions 0 … T−1 hold `tokens`; no logits are computed.
+def prefill(
+  module: nn.Module,
+  params: Params,
+  tokens: Int[Array | np.ndarray, "B T"],
+  lengths: Int[Array | np.ndarray, "B"],
+  cache: PyTree,
+  *,
+  padding: str = "right",
+) -> PyTree:
+  """The cache after each row's tokens are absorbed, at positions 0 … lengths[b] − 1; no logits.
 
   Args:
-    module: a decoder with `config`, called with tokens, positions and cache.
+    module: a decoder with `config`, called with tokens, positions, segment_ids and cache.
     params: its parameters.
-    tokens: [B, T], padded on the right with any ids.
+    tokens: [B, T]; the padding may hold any ids.
+    lengths: [B], how many tokens of each row there are, from none to T.
     cache: what `module.init_cache` gives.
+    padding: on which side of a row the rest lies, "right" or "left".
+
+  Raises:
+    ValueError: for another `padding`.
+
+  Example:
+    >>> import jax
+    >>> from effjax.models import Transformer, presets
+    >>> module = Transformer(presets.TINY)
+    >>> params = module.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    >>> rows, lengths = jnp.array([[1, 2, 3], [4, -100, -100]]), jnp.array([3, 1])
+    >>> cache = prefill(module, params, rows, lengths, module.init_cache(2, 16))
   """
+  check_padding(padding)
+  column = jnp.arange(tokens.shape[1])[None]
+  lengths = jnp.asarray(lengths)[:, None]
+  present = column < lengths if padding == "right" else column >= tokens.shape[1] - lengths
+  positions = jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1
   headless = module.clone(config=dataclasses.replace(module.config, head=None))
-  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-  return headless.apply({"params": params}, tokens, positions=positions, cache=cache)[1]
+  facts = {"positions": positions, "segment_ids": present.astype(jnp.int32) - 1}
+  return headless.apply({"params": params}, tokens, cache=cache, **facts)[1]
+
+
+def check_padding(padding: str) -> None:
+  """Raises ValueError unless it is a side of a row."""
+  if padding not in ("right", "left"):
+    raise ValueError(f"padding={padding!r}; allowed: 'right' or 'left'")
 
 
 def unrolled(module: nn.Module, params: Params) -> tuple[nn.Module, Params]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from effjax.core.typing import Array, Int, Key, Params, PyTree
 from effjax.decode import sampling
-from effjax.decode.cache import bucket, prefill
+from effjax.decode.cache import bucket, check_padding, prefill
 
 NO_END = -1
 
@@ -29,12 +29,13 @@ class Generation(NamedTuple):
 
 
 class _State(NamedTuple):
-  """Loop state: step, output so far, last token and its position, rows that ended, cache."""
+  """Loop state: step, output so far, last token and the one before, position, ended rows, cache."""
 
   step: Array
   tokens: Array
   lengths: Array
   last: Array
+  previous: Array
   position: Array
   ended: Array
   cache: PyTree
@@ -53,34 +54,38 @@ def generate(
   top_p: float | int | None = None,
   eos_id: int | Sequence[int] | None = None,
   pad_id: int = 0,
+  padding: str = "right",
 ) -> Generation:
   """Continues each prompt until an end token or `max_new_tokens`, all rows together.
 
   x_t ~ distribution(logits(x_<t)), see `sampling.distribution`; temperature 0 takes the largest
-  logit. Prompt and loop are one jitted program that stops when every row has ended, without a
-  host round trip between tokens. It is compiled for a batch size and for buckets of the prompt
-  length and of the total length (`cache.bucket`), not for their values, nor for temperature,
-  top_k, top_p or end tokens. A row's tokens do not depend on the rows beside it.
+  logit. Caches and states absorb each token once, padding and rows that have ended never. Prompt
+  and loop are one jitted program that stops when every row has ended, without a host round trip
+  between tokens. It is compiled for a batch size and for buckets of the prompt length and of the
+  total length (`cache.bucket`), not for their values, nor for temperature, top_k, top_p or end
+  tokens. A row's tokens do not depend on the rows beside it.
 
   Args:
-    module: a decoder with a causal mixer in each layer, as `Transformer`. `unrolled` makes one
-      that is faster on a CPU.
+    module: a decoder with a causal mixer in each layer, as `Transformer`, which is given tokens,
+      positions, segment_ids, previous and cache. `unrolled` makes one that is faster on a CPU.
     params: its parameters, in any weight representation.
-    prompts: sequences of token ids, or an array [B, T] padded on the right.
+    prompts: sequences of token ids, or an array [B, T] whose padding may hold any ids.
     max_new_tokens: tokens to add at most.
     lengths: [B], tokens in each row of an array of prompts; None means T.
     key: key of the draws; not needed at temperature 0.
     temperature, top_k, top_p: as in `sampling.distribution`.
     eos_id: one or several tokens that end a row, or None.
-    pad_id: fills a row after its end.
+    pad_id: fills a row after its end; any integer.
+    padding: on which side of an array of prompts the padding lies, "right" or "left".
 
   Returns:
     A `Generation`: the new tokens and their number.
 
   Raises:
     ValueError: for prompts that are empty, no integers, out of the vocabulary or, with
-      `max_new_tokens`, longer than the model's context; for lengths that do not fit; for sampling
-      arguments that define no distribution; and for a missing key.
+      `max_new_tokens`, longer than the model's context; for lengths that do not fit; for another
+      `padding`; for sampling arguments that define no distribution; for a missing key; and for
+      mixers that have no caches.
 
   Example:
     >>> from effjax.models import Transformer, presets
@@ -90,7 +95,7 @@ def generate(
     >>> out.tokens.shape, out.lengths.tolist()
     ((2, 5), [5, 5])
   """
-  tokens, counts = _padded(prompts, lengths)
+  tokens, counts = _padded(prompts, lengths, padding)
   _check(module.config, tokens, counts, max_new_tokens)
   sampling.check_sampling(temperature, top_k, top_p)
   greedy = sampling.is_greedy(temperature)
@@ -121,20 +126,27 @@ def generate(
 def _run(module, params, prompt, counts, ends, limit, pad, key, rule, *, slots, room):
   batch = prompt.shape[0]
   rows = jnp.arange(batch)
-  cache = prefill(module, params, prompt, module.init_cache(batch, slots))
+  cache = prefill(module, params, prompt, counts - 1, module.init_cache(batch, slots))
   state = _State(
     step=jnp.int32(0),
     tokens=jnp.full((batch, room), pad, jnp.int32),
     lengths=jnp.zeros(batch, jnp.int32),
     last=prompt[rows, counts - 1],
+    previous=jnp.where(counts > 1, prompt[rows, counts - 2], -1),
     position=counts - 1,
     ended=jnp.zeros(batch, bool),
     cache=cache,
   )
 
   def advance(state: _State) -> _State:
-    inputs = {"positions": state.position[:, None], "cache": state.cache}
-    logits, cache = module.apply({"params": params}, state.last[:, None], **inputs)
+    logits, cache = module.apply(
+      {"params": params},
+      state.last[:, None],
+      positions=state.position[:, None],
+      segment_ids=-state.ended.astype(jnp.int32)[:, None],
+      previous=state.previous[:, None],
+      cache=state.cache,
+    )
     chosen = _choose(logits[:, 0], key, state.step, rule)
     chosen = jnp.where(state.ended, pad, chosen)
     alive = ~state.ended
@@ -143,6 +155,7 @@ def _run(module, params, prompt, counts, ends, limit, pad, key, rule, *, slots, 
       tokens=jax.lax.dynamic_update_slice(state.tokens, chosen[:, None], (0, state.step)),
       lengths=state.lengths + alive,
       last=chosen,
+      previous=state.last,
       position=state.position + alive,
       ended=state.ended | (chosen[:, None] == ends[None]).any(1),
       cache=cache,
@@ -161,10 +174,14 @@ def _choose(logits: Array, key: Key | None, step: Array, rule: dict) -> Int[Arra
   return jax.vmap(lambda row, row_key: sampling.sample(row, row_key, **rule))(logits, row_keys)
 
 
-def _padded(prompts, lengths) -> tuple[np.ndarray, np.ndarray]:
+def _padded(prompts, lengths, padding: str) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts as an array padded on the right, and their lengths."""
+  check_padding(padding)
   if not hasattr(prompts, "shape"):
-    if lengths is not None:
-      raise ValueError("lengths given with a list of prompts; allowed: with an array [B, T]")
+    if lengths is not None or padding != "right":
+      raise ValueError(
+        "lengths or padding given with a list of prompts; allowed: with an array [B, T]"
+      )
     lengths = [len(row) for row in prompts]
     rows = np.zeros((len(lengths), max(lengths, default=0)), np.int64)
     for i, row in enumerate(prompts):
@@ -181,6 +198,9 @@ def _padded(prompts, lengths) -> tuple[np.ndarray, np.ndarray]:
     raise ValueError("prompts: one is empty; allowed: at least one prompt, each of a token or more")
   if counts.max() > tokens.shape[1]:
     raise ValueError(f"lengths: {counts.max()}; allowed: up to the width {tokens.shape[1]}")
+  if padding == "left":
+    places = np.arange(tokens.shape[1])[None] - counts[:, None]
+    tokens = np.take_along_axis(tokens, places % tokens.shape[1], axis=1)
   return tokens, counts.astype(np.int32)
 
 

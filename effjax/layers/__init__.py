@@ -6,15 +6,17 @@ from effjax.layers.linear import Linear, weight
 from effjax.layers.mlp import MLP, activation, hidden_units
 from effjax.layers.norms import LayerNorm, RMSNorm
 from effjax.layers.rotary import Rope
-from effjax.layers.spec import LayerSpec, TransformerConfig
+from effjax.layers.spec import FeedForward, LayerSpec, Mixer, TransformerConfig
 
 __all__ = [
   "MLP",
   "Context",
   "Embed",
+  "FeedForward",
   "LayerNorm",
   "LayerSpec",
   "Linear",
+  "Mixer",
   "RMSNorm",
   "Rope",
   "TransformerConfig",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from effjax.core.numerics import softcap
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Embed, Linear, sinusoidal_positions
-from effjax.layers.spec import LayerSpec, TransformerConfig
+from effjax.layers.spec import LayerSpec, TransformerConfig, require
 from effjax.layers.stack import Segment, segments
 
 RNG_STREAMS = ("params", "dropout", "router", "mask")
@@ -87,17 +87,23 @@ class Transformer(nn.Module):
     memory: Float[Array, "B S D"] | None = None,
     memory_segment_ids: Int[Array, "B S"] | None = None,
     global_positions: Int[Array, "B G"] | None = None,
+    attributes: Int[Array, "B A"] | None = None,
+    previous: Int[Array, "B T"] | None = None,
   ):
     """Logits [B, T, V], or hidden states [B, T, D]; with a `cache`, (those, the new cache).
 
     Args:
-      tokens: token ids.
-      segment_ids: packed sequences: equal ids attend to one another, negative is padding.
+      tokens: token ids; what padding holds has no influence, an id out of the vocabulary included.
+      segment_ids: packed sequences: equal ids attend to one another, negative is padding. With a
+        cache each row is one sequence, and a negative id a token that is not there.
       positions: None means 0 … T−1.
       cache: what `init_cache` gives or an earlier call returned.
       memory: what cross-attention reads.
       memory_segment_ids: as `segment_ids`, for `memory`.
       global_positions: tokens that mixers with global attention let see all, negative for none.
+      attributes: ids of what each row is, for layers that choose by them.
+      previous: the id before each token, for layers that read it; None means `tokens` shifted by
+        one, so steps with a cache have to give it.
 
     Raises:
       ValueError: when T exceeds `config.context`.
@@ -105,9 +111,18 @@ class Transformer(nn.Module):
     config = self.config
     if tokens.shape[1] > config.context:
       raise ValueError(f"tokens: length {tokens.shape[1]}; allowed: up to {config.context}")
-    context = Context(tokens, positions, segment_ids, memory, memory_segment_ids, global_positions)
+    context = Context(
+      tokens=tokens,
+      positions=positions,
+      segment_ids=segment_ids,
+      memory=memory,
+      memory_segment_ids=memory_segment_ids,
+      global_positions=global_positions,
+      attributes=attributes,
+      previous=previous,
+    ).blanked()
     embed = Embed(config.vocab_size, config.embed_width or config.width, name="embed")
-    x = self._embed(embed, tokens, context)
+    x = self._embed(embed, context)
     caches = []
     for i, segment in enumerate(segments(config)):
       layers = self._segment(segment, cache is not None)(name=f"segments_{i}")
@@ -131,8 +146,8 @@ class Transformer(nn.Module):
       )
     return lambda name: body(segment.pattern, self.config, name=name)
 
-  def _embed(self, embed: Embed, tokens, context: Context):
-    config = self.config
+  def _embed(self, embed: Embed, context: Context):
+    config, tokens = self.config, context.tokens
     x = embed(tokens, self.dtype) * jnp.asarray(config.embed_scale, self.dtype)
     if config.embed_width is not None:
       x = Linear(config.width, name="embed_in")(x)
@@ -159,8 +174,9 @@ class Transformer(nn.Module):
     """Empty caches of all mixers for `batch` rows and `length` positions.
 
     Raises:
-      ValueError: when `length` exceeds `config.context`.
+      ValueError: when `length` exceeds `config.context`, or a mixer has no caches.
     """
+    require(self.config, "mixer", "init_cache", "rewinds")
     if length > self.config.context:
       raise ValueError(f"length {length} of a cache; allowed: up to {self.config.context}")
 

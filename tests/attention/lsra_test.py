@@ -107,8 +107,11 @@ def test_decoding_equals_the_parallel_form(key):
   apply = jax.jit(module.apply)
   whole, _ = apply(params, X)
   cache = module.init_cache(D, B, T + 3)
-  # A prompt padded on the right, as `generate` fills a cache: the rows go on from 4 and from 6.
-  _, cache = apply(params, X[:, :6], Context(), cache)
+  # A prompt padded on the right: the rows go on from 4 and from 6.
+  there = jnp.arange(6)[None] < jnp.array([[4], [6]])
+  prompt = jnp.where(there[..., None], X[:, :6], jnp.nan)
+  _, cache = apply(params, prompt, Context(segment_ids=jnp.where(there, 0, -1)), cache)
+  assert not cache.inputs[0, 4:].any()
   for step in range(3):
     positions = jnp.array([[4], [6]]) + step
     x = jnp.take_along_axis(X, positions[..., None], axis=1)

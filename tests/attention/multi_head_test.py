@@ -75,9 +75,16 @@ def test_impossible_modules_are_refused(module, message, x, key):
     module.init(key, x)
 
 
-def test_segments_with_a_cache_are_refused(x, key):
+def test_a_cache_holds_no_token_that_is_not_there(x, key):
   module = Attention(4)
   params = module.init(key, x)
-  context = Context(segment_ids=jnp.zeros((2, 7), int))
-  with pytest.raises(ValueError, match="segment_ids with a cache"):
-    module.apply(params, x, context, module.init_cache(16, 2, 8))
+  ids = jnp.array([[5, 5, 2, -1, -1, -1, -1], [-1, -1, 0, 0, 0, 0, 0]])
+  positions = jnp.array([[0, 1, 2, 0, 0, 0, 0], [0, 0, 0, 1, 2, 3, 4]])
+  spoilt = jnp.where((ids < 0)[..., None], jnp.nan, x)
+  context = Context(segment_ids=ids, positions=positions)
+  y, cache = module.apply(params, spoilt, context, module.init_cache(16, 2, 8))
+  assert not cache.key[0, 3:].any()
+  assert not cache.value[1, 5:].any()
+  for row, there in ((0, slice(3)), (1, slice(2, 7))):
+    alone, _ = module.apply(params, x[row : row + 1, there])
+    np.testing.assert_allclose(y[row, there], alone[0], atol=1e-6)

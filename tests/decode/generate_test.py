@@ -1,17 +1,23 @@
 import dataclasses
 import importlib.util
+import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.attention import masks
+from effjax.attention import Attention, masks
+from effjax.attention.linear import LinearAttention
+from effjax.attention.lsra import LSRA
 from effjax.core import trees
 from effjax.decode import distribution, generate, unrolled
 from effjax.decode.generate import _run
-from effjax.models import Transformer, load, presets, save
+from effjax.layers import MLP, Embed, Rope
+from effjax.models import LayerSpec, Transformer, TransformerConfig, load, presets, save
 from effjax.models.model import Model
+from effjax.moe import MoE
 from effjax.quant.int8 import Int8
 
 PROMPTS = [[5, 9, 300, 41, 7], [12], [400, 3, 3]]
@@ -19,7 +25,7 @@ PROMPTS = [[5, 9, 300, 41, 7], [12], [400, 3, 3]]
 
 def build(config, seed=0):
   module = Transformer(config)
-  params = module.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+  params = jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
   # Wider embeddings make logits that differ enough for a clear argmax.
   table = params["embed"]["embedding"]
   return module, {**params, "embed": {"embedding": table * 20}}
@@ -61,6 +67,91 @@ def test_what_pads_an_array_of_prompts_is_ignored(model):
     padded[row, : len(prompt)] = prompt
   out = generate(*model, padded, lengths=[5, 1, 3], max_new_tokens=12)
   assert out.tokens.tolist() == generate(*model, PROMPTS, max_new_tokens=12).tokens.tolist()
+
+
+class Bigram(nn.Module):
+  """A feed-forward layer that reads the token before."""
+
+  @nn.compact
+  def __call__(self, x, context):
+    return Embed(V + 1, x.shape[-1], 1.0)(context.previous_ids() + 1)
+
+
+V = 48
+SWIGLU, EXPERTS = MLP(32, "silu", gated=True), MoE(4, 2, 16)
+NEAR = Attention(4, mask=masks.Causal() & masks.SlidingWindow(3, 0))
+MIXED = (
+  *[LayerSpec(Attention(4, 2, rope=Rope()), SWIGLU)] * 2,
+  *[LayerSpec(NEAR, EXPERTS), LayerSpec(LinearAttention(4, chunk=4), SWIGLU)] * 2,
+  LayerSpec(LSRA(2, kernel=5), EXPERTS),
+  LayerSpec(None, Bigram()),
+)
+
+
+def ragged(seed: int, rows: int) -> list[list[int]]:
+  """Prompts of 1 to 12 tokens, one of each extreme."""
+  rng = np.random.default_rng(seed)
+  lengths = [12, 1, *rng.integers(1, 13, rows - 2)]
+  return [rng.integers(0, V, n).tolist() for n in lengths]
+
+
+def padded(prompts, junk: int, padding: str) -> np.ndarray:
+  """An array of prompts, `junk` where there is no token."""
+  rows = np.full((len(prompts), 14), junk)
+  for row, prompt in zip(rows, prompts, strict=True):
+    row[slice(len(prompt)) if padding == "right" else slice(14 - len(prompt), None)] = prompt
+  return rows
+
+
+def assert_greedy(model, prompts, new):
+  """Each new token has the largest logit in one pass over all of the sequence before it."""
+  module, params = model
+  rows = np.zeros((len(prompts), 12 + new.shape[1]), np.int32)
+  for row, prompt, added in zip(rows, prompts, np.asarray(new), strict=True):
+    row[: len(prompt) + len(added)] = [*prompt, *added]
+  logits = jax.jit(lambda tokens: module.apply({"params": params}, tokens))(rows)
+  places = np.array([len(prompt) for prompt in prompts])[:, None] + np.arange(new.shape[1])
+  wanted = np.take_along_axis(np.asarray(logits), places[..., None] - 1, axis=1).argmax(-1)
+  np.testing.assert_array_equal(new, wanted)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+  return build(TransformerConfig(V, 32, MIXED, context=32))
+
+
+def test_mixed_stack_is_argmax_over_full_recomputation_on_200_prompts(mixed):
+  batches = [ragged(seed, 25) for seed in range(8)]
+  new = [generate(*mixed, prompts, max_new_tokens=8).tokens for prompts in batches]
+  assert_greedy(mixed, [*itertools.chain(*batches)], np.concatenate(new))
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_padding_of_any_id_is_not_there(mixed, padding):
+  prompts = ragged(0, 25)
+  wanted = generate(*mixed, prompts, max_new_tokens=8).tokens.tolist()
+  shape = {"lengths": [len(prompt) for prompt in prompts], "padding": padding, "max_new_tokens": 8}
+  for junk in (0, -100, V, 10 * V):
+    assert generate(*mixed, padded(prompts, junk, padding), **shape).tokens.tolist() == wanted
+
+
+def test_rows_that_end_early_change_no_other(mixed):
+  prompts = ragged(0, 25)
+  free = np.asarray(generate(*mixed, prompts, max_new_tokens=8).tokens)
+  end = free[0, 1]
+  out = generate(*mixed, prompts, max_new_tokens=8, eos_id=int(end), pad_id=-100)
+  before = np.cumsum(free == end, axis=1) - (free == end)
+  assert 0 < (before == 0).sum(1).min() < (before == 0).sum(1).max() == 8
+  np.testing.assert_array_equal(out.tokens, np.where(before == 0, free, -100))
+  np.testing.assert_array_equal(out.lengths, (before == 0).sum(1))
+
+
+def test_recurrent_state_alone():
+  layers = (LayerSpec(LinearAttention(4), SWIGLU),) * 2
+  model = build(TransformerConfig(V, 32, layers, context=32))
+  prompts = ragged(1, 25)
+  assert_greedy(model, prompts, generate(*model, prompts, max_new_tokens=8).tokens)
+  assert_greedy(model, [[5]], generate(*model, [[5]], max_new_tokens=8).tokens)
 
 
 def test_window_shorter_than_the_sequence():
@@ -142,6 +233,8 @@ def test_any_weight_representation(model):
     (np.zeros((2, 3), np.int32), {"lengths": [3]}, "allowed: integers \\[B\\]"),
     (np.zeros((2, 3), np.int32), {"lengths": [3, 0]}, "one is empty"),
     ([[1]], {"lengths": [1]}, "list of prompts"),
+    ([[1]], {"padding": "left"}, "list of prompts"),
+    (np.zeros((2, 3), np.int32), {"padding": "both"}, "padding='both'; allowed: 'right' or 'left'"),
     ([[1] * 250], {}, "258 positions; allowed: up to 256"),
     ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0"),
     ([[1]], {"temperature": 1.0}, "key is None"),

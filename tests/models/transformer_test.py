@@ -64,6 +64,19 @@ def test_packed_sequences_equal_separate_ones(tokens, key):
   np.testing.assert_allclose(packed[:, 5:9], module.apply(params, tokens[:, 5:9]), atol=1e-5)
 
 
+def test_what_padding_holds_has_no_influence(tokens, key):
+  module = Transformer(decoder(positions="learned"))
+  ids = jnp.array([[0] * 5 + [1] * 4 + [-1] * 3, [-1] * 4 + [0] * 8])
+  place = jnp.where(ids < 0, 0, jnp.broadcast_to(jnp.arange(12), (2, 12)))
+  params = jax.jit(module.init)(key, tokens)
+  apply = jax.jit(lambda t, p: module.apply(params, t, segment_ids=ids, positions=p))
+  wanted = apply(jnp.where(ids < 0, 0, tokens), place)
+  assert np.isfinite(wanted).all()
+  for junk in (-100, V, 10 * V):
+    spoil = lambda x, junk=junk: jnp.where(ids < 0, junk, x)
+    np.testing.assert_array_equal(apply(spoil(tokens), spoil(place)), wanted)
+
+
 def test_remat_and_unscanned_gradients_agree(tokens, key):
   module = Transformer(decoder())
   params = jax.jit(module.init)(key, tokens)
@@ -86,6 +99,13 @@ def test_sequence_past_the_context_is_refused(key):
     module.init(key, jnp.zeros((1, 33), int))
   with pytest.raises(ValueError, match="length 40 of a cache; allowed: up to 32"):
     module.init_cache(1, 40)
+
+
+def test_a_mixer_without_caches_is_refused_by_name():
+  first, *layers = decoder().layers
+  module = Transformer(decoder(layers=(first, dataclasses.replace(first, mixer=MLP(4)), *layers)))
+  with pytest.raises(ValueError, match="layer 1: mixer MLP has no init_cache and no rewinds"):
+    module.init_cache(1, 8)
 
 
 @pytest.mark.parametrize(
