@@ -5,10 +5,15 @@ five local to one global a pattern of masks: `layers` says it in the open.
 """
 
 import dataclasses
+from collections.abc import Hashable
+from typing import Any
 
 import flax.linen as nn
 
 from effjax.layers.norms import RMSNorm
+
+BRANCHES = ("mixer", "cross", "ffn")  # each is added to the residual stream
+PLACES = ("mixer", "after_mixer", "cross", "ffn", "after_ffn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +24,34 @@ class LayerSpec:
     mixer: mixes positions, `module(x, context, cache) -> (y, cache)`.
     ffn: acts on each position, `module(x, context) -> y`.
     cross: attends to another sequence, between the two; same protocol as `mixer`.
+    after_mixer, after_ffn: act on what the mixer and the ffn give, its norm included, before it is
+      added to the residual stream: adapters and gates; same protocol as `ffn`.
+    tag: layers of different tags are never scanned together, so that what is no field of a module
+      (the rank or the bits of a weight, which matrices have one) may differ between them.
+
+  Raises:
+    ValueError: for something after a place that is left out.
   """
 
   mixer: nn.Module | None
   ffn: nn.Module | None
   cross: nn.Module | None = None
+  after_mixer: nn.Module | None = None
+  after_ffn: nn.Module | None = None
+  tag: Hashable = None
+
+  def __post_init__(self):
+    for place in ("mixer", "ffn"):
+      after = getattr(self, f"after_{place}")
+      if after is not None and getattr(self, place) is None:
+        given = f"after_{place} is {type(after).__name__} and {place} None"
+        raise ValueError(f"LayerSpec: {given}; allowed: nothing after what is left out")
+
+  @property
+  def modules(self) -> dict[str, nn.Module]:
+    """Place → module, of the places that are not left out, in the order of computation."""
+    filled = ((place, getattr(self, place)) for place in PLACES)
+    return {place: module for place, module in filled if module is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +108,25 @@ class TransformerConfig:
     _check("positions", self.positions, (None, "learned", "sinusoidal"))
     _check("head", self.head, (None, "lm"))
     object.__setattr__(self, "layers", tuple(self.layers))
+
+
+def stated(config: TransformerConfig, name: str) -> list[dict[str, Any]]:
+  """For each layer, place → the attribute `name` of the module there.
+
+  Raises:
+    ValueError: for a module without one, by layer, place and class.
+  """
+  return [
+    {place: ask(module, name, f"layer {index}: {place}") for place, module in spec.modules.items()}
+    for index, spec in enumerate(config.layers)
+  ]
+
+
+def ask(module: nn.Module, name: str, where: str) -> Any:
+  """The attribute `name` of a module; ValueError with what stands `where` if there is none."""
+  if not hasattr(module, name):
+    raise ValueError(f"{where} is {type(module).__name__}; allowed: modules that have `{name}`")
+  return getattr(module, name)
 
 
 def _check(name: str, value, allowed: tuple) -> None:

@@ -16,7 +16,11 @@ RNG_STREAMS = ("params", "dropout", "router", "mask")
 
 
 class Layer(nn.Module):
-  """Mixer, cross-attention and feed-forward, each in its residual and norm."""
+  """Mixer, cross-attention and feed-forward, each in its residual and norm.
+
+  What stands after the mixer or the feed-forward acts on what is about to be added to x: in "pre"
+  x + after(f(norm(x))), in "post" norm(x + after(f(x))), in "sandwich" x + after(norm(f(norm(x)))).
+  """
 
   spec: LayerSpec
   config: TransformerConfig
@@ -25,24 +29,25 @@ class Layer(nn.Module):
   def __call__(self, x: Float[Array, "B T D"], context: Context, cache: PyTree = None):
     if self.spec.mixer is not None:
       mixer = self.spec.mixer.copy(name="mixer")
-      x, cache = self._residual("mixer", x, lambda y: mixer(y, context, cache))
+      x, cache = self._residual("mixer", x, context, lambda y: mixer(y, context, cache))
     if self.spec.cross is not None:
       cross = self.spec.cross.copy(name="cross")
-      x, _ = self._residual("cross", x, lambda y: cross(y, context, None))
+      x, _ = self._residual("cross", x, context, lambda y: cross(y, context, None))
     if self.spec.ffn is not None:
       ffn = self.spec.ffn.copy(name="ffn")
-      x, _ = self._residual("ffn", x, lambda y: (ffn(y, context), None))
+      x, _ = self._residual("ffn", x, context, lambda y: (ffn(y, context), None))
     return x, cache
 
-  def _residual(self, name: str, x, function):
+  def _residual(self, name: str, x, context: Context, function):
     norm = lambda suffix: self.config.norm.copy(name=name + suffix)
-    if self.config.arrangement == "post":
-      y, state = function(x)
-      return norm("_norm")(x + y), state
-    y, state = function(norm("_norm")(x))
+    post = self.config.arrangement == "post"
+    y, state = function(x if post else norm("_norm")(x))
     if self.config.arrangement == "sandwich":
       y = norm("_post_norm")(y)
-    return x + y, state
+    after = self.spec.modules.get(f"after_{name}")
+    if after is not None:
+      y = after.copy(name=f"after_{name}")(y, context)
+    return norm("_norm")(x + y) if post else x + y, state
 
 
 class Pattern(nn.Module):
