@@ -66,6 +66,11 @@ class Weight(abc.ABC):
     """How many parameters it stands for; a representation that adds some counts them too."""
     return math.prod(self.shape)
 
+  @property
+  def flops(self) -> float:
+    """FLOPs of the product of one row x[D] with one matrix [D, F]."""
+    return 2.0 * self.shape[-2] * self.shape[-1]
+
 
 @dataclass_transform(frozen_default=True)
 def register(*, static: tuple[str, ...] = ()) -> Callable[[type[T]], type[T]]:

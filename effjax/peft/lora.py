@@ -51,6 +51,12 @@ class LoRA(Weight):
     own = math.prod(self.a.shape) + math.prod(self.b.shape)
     return trees.count({"base": self.base}) + own
 
+  @property
+  def flops(self) -> float:
+    D, F = self.shape[-2:]
+    base = self.base.flops if is_weight(self.base) else super().flops
+    return base + 2.0 * self.rank * (D + F)
+
   def delta(self) -> Float[Array, "..."]:
     """s·A B, [..., D, F] in float32."""
     product = jnp.matmul(self.a, self.b, preferred_element_type=jnp.float32)
