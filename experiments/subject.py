@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,6 @@ from effjax import cost, models
 from effjax.core import trees
 from effjax.core.numerics import cross_entropy
 from effjax.core.typing import Array, Key, Params, PyTree
-from effjax.core.weights import is_weight
 from effjax.data.tokenizers import ByteTokenizer, Tokenizer
 from effjax.decode import unrolled
 from effjax.models import Transformer, TransformerConfig, packages, presets
@@ -70,21 +68,8 @@ def costs(subject: Subject, length: int) -> Row:
     "active": cost.active_parameters(subject.config, subject.params),
     "trainable": cost.trainable(chosen),
     "bytes": trees.nbytes(subject.params),
-    "flops_token": cost.flops(subject.config, length) + added_flops(subject.params),
+    "flops_token": cost.flops(subject.config, length, subject.params),
   }
-
-
-def added_flops(params: Params) -> float:
-  """FLOPs a token of what representations add to a matrix, such as LoRA's factors: two each.
-
-  Example:
-    >>> from effjax.peft import lora
-    >>> params = lora.add({"kernel": jnp.ones((4, 6))}, jax.random.key(0), rank=2, targets="kernel")
-    >>> added_flops(params)
-    40.0
-  """
-  leaves = trees.items(params).values()
-  return 2.0 * sum(leaf.parameters - math.prod(leaf.shape) for leaf in leaves if is_weight(leaf))
 
 
 class Runner:

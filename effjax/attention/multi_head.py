@@ -8,6 +8,7 @@ from effjax.attention import masks
 from effjax.attention.attend import attend
 from effjax.core.typing import Array, DTypeLike, Float
 from effjax.layers import Context, Linear, RMSNorm, Rope
+from effjax.layers.axes import linear_axes
 
 
 @struct.dataclass
@@ -126,12 +127,36 @@ class Attention(nn.Module):
     shape = (batch, length, self._kv_heads(), self._head_width(width))
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-  def flops(self, width: int, length: int) -> float:
-    """Matrix-product FLOPs a token, forward: projections, and scores over the keys it sees."""
+  @property
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """The roles of its parameters' axes, see `effjax.layers.axes`."""
+    found = linear_axes("out", "heads", "embed", self.out_bias)
+    for name, role in {"query": "heads", "key": "kv_heads", "value": "kv_heads"}.items():
+      found |= linear_axes(name, "embed", role, self.use_bias)
+    if self.qk_norm is not None:
+      found |= {f"{name}_norm/scale": ("head_width",) for name in ("query", "key")}
+    return found | {"sinks": ("heads",)} if self.sinks else found
+
+  @property
+  def units(self) -> dict[str, int]:
+    """How many heads the axes hold, see `effjax.layers.axes`."""
+    return {"heads": self.heads, "kv_heads": self._kv_heads()}
+
+  def flops(self, width: int, length: int, queries: int | None = None) -> float:
+    """Matrix-product FLOPs a token, forward: projections, and scores over the keys it sees.
+
+    Args:
+      width: model width D.
+      length: keys S.
+      queries: how many of the last positions ask, on average over these; None means all.
+    """
     head_width, kv_heads = self._head_width(width), self._kv_heads()
     projections = 2.0 * width * head_width * (2 * self.heads + 2 * kv_heads)
-    keys = length if self.cross else self.mask.mean_keys(length)
-    return projections + 4.0 * self.heads * head_width * keys
+    return projections + 4.0 * self.heads * head_width * self._mean_keys(length, queries)
+
+  def _mean_keys(self, length: int, queries: int | None) -> float:
+    """Keys that one of the last `queries` tokens sees, on average."""
+    return float(length) if self.cross else self.mask.mean_keys(length, queries)
 
   def _kv_heads(self) -> int:
     kv_heads = self.heads if self.kv_heads is None else self.kv_heads

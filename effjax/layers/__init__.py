@@ -1,5 +1,6 @@
 """What mixers, feed-forward layers, transforms and models share: blocks and layer specs."""
 
+from effjax.layers.axes import axes
 from effjax.layers.context import Context
 from effjax.layers.embedding import Embed, sinusoidal_positions
 from effjax.layers.linear import Linear, weight
@@ -19,6 +20,7 @@ __all__ = [
   "Rope",
   "TransformerConfig",
   "activation",
+  "axes",
   "hidden_units",
   "sinusoidal_positions",
   "weight",
