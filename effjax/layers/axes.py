@@ -94,10 +94,10 @@ def _layer(config: TransformerConfig, layer: Mapping[str, Axes]) -> dict:
   found: dict = {}
   for place, roles in layer.items():
     found |= under(place, roles)
-  for branch in layer.keys() & set(BRANCHES):
-    found |= _norm(config, f"{branch}_norm")
-    if config.arrangement == "sandwich":
-      found |= _norm(config, f"{branch}_post_norm")
+  norms = ("norm", "post_norm") if config.arrangement == "sandwich" else ("norm",)
+  for branch in BRANCHES:
+    for name in norms if branch in layer else ():
+      found |= _norm(config, f"{branch}_{name}")
   return found
 
 
