@@ -113,17 +113,17 @@ class Weight(abc.ABC):
 
   def check(self) -> None:
     """Raises ValueError where the fields do not fit one another; called when one is made."""
+    batch = tuple(self.shape[:-2])
+    for name, value in _arrays(self):
+      if tuple(value.shape[: len(batch)]) != batch:
+        raise ValueError(
+          f"{type(self).__name__}: {name} has shape {tuple(value.shape)}; allowed: leading axes "
+          f"{batch}, those of its shape {tuple(self.shape)}"
+        )
 
   def __post_init__(self):
     if all(_is_array(value) for _, value in _arrays(self)):
       self.check()
-      batch = tuple(self.shape[:-2])
-      for name, value in _arrays(self):
-        if tuple(value.shape[: len(batch)]) != batch:
-          raise ValueError(
-            f"{type(self).__name__}: {name} has shape {tuple(value.shape)}; allowed: leading axes "
-            f"{batch}, those of its shape {tuple(self.shape)}"
-          )
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     return np.asarray(self.materialize(), dtype)
@@ -148,7 +148,7 @@ class Weight(abc.ABC):
 
 @dataclass_transform(frozen_default=True)
 def register(
-  *, static: tuple[str, ...] = (), trains: tuple[str, ...] = (), kind: str = "matrix"
+  *, static: tuple[str, ...] = (), trains: tuple[str, ...] | None = None, kind: str = "matrix"
 ) -> Callable[[type[T]], type[T]]:
   """Class decorator: a frozen dataclass and pytree, known to `REPRESENTATIONS` by its name.
 
@@ -158,7 +158,8 @@ def register(
 
   Args:
     static: fields that are no arrays; hashable.
-    trains: fields that receive gradients where nothing else is asked for (`trees.trained`).
+    trains: fields that receive gradients where nothing else is asked for (`trees.trained`); None
+      is all of them, and none of a "quantised" one.
     kind: one of `KINDS`.
 
   Raises:
@@ -170,10 +171,12 @@ def register(
   def wrap(cls: type[T]) -> type[T]:
     cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
     names = [field.name for field in dataclasses.fields(cls)]
-    if unknown := {*static, *trains} - set(names):
+    if unknown := {*static, *(trains or ())} - set(names):
       raise ValueError(f"register: {cls.__name__} has no field {sorted(unknown)}; allowed: {names}")
-    cls.static, cls.trains, cls.kind = static, trains, kind
-    _register_pytree(cls, [name for name in names if name not in static], static)
+    arrays = [name for name in names if name not in static]
+    default = () if kind == "quantised" else tuple(arrays)
+    cls.static, cls.trains, cls.kind = static, default if trains is None else trains, kind
+    _register_pytree(cls, arrays, static)
     REPRESENTATIONS[cls.__name__] = cls
     return cls
 
@@ -196,7 +199,7 @@ def _register_pytree(cls: type, arrays: Sequence[str], static: tuple[str, ...]) 
   jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten, flatten)
 
 
-@register(trains=("base",), kind="wrapper")
+@register(kind="wrapper")
 class Transposed(Weight):
   """Wᵀ for a `Weight` W: x Wᵀ is the transpose of the linear map x ↦ x W, applied to x.
 
