@@ -59,9 +59,12 @@ def trainable(params: PyTree, chosen: trees.Chooser | None = None) -> int:
     >>> trainable({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "b")
     3
   """
+  if chosen is not None:
+    params, _ = trees.partition(params, chosen)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
   paths = trees.trained(params)
-  pick = chosen or (lambda path, leaf: path in paths)
-  return sum(leaf.size for leaf in jax.tree.leaves(trees.partition(params, pick)[0]))
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return sum(leaf.size for path, leaf in leaves if trees.path_string(path) in paths)
 
 
 def state_bytes(*states: PyTree) -> int:

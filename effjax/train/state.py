@@ -51,7 +51,10 @@ def trained(params: Params, trainable: trees.Chooser | None = None) -> tuple[PyT
     ValueError: when nothing is chosen, or an array of integers is.
   """
   if trainable is None:
-    return _partition(params, trees.trained(params))
+    paths = trees.trained(params)
+    if not paths:
+      raise ValueError("params: nothing in it trains; allowed: arrays of floats, or adapters")
+    return _partition(params, paths)
   chosen, rest = trees.partition(params, trainable)
   for path, x in jax.tree_util.tree_leaves_with_path(chosen):
     if not jnp.issubdtype(x.dtype, jnp.inexact):
