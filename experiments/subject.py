@@ -17,8 +17,8 @@ from effjax.core.numerics import cross_entropy
 from effjax.core.typing import Array, Key, Params, PyTree
 from effjax.data.tokenizers import ByteTokenizer, Tokenizer
 from effjax.decode import unrolled
+from effjax.layers.forward import forward
 from effjax.models import Transformer, TransformerConfig, packages, presets
-from effjax.train.state import trained
 from experiments.harness import Row
 
 
@@ -29,12 +29,10 @@ class Subject:
   Attributes:
     config: its shape.
     params: its parameters.
-    trainable: which of them train, as in `train.init_state`; None is every array of floats.
   """
 
   config: TransformerConfig
   params: Params
-  trainable: trees.Chooser | None = None
 
   @property
   def module(self) -> Transformer:
@@ -62,11 +60,10 @@ def init(module: Transformer, key: Key) -> Params:
 
 def costs(subject: Subject, length: int) -> Row:
   """Parameters, active and trainable ones, bytes, and forward FLOPs a token at `length` tokens."""
-  chosen, _ = trained(subject.params, subject.trainable)
   return {
     "parameters": cost.parameters(subject.params),
     "active": cost.active_parameters(subject.config, subject.params),
-    "trainable": cost.trainable(chosen),
+    "trainable": cost.trainable(subject.params),
     "bytes": trees.nbytes(subject.params),
     "flops_token": cost.flops(subject.config, length, subject.params),
   }
@@ -146,8 +143,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 @functools.partial(jax.jit, static_argnums=0)
 def token_nll(module: Transformer, params: Params, batch: dict) -> Array:
   """−log p of each target, [B, T] in nats, whatever its weight."""
-  layout = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
-  logits = module.apply({"params": params}, batch["tokens"], **layout)
+  logits, _ = forward(module, params, batch)
   return cross_entropy(logits, batch["targets"])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax import cost, moe, peft, quant
+from effjax import cost, moe, quant
 from effjax.attention import masks
 from effjax.core.typing import Key
 from effjax.distill import kd_objective
@@ -79,9 +79,7 @@ def with_lora(rank: int, *, merged: bool = False) -> Callable[[Subject, Key], Su
 
   def make(subject: Subject, key: Key) -> Subject:
     params = lora.add(subject.params, key, rank=rank, targets=KERNELS)
-    if merged:
-      return dataclasses.replace(subject, params=lora.merge(params))
-    return dataclasses.replace(subject, params=params, trainable=peft.trainable(params))
+    return dataclasses.replace(subject, params=lora.merge(params) if merged else params)
 
   return make
 

@@ -42,18 +42,24 @@ def active_parameters(config: TransformerConfig, params: Params) -> int:
   return round(sum(share * trees.count(leaf) for leaf, share in layers)) + trees.count(rest)
 
 
-def trainable(params: PyTree) -> int:
-  """Numbers that receive gradients: the arrays of the first tree that `trees.partition` gives.
+def trainable(params: PyTree, chosen: trees.Chooser | None = None) -> int:
+  """Numbers that receive gradients: of LoRA on a frozen base the two factors, not the matrix.
 
-  Counted inside weights: of LoRA on a frozen base the two factors, not the matrix.
+  Args:
+    params: a parameter tree, or the first of the two that `trees.partition` gives.
+    chosen: a pattern or predicate on the paths of arrays; None is what `trees.trained` says.
 
   Example:
     >>> import jax.numpy as jnp
-    >>> chosen, _ = trees.partition({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "b")
-    >>> trainable(chosen)
+    >>> trainable({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "b")
     3
   """
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
+  if chosen is not None:
+    params, _ = trees.partition(params, chosen)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+  paths = trees.trained(params)
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return sum(leaf.size for path, leaf in leaves if trees.path_string(path) in paths)
 
 
 def state_bytes(*states: PyTree) -> int:
