@@ -1,6 +1,6 @@
 """Running a module on a batch, and collecting what its layers sowed on the way."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,15 +13,21 @@ RNG_STREAMS = ("dropout", "router", "mask")
 
 
 def forward(
-  module: nn.Module, params: Params, batch: Mapping[str, Array], rng: Key | None = None
+  module: nn.Module,
+  params: Params,
+  batch: Mapping[str, Array],
+  rng: Key | None = None,
+  *,
+  collections: Sequence[str] = ("losses", "metrics"),
 ) -> tuple[Any, Mapping]:
-  """The module's output on a batch, and what its layers sowed under "losses" and "metrics".
+  """The module's output on a batch, and what its layers sowed under `collections`.
 
   Args:
     module: called with the tokens, and with segment_ids and positions where the batch holds them.
     params: its parameters.
     batch: tokens [B, T], and whatever else.
     rng: key of all randomness in layers; None switches it off.
+    collections: what layers may sow.
 
   Example:
     >>> module = nn.Embed(3, 2, embedding_init=nn.initializers.ones)
@@ -30,8 +36,8 @@ def forward(
   """
   given = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
   rngs = {} if rng is None else dict(zip(RNG_STREAMS, jax.random.split(rng, 3), strict=True))
-  kinds = ["losses", "metrics"]
-  return module.apply({"params": params}, batch["tokens"], **given, rngs=rngs, mutable=kinds)
+  mutable = list(collections)
+  return module.apply({"params": params}, batch["tokens"], **given, rngs=rngs, mutable=mutable)
 
 
 def layer_means(sown: Mapping) -> dict[str, Array]:
