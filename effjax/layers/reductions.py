@@ -5,8 +5,8 @@ All but the last axis of a value x [..., D] count as tokens (the heads of a quer
 Statistics are in float32 whatever the type of x.
 """
 
-import functools
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,7 +40,7 @@ class _Kept:
     return _Kept(jnp.concatenate([self.values, other.values], self.axis), self.axis)
 
 
-def masked(x: Array, mask: Bool[Array, "..."] | None) -> Array:
+def _masked(x: Array, mask: Bool[Array, "..."] | None) -> Array:
   """`x` with zeros where `mask`, over its leading axes, is False."""
   if mask is None:
     return x
@@ -48,7 +48,7 @@ def masked(x: Array, mask: Bool[Array, "..."] | None) -> Array:
 
 
 def _rows(x: Array, mask: Array | None) -> Float[Array, "M D"]:
-  return masked(x, mask).astype(jnp.float32).reshape(-1, x.shape[-1])
+  return _masked(x, mask).astype(jnp.float32).reshape(-1, x.shape[-1])
 
 
 def _gram(x: Array, mask: Array | None) -> Float[Array, "D D"]:
@@ -92,14 +92,24 @@ mean = Reduction(
 """Σ x / Σ 1 by channel, [D]; NaN without tokens."""
 
 keep = Reduction(
-  lambda x, mask: _Kept(masked(x, mask), -x.ndim), _Kept.joined, lambda kept: kept.values
+  lambda x, mask: _Kept(_masked(x, mask), -x.ndim), _Kept.joined, lambda kept: kept.values
 )
 """The values in their own type, batches one after the other on the batch axis; padding is zero."""
 
 
-@functools.cache
-def histogram(*edges: float) -> Reduction:
-  """How many |x|, over all channels, lie below `edges[0]`, between neighbours, from the last up.
+@dataclasses.dataclass(frozen=True)
+class _Histogram:
+  edges: tuple[float, ...]
+
+  def __call__(self, x: Array, mask: Array | None) -> Float[Array, "bins"]:
+    size = jnp.abs(_rows(x, mask))
+    from_edge = [(~(size < edge)).sum() for edge in self.edges]
+    counts = jnp.stack([_tokens(x, mask) * x.shape[-1], *from_edge, jnp.int32(0)])
+    return -jnp.diff(counts).astype(jnp.float32)
+
+
+def histogram(edges: Sequence[float]) -> Reduction:
+  """How many |x|, over all channels, lie below the first edge, between two, from the last up.
 
   c_i = #{e_i ≤ |x| < e_{i+1}} with e_0 = 0 and e_{n+1} = ∞, so that every number counts once, inf
   and NaN in the last bin: counts [n + 1] in float32, exact to 2²⁴.
@@ -111,16 +121,10 @@ def histogram(*edges: float) -> Reduction:
     ValueError: for other edges.
 
   Example:
-    >>> histogram(1.0, 6.0).measure(jnp.array([[0.0, -0.5, 2.0, -6.0]]), None).tolist()
+    >>> histogram([1.0, 6.0]).measure(jnp.array([[0.0, -0.5, 2.0, -6.0]]), None).tolist()
     [2.0, 1.0, 1.0]
   """
+  edges = tuple(float(edge) for edge in edges)
   if not edges or not all(a < b for a, b in zip((0.0, *edges), edges, strict=False)):
     raise ValueError(f"histogram: edges {edges}; allowed: positive numbers that increase")
-
-  def measure(x, mask):
-    size = jnp.abs(_rows(x, mask))
-    from_edge = [(~(size < edge)).sum() for edge in edges]
-    counts = jnp.stack([_tokens(x, mask) * x.shape[-1], *from_edge, jnp.int32(0)])
-    return -jnp.diff(counts).astype(jnp.float32)
-
-  return Reduction(measure, jnp.add)
+  return Reduction(_Histogram(edges), jnp.add)

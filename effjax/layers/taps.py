@@ -42,9 +42,10 @@ class Tap(nn.Module):
 
 @contextlib.contextmanager
 def tokens(segment_ids: Int[Array, "..."] | None):
-  """Inside, values lead with the axes of `segment_ids`, where negative is padding; None has none.
+  """Inside, captured values have the leading axes of `segment_ids`, and a negative id is padding.
 
-  For modules that compute on other rows than the batch's [B, T]: memory, tokens sorted by expert.
+  For modules that compute on other rows than the batch's [B, T]: memory, or tokens sorted by
+  expert. With None every row counts.
 
   Example:
     >>> import jax.numpy as jnp
@@ -119,8 +120,8 @@ def _statistics(params: Params, batch: dict, *, module, reduce, select, kind, at
   observe = functools.partial(_observe, reduce=reduce, kind=kind, at=at)
   with tokens(batch.get("segment_ids")), nn.intercept_methods(observe):
     _, sown = forward(module, params, batch, collections=(_COLLECTION,))
-  # Inside a module that another one applies paths are relative, so what was asked for is known
-  # only here; the compiler drops the rest.
+  # Inside a module that another one applies, paths are relative: what was asked for is known here,
+  # and the compiler drops the rest.
   return _selected(sown.get(_COLLECTION, {}), select)
 
 
@@ -151,7 +152,9 @@ class _Misfit:
 
 
 def _selected(sown: Mapping, select: Chooser) -> dict[str, PyTree]:
-  found = {"/".join(key[:-1]): x for key, x in traverse_util.flatten_dict(sown).items()}
+  # Misfits last: a module called twice may have sown both.
+  flat = sorted(traverse_util.flatten_dict(sown).items(), key=lambda item: item[0][-1] == _MISFIT)
+  found = {"/".join(key[:-1]): x for key, x in flat}
   chosen = {path: x for path, x in found.items() if chooses(select, path, x)}
   if not chosen:
     paths = ", ".join(found) or "none"

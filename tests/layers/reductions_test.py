@@ -21,7 +21,7 @@ EXPECTED = {
 
 
 def reduction(name):
-  return reductions.histogram(*EDGES) if name == "histogram" else getattr(reductions, name)
+  return reductions.histogram(EDGES) if name == "histogram" else getattr(reductions, name)
 
 
 def values(shape, dtype=jnp.float32):
@@ -77,10 +77,10 @@ def test_kept_values_join_on_the_batch_axis_and_padding_is_zero():
 
 def test_histogram_counts_every_number_once():
   x = jnp.array([[jnp.nan, jnp.inf, -jnp.inf, 0.0, 1.0, -1.0, 0.999, 3.0]])
-  assert reductions.histogram(1.0, 3.0).measure(x, None).tolist() == [2, 2, 4]
+  assert reductions.histogram([1.0, 3.0]).measure(x, None).tolist() == [2, 2, 4]
 
 
 @pytest.mark.parametrize("edges", [(), (0.0, 1.0), (2.0, 1.0), (1.0, 1.0), (float("nan"),)])
 def test_histogram_refuses_edges_that_do_not_increase(edges):
   with pytest.raises(ValueError, match="allowed: positive numbers that increase"):
-    reductions.histogram(*edges)
+    reductions.histogram(edges)
