@@ -254,12 +254,14 @@ def test_rows_of_which_padding_is_unknown_are_refused():
 
 
 class Twice(nn.Module):
-  """One linear map, applied to its own output."""
+  """One linear map, applied to its own output, of which it is shown `length` tokens."""
+
+  length: int | None = None
 
   @nn.compact
   def __call__(self, tokens, segment_ids=None):
     embed, shared = Embed(V, D, name="embed"), Linear(D, name="shared")
-    return shared(shared(embed(tokens)))
+    return shared(shared(embed(tokens))[:, : self.length])
 
 
 def test_a_module_called_twice_accumulates():
@@ -269,6 +271,12 @@ def test_a_module_called_twice_accumulates():
   expected = (x**2).sum(0) + ((x @ params["shared"]["kernel"]) ** 2).sum(0)
   found = capture(module, params, batch, reduce=sum_of_squares)
   np.testing.assert_allclose(found["shared"], expected, rtol=1e-5)
+
+
+def test_one_call_of_two_with_unknown_padding_is_refused():
+  module = Twice(1)
+  with pytest.raises(ValueError, match=r"'shared' sees \(2, 1, 16\)"):
+    capture(module, initialised(module), batch_of(), reduce=sum_of_squares)
 
 
 def test_taps_are_nothing_unless_captured():
