@@ -10,7 +10,7 @@ from effjax.attention import masks
 from effjax.attention.attend import attend
 from effjax.attention.multi_head import Attention
 from effjax.core.typing import Array, Int, Params
-from effjax.layers import TransformerConfig, stack
+from effjax.layers import TransformerConfig, stack, taps
 
 _NAMES = ("query", "key", "value")
 
@@ -50,13 +50,14 @@ class Longformer(Attention):
     rows = jnp.arange(x.shape[0])[:, None]
     chosen = jnp.maximum(at, 0)
     heads, width = query.shape[2:]
-    query = self._project("query_global", x[rows, chosen], heads, width)
+    ids = context.segment_ids
+    with taps.tokens(jnp.where(at < 0, -1, 0 if ids is None else ids[rows, chosen])):
+      query = self._project("query_global", x[rows, chosen], heads, width)
+      query = self._placed("query_global", query, positions[rows, chosen])
     key, value = (
       self._project(f"{name}_global", x, key.shape[2], width) for name in ("key", "value")
     )
-    if self.rope is not None:
-      query, key = self.rope(query, positions[rows, chosen]), self.rope(key, positions)
-    ids = context.segment_ids
+    key = self._placed("key_global", key, positions)
     out = attend(
       query,
       key,

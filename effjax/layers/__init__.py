@@ -8,6 +8,7 @@ from effjax.layers.mlp import MLP, activation, hidden_units
 from effjax.layers.norms import LayerNorm, RMSNorm
 from effjax.layers.rotary import Rope
 from effjax.layers.spec import LayerSpec, TransformerConfig
+from effjax.layers.taps import capture
 
 __all__ = [
   "MLP",
@@ -21,6 +22,7 @@ __all__ = [
   "TransformerConfig",
   "activation",
   "axes",
+  "capture",
   "hidden_units",
   "sinusoidal_positions",
   "weight",

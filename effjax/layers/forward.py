@@ -15,7 +15,6 @@ from effjax.layers.context import Context
 
 RNG_STREAMS = ("dropout", "router", "mask")
 FACTS = tuple(field.name for field in dataclasses.fields(Context) if field.name != "tokens")
-SOWN = ("losses", "metrics", "statistics")
 
 
 def forward(
@@ -25,8 +24,9 @@ def forward(
   rng: Key | None = None,
   *,
   read: Iterable[str] = ("targets", "weights"),
+  collections: Iterable[str] = ("losses", "metrics", "statistics"),
 ) -> tuple[Any, Mapping]:
-  """The module's output on a batch, and what its layers sowed, by collection (`SOWN`).
+  """The module's output on a batch, and what its layers sowed under `collections`.
 
   Args:
     module: called with the tokens, and by keyword with every other field of `Context` that the
@@ -35,6 +35,7 @@ def forward(
     batch: tokens [B, T], and whatever else.
     rng: key of all randomness in layers; None switches it off.
     read: entries of the batch that the caller reads itself.
+    collections: what layers may sow.
 
   Raises:
     ValueError: for an entry of the batch that neither the caller nor the module reads.
@@ -53,7 +54,8 @@ def forward(
   facts, rngs = {name: batch[name] for name in taken if name in batch}, {}
   if rng is not None:
     rngs = dict(zip(RNG_STREAMS, jax.random.split(rng, len(RNG_STREAMS)), strict=True))
-  return module.apply({"params": params}, batch["tokens"], **facts, rngs=rngs, mutable=list(SOWN))
+  arguments = {**facts, "rngs": rngs, "mutable": list(collections)}
+  return module.apply({"params": params}, batch["tokens"], **arguments)
 
 
 def sown_values(sown: Mapping) -> dict[str, Array]:

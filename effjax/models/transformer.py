@@ -128,7 +128,7 @@ class Transformer(nn.Module):
     if segment.repeats > 1:
       body = nn.scan(
         body,
-        variable_axes={"params": 0, "losses": 0, "metrics": 0},
+        variable_axes=dict.fromkeys(("params", "losses", "metrics", "statistics", "taps"), 0),
         split_rngs=dict.fromkeys(RNG_STREAMS, True),
         in_axes=(nn.broadcast, 0 if cached else nn.broadcast),
         out_axes=0,
