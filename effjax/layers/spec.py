@@ -5,6 +5,7 @@ five local to one global a pattern of masks: `layers` says it in the open.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Hashable
 from typing import Any
 
@@ -46,6 +47,11 @@ class LayerSpec:
       if after is not None and getattr(self, place) is None:
         given = f"after_{place} is {type(after).__name__} and {place} None"
         raise ValueError(f"LayerSpec: {given}; allowed: nothing after what is left out")
+
+  def __repr__(self) -> str:
+    tag = "" if self.tag is None else f", tag={self.tag!r}"
+    names = (type(module).__name__ for module in self.modules.values())
+    return f"LayerSpec({' + '.join(names) or 'nothing'}{tag})"
 
   @property
   def modules(self) -> dict[str, nn.Module]:
@@ -108,6 +114,14 @@ class TransformerConfig:
     _check("positions", self.positions, (None, "learned", "sinusoidal"))
     _check("head", self.head, (None, "lm"))
     object.__setattr__(self, "layers", tuple(self.layers))
+
+  def __repr__(self) -> str:
+    runs = [(spec, len(list(same))) for spec, same in itertools.groupby(self.layers, repr)]
+    shown = ", ".join(f"{count} × {spec}" for spec, count in runs[:3])
+    more = f", … ({len(self.layers)} in all)" if len(runs) > 3 else ""
+    name = f"{self.family}, " if self.family else ""
+    sizes = f"vocab_size={self.vocab_size}, width={self.width}"
+    return f"TransformerConfig({name}{sizes}, layers: {shown}{more})"
 
 
 def stated(config: TransformerConfig, name: str) -> list[dict[str, Any]]:
