@@ -96,9 +96,7 @@ class Lab:
     shape, subject = self.shape, run.subject
     steps = self.steps(run) if steps is None else steps
     optimizer, step = self._step(run, steps, label)
-    state = init_state(
-      jax.tree.map(jnp.copy, subject.params), optimizer, trainable=subject.trainable
-    )
+    state = init_state(jax.tree.map(jnp.copy, subject.params), optimizer)
     batches = data.loader(
       self.corpus, self.tokenizer, batch_size=shape.batch, length=shape.length, seed=seed
     )
@@ -137,6 +135,5 @@ class Lab:
       )
       optimizer = make_optimizer(config)
       objective = run.objective or next_token(run.subject.module)
-      trainable = run.subject.trainable
-      self._steps[kind] = optimizer, make_train_step(objective, optimizer, trainable=trainable)
+      self._steps[kind] = optimizer, make_train_step(objective, optimizer)
     return self._steps[kind]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +15,10 @@ from effjax import cost, models
 from effjax.core import trees
 from effjax.core.numerics import cross_entropy
 from effjax.core.typing import Array, Key, Params, PyTree
-from effjax.core.weights import is_weight
 from effjax.data.tokenizers import ByteTokenizer, Tokenizer
 from effjax.decode import unrolled
+from effjax.layers.forward import forward
 from effjax.models import Transformer, TransformerConfig, packages, presets
-from effjax.train.state import trained
 from experiments.harness import Row
 
 
@@ -31,12 +29,10 @@ class Subject:
   Attributes:
     config: its shape.
     params: its parameters.
-    trainable: which of them train, as in `train.init_state`; None is every array of floats.
   """
 
   config: TransformerConfig
   params: Params
-  trainable: trees.Chooser | None = None
 
   @property
   def module(self) -> Transformer:
@@ -64,27 +60,13 @@ def init(module: Transformer, key: Key) -> Params:
 
 def costs(subject: Subject, length: int) -> Row:
   """Parameters, active and trainable ones, bytes, and forward FLOPs a token at `length` tokens."""
-  chosen, _ = trained(subject.params, subject.trainable)
   return {
     "parameters": cost.parameters(subject.params),
     "active": cost.active_parameters(subject.config, subject.params),
-    "trainable": cost.trainable(chosen),
+    "trainable": cost.trainable(subject.params),
     "bytes": trees.nbytes(subject.params),
-    "flops_token": cost.flops(subject.config, length) + added_flops(subject.params),
+    "flops_token": cost.flops(subject.config, length, subject.params),
   }
-
-
-def added_flops(params: Params) -> float:
-  """FLOPs a token of what representations add to a matrix, such as LoRA's factors: two each.
-
-  Example:
-    >>> from effjax.peft import lora
-    >>> params = lora.add({"kernel": jnp.ones((4, 6))}, jax.random.key(0), rank=2, targets="kernel")
-    >>> added_flops(params)
-    40.0
-  """
-  leaves = trees.items(params).values()
-  return 2.0 * sum(leaf.parameters - math.prod(leaf.shape) for leaf in leaves if is_weight(leaf))
 
 
 class Runner:
@@ -161,8 +143,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 @functools.partial(jax.jit, static_argnums=0)
 def token_nll(module: Transformer, params: Params, batch: dict) -> Array:
   """−log p of each target, [B, T] in nats, whatever its weight."""
-  layout = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
-  logits = module.apply({"params": params}, batch["tokens"], **layout)
+  logits, _ = forward(module, params, batch)
   return cross_entropy(logits, batch["targets"])
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax import cost, moe, peft, quant
+from effjax import cost, moe, quant
 from effjax.attention import masks
 from effjax.core.typing import Key
 from effjax.distill import kd_objective
-from effjax.layers.stack import join, split
+from effjax.layers import stack
 from effjax.peft import lora
 from experiments.short_runs import Lab, Run
 from experiments.subject import Subject
@@ -54,11 +54,9 @@ def masked(mask: masks.Mask, every: int = 1) -> Callable[[Subject, Key], Subject
 
 def with_layers(subject: Subject, change: Callable) -> Subject:
   """The subject with `change(index, spec)` as its layers, their parameters regrouped."""
-  config = subject.config
-  specs = tuple(change(i, spec) for i, spec in enumerate(config.layers))
-  new = dataclasses.replace(config, layers=specs)
-  params = join(new, *split(config, subject.params))
-  return dataclasses.replace(subject, config=new, params=params)
+  keep = lambda index, spec, tree: (change(index, spec), tree)
+  config, params = stack.change(subject.config, subject.params, keep)
+  return dataclasses.replace(subject, config=config, params=params)
 
 
 def _with_mask(spec, mask: masks.Mask):
@@ -81,9 +79,7 @@ def with_lora(rank: int, *, merged: bool = False) -> Callable[[Subject, Key], Su
 
   def make(subject: Subject, key: Key) -> Subject:
     params = lora.add(subject.params, key, rank=rank, targets=KERNELS)
-    if merged:
-      return dataclasses.replace(subject, params=lora.merge(params))
-    return dataclasses.replace(subject, params=params, trainable=peft.trainable(params))
+    return dataclasses.replace(subject, params=lora.merge(params) if merged else params)
 
   return make
 

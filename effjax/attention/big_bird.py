@@ -49,8 +49,5 @@ class BigBird(Attention):
       raise ValueError(f"BigBird: a cache with mask={self.mask}; allowed: Causal()")
     return super().init_cache(width, batch, length, dtype)
 
-  def flops(self, width: int, length: int) -> float:
-    """Matrix-product FLOPs a token, forward: projections, and scores over the keys it sees."""
-    sparse = self._pattern(jax.random.key(self.seed), length, 1)
-    fewer = self.mask.mean_keys(length) - sparse.mean_keys(length)
-    return super().flops(width, length) - 4.0 * self.heads * self._head_width(width) * fewer
+  def _mean_keys(self, length, queries):
+    return self._pattern(jax.random.key(self.seed), length, 1).mean_keys(length, queries)

@@ -10,6 +10,7 @@ from flax import struct
 from effjax.core.numerics import vary_alike
 from effjax.core.typing import Array, DTypeLike, Float, Int
 from effjax.layers import Context, Linear
+from effjax.layers.axes import linear_axes
 
 
 @struct.dataclass
@@ -204,9 +205,26 @@ class LinearAttention(nn.Module):
     head_width = self._head_width(width)
     return LinearState.empty(batch, self.heads, head_width, head_width)
 
-  def flops(self, width: int, length: int) -> float:
-    """Matrix-product FLOPs a token, forward: projections, chunks, and the sums of each side."""
-    chunk, sides = min(self.chunk, length), 1 if self.causal else 2
+  @property
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """The roles of its parameters' axes, see `effjax.layers.axes`."""
+    found = linear_axes("out", "heads", "embed")
+    for name in ("query", "key", "value"):
+      found |= linear_axes(name, "embed", "heads")
+    return found
+
+  @property
+  def units(self) -> dict[str, int]:
+    """How many heads the axes hold, see `effjax.layers.axes`."""
+    return {"heads": self.heads}
+
+  def flops(self, width: int, length: int, queries: int | None = None) -> float:
+    """Matrix-product FLOPs a token, forward: projections, chunks, and the sums of each side.
+
+    The last `queries` tokens come to a state that holds the others.
+    """
+    tokens = queries if queries and self.causal else length
+    chunk, sides = min(self.chunk, tokens), 1 if self.causal else 2
     pairs = (chunk + 1) / 2 if self.causal else chunk
     return 8.0 * width**2 + 4.0 * width * (pairs + sides * self._head_width(width))
 

@@ -9,6 +9,7 @@ from effjax.attention.attend import attend
 from effjax.core.typing import Array, DTypeLike, Float, Int
 from effjax.core.weights import materialize
 from effjax.layers import Context, Linear, weight
+from effjax.layers.axes import linear_axes
 from effjax.layers.linear import KERNEL_INIT
 
 
@@ -139,7 +140,22 @@ class Linformer(nn.Module):
     """There is none: raises ValueError."""
     raise ValueError("Linformer: a cache; allowed: none, since it sees all positions at once")
 
-  def flops(self, width: int, length: int) -> float:
+  @property
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """The roles of its parameters' axes, see `effjax.layers.axes`."""
+    found = linear_axes("out", "heads", "embed")
+    for name in ("query", "key", "value"):
+      found |= linear_axes(name, "embed", "heads")
+    for name in ("key_length",) if self.shared else ("key_length", "value_length"):
+      found |= linear_axes(name, "positions", "projected")
+    return found
+
+  @property
+  def units(self) -> dict[str, int]:
+    """How many heads the axes hold, see `effjax.layers.axes`."""
+    return {"heads": self.heads}
+
+  def flops(self, width: int, length: int, queries: int | None = None) -> float:
     """Matrix-product FLOPs a token, forward: projections of width and length, and scores."""
     return 8.0 * width**2 + 8.0 * width * self.rank
 

@@ -10,8 +10,7 @@ from effjax.attention import masks
 from effjax.attention.attend import attend
 from effjax.attention.multi_head import Attention
 from effjax.core.typing import Array, Int, Params
-from effjax.layers import TransformerConfig
-from effjax.layers.stack import join, split
+from effjax.layers import TransformerConfig, stack, taps
 
 _NAMES = ("query", "key", "value")
 
@@ -51,13 +50,14 @@ class Longformer(Attention):
     rows = jnp.arange(x.shape[0])[:, None]
     chosen = jnp.maximum(at, 0)
     heads, width = query.shape[2:]
-    query = self._project("query_global", x[rows, chosen], heads, width)
+    ids = context.segment_ids
+    with taps.tokens(jnp.where(at < 0, -1, 0 if ids is None else ids[rows, chosen])):
+      query = self._project("query_global", x[rows, chosen], heads, width)
+      query = self._placed("query_global", query, positions[rows, chosen])
     key, value = (
       self._project(f"{name}_global", x, key.shape[2], width) for name in ("key", "value")
     )
-    if self.rope is not None:
-      query, key = self.rope(query, positions[rows, chosen]), self.rope(key, positions)
-    ids = context.segment_ids
+    key = self._placed("key_global", key, positions)
     out = attend(
       query,
       key,
@@ -80,13 +80,24 @@ class Longformer(Attention):
     """There is none: raises ValueError."""
     raise ValueError("Longformer: a cache; allowed: none, since global tokens see what comes later")
 
-  def flops(self, width: int, length: int) -> float:
-    """Matrix-product FLOPs a token, forward, without global tokens that only the context knows."""
+  @property
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """Those of `Attention`, and again those of its projections if there are global tokens."""
+    found = super().axes
+    if self.positions in (0, ()):
+      return found
+    again = {p.replace("/", "_global/"): r for p, r in found.items() if p.split("/")[0] in _NAMES}
+    return found | again
+
+  def flops(self, width: int, length: int, queries: int | None = None) -> float:
+    """As in `Attention`, without global tokens that only the context knows."""
+    more = 4.0 * width * self._head_width(width) * self._kv_heads()
+    return super().flops(width, length, queries) + more
+
+  def _mean_keys(self, length, queries):
     seen = self.mask if self.positions is None else self.mask | masks.Global(self.positions)
     seen = seen & masks.Causal() if self.causal else seen
-    head_width, kv_heads = self._head_width(width), self._kv_heads()
-    projections = 2.0 * width * head_width * (2 * self.heads + 4 * kv_heads)
-    return projections + 4.0 * self.heads * head_width * seen.mean_keys(length)
+    return seen.mean_keys(length, queries)
 
 
 def _listed(positions, batch: int) -> Int[Array, "B G"]:
@@ -128,25 +139,27 @@ def convert(
 
   Reference: Longformer, section 5.
   """
-  count = len(config.layers)
-  specs, (trees, rest) = list(config.layers), split(config, params)
-  for index in range(count) if layers is None else layers:
+  count, longer = len(config.layers), config.context if context is None else context
+  chosen = range(count) if layers is None else layers
+  for index in chosen:
     if not -count <= index < count:
       raise ValueError(f"longformer.convert: layers has {index}; allowed: {-count} … {count - 1}")
-    mixer = specs[index].mixer
-    if type(mixer) is not Attention or mixer.mask not in (masks.Full(), masks.Causal()):
+
+  def change(index, spec, tree):
+    if index not in chosen and index - count not in chosen:
+      return spec, tree
+    if type(spec.mixer) is not Attention or spec.mixer.mask not in (masks.Full(), masks.Causal()):
       raise ValueError(
-        f"longformer.convert: the mixer of layer {index} is {mixer}; allowed: Attention, "
+        f"longformer.convert: the mixer of layer {index} is {spec.mixer}; allowed: Attention, "
         "full or causal"
       )
-    new = _longformer(mixer, window, positions)
-    specs[index] = dataclasses.replace(specs[index], mixer=new)
-    trees[index] = {**trees[index], "mixer": from_attention(trees[index]["mixer"])}
-  longer = config.context if context is None else context
+    spec = dataclasses.replace(spec, mixer=_longformer(spec.mixer, window, positions))
+    return spec, {**tree, "mixer": from_attention(tree["mixer"])}
+
+  changed, new = stack.change(config, params, change)
   if config.positions == "learned":
-    rest = {**rest, "positions": _repeated(rest["positions"], config, longer)}
-  changed = dataclasses.replace(config, layers=tuple(specs), context=longer, family=None)
-  return changed, join(changed, trees, rest)
+    new["positions"] = _repeated(new["positions"], config, longer)
+  return dataclasses.replace(changed, context=longer, family=None), new
 
 
 def _longformer(mixer: Attention, window: int, positions) -> Longformer:

@@ -145,11 +145,10 @@ class ShiftedSparseAttention(Attention):
     )
     return y, None
 
-  def flops(self, width: int, length: int) -> float:
-    """Matrix-product FLOPs a token, forward: projections, and scores within the groups."""
-    seen = mean_keys(length, self._group(length), self.mask == masks.Causal())
-    fewer = self.mask.mean_keys(length) - seen
-    return super().flops(width, length) - 4.0 * self.heads * self._head_width(width) * fewer
+  def _mean_keys(self, length, queries):
+    if queries not in (None, length):  # the others are in a cache, where attention is in full
+      return super()._mean_keys(length, queries)
+    return mean_keys(length, self._group(length), self.mask == masks.Causal())
 
   def _group(self, length: int) -> int:
     return max(2, math.ceil(length / 4)) if self.group is None else self.group

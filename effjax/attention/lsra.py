@@ -15,6 +15,7 @@ from effjax.attention import masks
 from effjax.attention.multi_head import Attention, KVCache
 from effjax.core.typing import Array, DTypeLike, Float, Int
 from effjax.layers import Context, Linear, Rope
+from effjax.layers.axes import linear_axes, renamed, under
 
 TAPS_INIT = nn.initializers.xavier_uniform()
 
@@ -182,12 +183,28 @@ class LSRA(nn.Module):
     attention = self._attention(parent=None).init_cache(half, batch, length, dtype)
     return LSRACache(attention, jnp.zeros((batch, length, half), dtype))
 
-  def flops(self, width: int, length: int) -> float:
+  @property
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """The roles of its parameters' axes, see `effjax.layers.axes`."""
+    attention = renamed(self._attention(parent=None).axes, embed="far")
+    taps = {"conv": ("channels", "taps")}
+    if self.dynamic:
+      taps = linear_axes("taps", "channels", "head_taps")
+    convolution = linear_axes("glu", "near", "glu") | linear_axes("out", "channels", "near")
+    return under("attention", attention) | convolution | taps
+
+  @property
+  def units(self) -> dict[str, int]:
+    """How many heads the axes hold, see `effjax.layers.axes`."""
+    convolution = {"channels": self.heads, "head_taps": self.heads}
+    return self._attention(parent=None).units | convolution
+
+  def flops(self, width: int, length: int, queries: int | None = None) -> float:
     """FLOPs of matrix products and of the convolution for a token, forward."""
     half = self._half(width)
     taps = 2.0 * half * self.heads * self.kernel if self.dynamic else 0.0
     convolution = 6.0 * half**2 + taps + 2.0 * half * self.kernel
-    return self._attention(parent=None).flops(half, length) + convolution
+    return self._attention(parent=None).flops(half, length, queries) + convolution
 
   def _attention(self, **place) -> Attention:
     mask = masks.Causal() if self.causal else masks.Full()

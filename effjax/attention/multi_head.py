@@ -9,7 +9,8 @@ from flax import struct
 from effjax.attention import masks
 from effjax.attention.attend import attend
 from effjax.core.typing import Array, DTypeLike, Float
-from effjax.layers import Context, Linear, RMSNorm, Rope
+from effjax.layers import Context, Linear, RMSNorm, Rope, taps
+from effjax.layers.axes import linear_axes
 
 
 @struct.dataclass
@@ -30,7 +31,8 @@ class Attention(nn.Module):
   """y = Concat_n softmax(scale · q_n k_nᵀ) v_n · W_out, over the keys that `mask` shows.
 
   Parameters: "query" [D, N·H], "key" and "value" [D, K·H], "out" [N·H, D]; "query_norm" and
-  "key_norm" [H] with `qk_norm`; "sinks" [N] with `sinks`.
+  "key_norm" [H] with `qk_norm`; "sinks" [N] with `sinks`. The taps "query_tap" [B, T, N, H] and
+  "key_tap" [B, S, K, H] see the factors of the scores.
 
   Attributes:
     heads: query heads N.
@@ -77,16 +79,13 @@ class Attention(nn.Module):
       raise ValueError("Attention: cross=True needs context.memory [B, S, D], and it is None")
 
     source = source.astype(x.dtype)
-    query = self._project("query", x, self.heads, width)
-    key, value = (self._project(name, source, kv_heads, width) for name in ("key", "value"))
-    if self.qk_norm is not None:
-      query = RMSNorm(self.qk_norm, name="query_norm")(query)
-      key = RMSNorm(self.qk_norm, name="key_norm")(key)
+    positions = context.positions_for(x)
+    query = self._placed("query", self._project("query", x, self.heads, width), positions)
+    with taps.tokens(context.memory_segment_ids if self.cross else context.segment_ids):
+      key, value = (self._project(name, source, kv_heads, width) for name in ("key", "value"))
+      key = self._placed("key", key, positions)
     if self.sinks:
       self.param("sinks", nn.initializers.zeros, (self.heads,))
-    positions = context.positions_for(x)
-    if self.rope is not None:
-      query, key = self.rope(query, positions), self.rope(key, positions)
     out, cache = self._attend(x, query, key, value, positions, context, cache)
     out = out.reshape(*out.shape[:-2], self.heads * width)
     return Linear(x.shape[-1], self.out_bias, name="out")(out), cache
@@ -94,6 +93,14 @@ class Attention(nn.Module):
   def _project(self, name: str, x: Array, heads: int, width: int) -> Array:
     y = Linear(heads * width, self.use_bias, name=name)(x)
     return y.reshape(*y.shape[:-1], heads, width)
+
+  def _placed(self, name: str, x: Float[Array, "B T N H"], positions: Array) -> Array:
+    """Queries or keys as they enter the scores: normalised and rotated, where so asked."""
+    if self.qk_norm is not None:
+      x = RMSNorm(self.qk_norm, name=f"{name}_norm")(x)
+    if self.rope is not None:
+      x = self.rope(x, positions)
+    return taps.Tap(name=f"{name}_tap")(x)
 
   def _mask(self, context: Context, length: int) -> masks.Mask:
     """Who sees whom of `length` keys."""
@@ -128,12 +135,36 @@ class Attention(nn.Module):
     shape = (batch, length, self._kv_heads(), self._head_width(width))
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-  def flops(self, width: int, length: int) -> float:
-    """Matrix-product FLOPs a token, forward: projections, and scores over the keys it sees."""
+  @property
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """The roles of its parameters' axes, see `effjax.layers.axes`."""
+    found = linear_axes("out", "heads", "embed", self.out_bias)
+    for name, role in {"query": "heads", "key": "kv_heads", "value": "kv_heads"}.items():
+      found |= linear_axes(name, "embed", role, self.use_bias)
+    if self.qk_norm is not None:
+      found |= {f"{name}_norm/scale": ("head_width",) for name in ("query", "key")}
+    return found | {"sinks": ("heads",)} if self.sinks else found
+
+  @property
+  def units(self) -> dict[str, int]:
+    """How many heads the axes hold, see `effjax.layers.axes`."""
+    return {"heads": self.heads, "kv_heads": self._kv_heads()}
+
+  def flops(self, width: int, length: int, queries: int | None = None) -> float:
+    """Matrix-product FLOPs a token, forward: projections, and scores over the keys it sees.
+
+    Args:
+      width: model width D.
+      length: keys S.
+      queries: how many of the last positions ask, on average over these; None means all.
+    """
     head_width, kv_heads = self._head_width(width), self._kv_heads()
     projections = 2.0 * width * head_width * (2 * self.heads + 2 * kv_heads)
-    keys = length if self.cross else self.mask.mean_keys(length)
-    return projections + 4.0 * self.heads * head_width * keys
+    return projections + 4.0 * self.heads * head_width * self._mean_keys(length, queries)
+
+  def _mean_keys(self, length: int, queries: int | None) -> float:
+    """Keys that one of the last `queries` tokens sees, on average."""
+    return float(length) if self.cross else self.mask.mean_keys(length, queries)
 
   def _kv_heads(self) -> int:
     kv_heads = self.heads if self.kv_heads is None else self.kv_heads

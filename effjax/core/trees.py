@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from effjax.core import weights
 from effjax.core.typing import PyTree
 from effjax.core.weights import Weight, is_weight
 
@@ -118,6 +119,22 @@ def merge(*trees: PyTree) -> PyTree:
   """
   first = lambda *leaves: next((x for x in leaves if x is not None), None)
   return jax.tree.map(first, *trees, is_leaf=lambda x: x is None)
+
+
+def trained(params: PyTree) -> frozenset[str]:
+  """Paths of the arrays that train where nothing else is asked for.
+
+  A representation says which of its fields do (`weights.register`). Where a tree holds adapters,
+  those alone train; else every array of floats does, but for what quantised weights hold.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> sorted(trained({"w": jnp.ones((2, 3)), "ids": jnp.ones(3, int)}))
+    ['w']
+  """
+  found = [each for path, leaf in items(params).items() for each in weights.trained(path, leaf)]
+  adapters = [path for path, kind in found if kind == "adapter"]
+  return frozenset(adapters or [path for path, _ in found])
 
 
 def count(params: PyTree) -> int:

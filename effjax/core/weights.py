@@ -15,20 +15,35 @@ Invariants of a `Weight`:
 import abc
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import TypeVar, dataclass_transform
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
 from effjax.core import numerics
-from effjax.core.typing import Array, Float, Int
+from effjax.core.typing import Array, Float, Int, PyTree
 
 T = TypeVar("T")
 
+KINDS = {
+  "matrix": "another form of a matrix, trained with everything else",
+  "quantised": "stands for a matrix that no longer trains; `quant.dequantize` undoes it",
+  "adapter": "trained beside a frozen base; where there is one, adapters alone train",
+  "wrapper": "made for the moment of a product and never stored",
+}
+REPRESENTATIONS: dict[str, type["Weight"]] = {}
+
 
 class Weight(abc.ABC):
-  """A matrix [..., D, F] in some representation."""
+  """A matrix [..., D, F] in some representation; a subclass is made by `register`."""
+
+  static: ClassVar[tuple[str, ...]] = ()
+  trains: ClassVar[tuple[str, ...]] = ()
+  kind: ClassVar[str] = "matrix"
+  __array_ufunc__ = None  # numpy leaves x @ w to `__rmatmul__`
 
   @property
   @abc.abstractmethod
@@ -48,14 +63,39 @@ class Weight(abc.ABC):
     """x @ W in the type of `x`."""
     return numerics.matmul(x, self.materialize())
 
+  def affine(self, x: Float[Array, "... D"], bias: Any) -> Float[Array, "... F"]:
+    """x @ W + bias; `bias` is [F] or None."""
+    return _add_bias(self.matmul(x), bias)
+
   def take(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
     """Rows W[indices], as an embedding table gives them."""
     return jnp.take(self.materialize(), indices, axis=0)
 
   @property
-  def T(self):
-    """The transpose [..., F, D]; by default of the materialized matrix."""
-    return jnp.matrix_transpose(self.materialize())
+  def T(self) -> "Weight":
+    """The transpose [..., F, D], which multiplies without the matrix being written out."""
+    return Transposed(self)
+
+  def within(self, function: Callable, *arguments: Any) -> Any:
+    """function(W, *arguments), for whoever uses W otherwise than by a product.
+
+    A representation that must be put together first (from the devices of a mesh, say) hands over
+    what it has become.
+    """
+    return function(self, *arguments)
+
+  def specs(self, axes: Sequence[Any]) -> "Weight":
+    """How its fields are split when the matrix is split over mesh axes `axes`, one for each axis.
+
+    Args:
+      axes: for each axis of `shape` the name of a mesh axis, several, or None.
+
+    Returns:
+      The weight with a `PartitionSpec` for each array: an axis that has the matrix's length at its
+      place is split as the matrix is, any other is not.
+    """
+    fields = [_specs(value, self.shape, axes) for _, value in _arrays(self)]
+    return jax.tree.structure(self, is_leaf=lambda x: x is not self).unflatten(fields)
 
   @property
   def ndim(self) -> int:
@@ -66,23 +106,150 @@ class Weight(abc.ABC):
     """How many parameters it stands for; a representation that adds some counts them too."""
     return math.prod(self.shape)
 
+  @property
+  def flops(self) -> float:
+    """FLOPs of the product of one row x[D] with one matrix [D, F]."""
+    return 2.0 * self.shape[-2] * self.shape[-1]
+
+  def check(self) -> None:
+    """Raises ValueError where the fields do not fit one another; called when one is made."""
+    batch = tuple(self.shape[:-2])
+    for name, value in _arrays(self):
+      if tuple(value.shape[: len(batch)]) != batch:
+        raise ValueError(
+          f"{type(self).__name__}: {name} has shape {tuple(value.shape)}; allowed: leading axes "
+          f"{batch}, those of its shape {tuple(self.shape)}"
+        )
+
+  def __post_init__(self):
+    if all(_is_array(value) for _, value in _arrays(self)):
+      self.check()
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    return np.asarray(self.materialize(), dtype)
+
+  def __rmatmul__(self, x: Any) -> Array:
+    """x @ W for an array [..., D]."""
+    return linear(jnp.asarray(x), self)
+
+  def __matmul__(self, x: Any) -> Array:
+    """W @ x for an array [F] or [F, M]."""
+    x = jnp.asarray(x)
+    return linear(x.T, self.T).T
+
+  def __repr__(self) -> str:
+    name, base = type(self).__name__, getattr(self, "base", None)
+    over = f" over {type(base).__name__}" if isinstance(base, Weight) else ""
+    try:
+      return f"{name}[{', '.join(map(str, self.shape))}] {jnp.dtype(self.dtype).name}{over}"
+    except (AttributeError, TypeError):  # what tree maps have put in place of the arrays
+      return f"{name}(…){over}"
+
 
 @dataclass_transform(frozen_default=True)
-def register(*, static: tuple[str, ...] = ()) -> Callable[[type[T]], type[T]]:
-  """Class decorator: a frozen dataclass and pytree whose fields are arrays, but for `static`.
+def register(
+  *, static: tuple[str, ...] = (), trains: tuple[str, ...] | None = None, kind: str = "matrix"
+) -> Callable[[type[T]], type[T]]:
+  """Class decorator: a frozen dataclass and pytree, known to `REPRESENTATIONS` by its name.
 
-  Annotate array fields as `PyTree`: tree maps put shapes, shardings and None in their place.
+  Fields are arrays, or weights, but for `static` ones. Annotate them as `PyTree`: tree maps put
+  shapes, shardings and None in their place. Fields are checked when a weight is made by its
+  constructor, not when a tree map makes one.
+
+  Args:
+    static: fields that are no arrays; hashable.
+    trains: fields that receive gradients where nothing else is asked for (`trees.trained`); None
+      is all of them, and none of a "quantised" one.
+    kind: one of `KINDS`.
+
+  Raises:
+    ValueError: for a field or a kind that there is none of.
   """
+  if kind not in KINDS:
+    raise ValueError(f"register: kind={kind!r}; allowed: {', '.join(KINDS)}")
 
   def wrap(cls: type[T]) -> type[T]:
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    arrays = [f.name for f in dataclasses.fields(cls) if f.name not in static]
-    return jax.tree_util.register_dataclass(cls, data_fields=arrays, meta_fields=list(static))
+    cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    if unknown := {*static, *(trains or ())} - set(names):
+      raise ValueError(f"register: {cls.__name__} has no field {sorted(unknown)}; allowed: {names}")
+    arrays = [name for name in names if name not in static]
+    default = () if kind == "quantised" else tuple(arrays)
+    cls.static, cls.trains, cls.kind = static, default if trains is None else trains, kind
+    _register_pytree(cls, arrays, static)
+    REPRESENTATIONS[cls.__name__] = cls
+    return cls
 
   return wrap
 
 
-def linear(x: Float[Array, "... D"], w, bias: Float[Array, "F"] | None = None) -> Array:
+def _register_pytree(cls: type, arrays: Sequence[str], static: tuple[str, ...]) -> None:
+  keys = [jax.tree_util.GetAttrKey(name) for name in arrays]
+  values = lambda w: [getattr(w, name) for name in arrays]
+  constants = lambda w: tuple(getattr(w, name) for name in static)
+
+  def unflatten(constants, children):
+    new = object.__new__(cls)
+    for name, value in (*zip(arrays, children, strict=True), *zip(static, constants, strict=True)):
+      object.__setattr__(new, name, value)
+    return new
+
+  with_keys = lambda w: (list(zip(keys, values(w), strict=True)), constants(w))
+  flatten = lambda w: (values(w), constants(w))
+  jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten, flatten)
+
+
+@register(kind="wrapper")
+class Transposed(Weight):
+  """Wᵀ for a `Weight` W: x Wᵀ is the transpose of the linear map x ↦ x W, applied to x.
+
+  So a tied head over a quantised table costs what the backward pass of the product does, and no
+  representation needs a second kernel.
+  """
+
+  base: PyTree
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return (*self.base.shape[:-2], self.base.shape[-1], self.base.shape[-2])
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.base.dtype
+
+  @property
+  def parameters(self) -> int:
+    return self.base.parameters
+
+  @property
+  def flops(self) -> float:
+    return self.base.flops
+
+  def materialize(self) -> Array:
+    return jnp.matrix_transpose(self.base.materialize())
+
+  def matmul(self, x: Float[Array, "... F"]) -> Float[Array, "... D"]:
+    anywhere = jnp.zeros((*x.shape[:-1], self.shape[-1]), x.dtype)
+    return jax.vjp(self.base.matmul, anywhere)[1](x)[0]
+
+  @property
+  def T(self) -> Weight:
+    return self.base
+
+
+def trained(path: str, leaf: Any) -> Iterator[tuple[str, str]]:
+  """(path, kind) of each array in `leaf`, an array or a `Weight`, that a training would move."""
+  if not isinstance(leaf, Weight):
+    if leaf is not None and jnp.issubdtype(leaf.dtype, jnp.inexact):
+      yield path, "matrix"
+    return
+  for name, value in _arrays(leaf):
+    if isinstance(value, Weight) or name in leaf.trains:
+      for inner, kind in trained(f"{path}/{name}", value):
+        yield inner, kind if isinstance(value, Weight) else leaf.kind
+
+
+def linear(x: Float[Array, "... D"], w: Any, bias: Any = None) -> Array:
   """x @ w + bias, computed in the type of `x`, for an array or any `Weight`.
 
   Args:
@@ -100,12 +267,9 @@ def linear(x: Float[Array, "... D"], w, bias: Float[Array, "F"] | None = None) -
   """
   if len(w.shape) != 2 or x.shape[-1] != w.shape[0]:
     raise ValueError(f"linear: x {x.shape} does not fit w {w.shape}; allowed: x [..., D], w [D, F]")
-  y = w.matmul(x) if isinstance(w, Weight) else numerics.matmul(x, w)
-  if bias is None:
-    return y
-  if bias.shape != (w.shape[1],):
+  if bias is not None and tuple(bias.shape) != (w.shape[1],):
     raise ValueError(f"linear: bias {bias.shape} does not fit w {w.shape}; allowed: [F]")
-  return y + numerics.expand(bias.astype(y.dtype), y.ndim)
+  return w.affine(x, bias) if isinstance(w, Weight) else _add_bias(numerics.matmul(x, w), bias)
 
 
 def take(w, indices: Int[Array, "..."]) -> Array:
@@ -126,3 +290,24 @@ def materialize(w) -> Array:
 def is_weight(node) -> bool:
   """Whether `node` is a `Weight`: the `is_leaf` of trees that treat weights as leaves."""
   return isinstance(node, Weight)
+
+
+def _add_bias(y: Array, bias: Array | None) -> Array:
+  return y if bias is None else y + numerics.expand(bias.astype(y.dtype), y.ndim)
+
+
+def _arrays(w: Weight) -> list[tuple[str, Any]]:
+  """Names and values of the fields that are not static."""
+  fields = (field.name for field in dataclasses.fields(w))
+  return [(name, getattr(w, name)) for name in fields if name not in w.static]
+
+
+def _is_array(value: Any) -> bool:
+  if isinstance(value, Weight):
+    return all(_is_array(x) for _, x in _arrays(value))
+  return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _specs(value: Any, shape: tuple[int, ...], axes: Sequence[Any]) -> Any:
+  like = lambda x: [a if n == m else None for n, m, a in zip(x.shape, shape, axes, strict=True)]
+  return value.specs(like(value)) if isinstance(value, Weight) else PartitionSpec(*like(value))

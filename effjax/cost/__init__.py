@@ -5,6 +5,7 @@ from effjax.cost.compiled import Compiled, compiled
 from effjax.cost.flops import flops, sequence_flops
 from effjax.cost.memory import (
   Memory,
+  cache_bytes,
   residual_bytes,
   transformer_activations,
   vram,
@@ -24,6 +25,7 @@ __all__ = [
   "Compiled",
   "Memory",
   "active_parameters",
+  "cache_bytes",
   "compiled",
   "expected_tokens",
   "flash_backward_traffic",

@@ -1,20 +1,34 @@
 """Floating-point operations of matrix products, two per multiply-add."""
 
-from effjax.layers.spec import TransformerConfig
+import math
+from typing import Any
+
+from effjax.core import trees
+from effjax.core.typing import Params
+from effjax.cost.shares import in_layers
+from effjax.layers.spec import TransformerConfig, stated
 
 
-def flops(config: TransformerConfig, length: int) -> float:
-  """Matrix-product FLOPs a token, forward, averaged over a sequence of `length` tokens.
+def flops(
+  config: TransformerConfig, length: int, params: Params | None = None, queries: int | None = None
+) -> float:
+  """Matrix-product FLOPs a token, forward, averaged over the last `queries` of `length` tokens.
 
-  Σ over layers of what each module's `flops(width, length)` says, and 2·V·D of the head. Training
-  takes three times as much: the backward pass computes two products for each one forward.
+  Σ over layers of what each module's `flops(width, length, queries)` says, and 2·V·D of the head.
+  That is for plain matrices; a `Weight` [D, F] in `params` adds what its own `flops` are above
+  2·D·F, or takes away what they are below, as often as a token uses it: k of E times for routed
+  experts, never for a table of which only rows are read. Training takes three times as much: the
+  backward pass computes two products for each one forward.
 
   Args:
     config: the model.
     length: tokens of the sequence, at least 1; attention pays for the keys its mask shows.
+    params: its parameters, or their shapes.
+    queries: how many of the last tokens are computed, the others lying in a cache: 1 for decoding;
+      None means all.
 
   Raises:
-    ValueError: for a length below 1.
+    ValueError: for a length below 1, queries outside of 1 … length, or a module without `flops`.
 
   Example:
     >>> from effjax.layers import MLP
@@ -24,10 +38,14 @@ def flops(config: TransformerConfig, length: int) -> float:
   """
   if length < 1:
     raise ValueError(f"length {length}; allowed: from 1")
-  places = ("mixer", "cross", "ffn")
-  modules = [getattr(spec, place) for spec in config.layers for place in places]
-  layers = sum(module.flops(config.width, length) for module in modules if module is not None)
-  return float(layers + _ends(config))
+  if queries is not None and not 1 <= queries <= length:
+    raise ValueError(f"queries {queries}; allowed: 1 … {length}, the length, or None")
+  of_layers = sum(
+    count(config.width, length, queries)
+    for layer in stated(config, "flops")
+    for count in layer.values()
+  )
+  return float(of_layers + _ends(config) + (0.0 if params is None else _added(config, params)))
 
 
 def _ends(config: TransformerConfig) -> float:
@@ -37,6 +55,27 @@ def _ends(config: TransformerConfig) -> float:
     return head
   projections = 2 if config.head else 1
   return head + projections * 2.0 * config.embed_width * config.width
+
+
+def _added(config: TransformerConfig, params: Params) -> float:
+  """FLOPs a token of the weights in `params`, beyond those of plain matrices."""
+  layers, rest = in_layers(config, params)
+  multiplied = {path: leaf for path, leaf in trees.items(rest).items() if _multiplies(config, path)}
+  inside = sum(share * _beyond(leaf) for leaf, share in layers)
+  return inside + sum(_beyond(leaf) for leaf in multiplied.values())
+
+
+def _multiplies(config: TransformerConfig, path: str) -> bool:
+  """Whether tokens are multiplied with what is outside of the layers, not rows of it read."""
+  tied = config.head is not None and config.tied
+  return not path.endswith("/embedding") or (tied and path == "embed/embedding")
+
+
+def _beyond(leaf: Any) -> float:
+  if not trees.is_weight(leaf):
+    return 0.0
+  *batch, D, F = leaf.shape
+  return math.prod(batch) * (leaf.flops - 2.0 * D * F)
 
 
 def sequence_flops(

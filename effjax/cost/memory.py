@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -144,6 +145,26 @@ def residual_bytes(fn: Callable, *args) -> int:
   """
   backward = lambda first, *rest: jax.vjp(lambda x: fn(x, *rest), first)[1]
   return trees.nbytes(jax.eval_shape(backward, *args))
+
+
+def cache_bytes(module: Any, batch: int, length: int) -> int:
+  """Bytes of `module.init_cache(batch, length)`, what decoding keeps; nothing is allocated.
+
+  Raises:
+    ValueError: for a batch or length below 1, and as `init_cache`.
+
+  Example:
+    Keys and values of 2 rows and 8 positions, 2 heads 16 wide, 3 layers, in float32:
+
+    >>> from effjax.models import Transformer, presets
+    >>> config = presets.llama(64, 32, layers=3, heads=2)
+    >>> cache_bytes(Transformer(config), 2, 8) == 3 * 2 * 2 * 8 * 2 * 16 * 4
+    True
+  """
+  for name, value in (("batch", batch), ("length", length)):
+    if value < 1:
+      raise ValueError(f"{name} {value}; allowed: from 1")
+  return trees.nbytes(jax.eval_shape(lambda: jax.tree.leaves(module.init_cache(batch, length))))
 
 
 def _state(parameters: int | float, dp: int, stage: int, bytes_each: tuple) -> Memory:

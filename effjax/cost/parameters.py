@@ -4,8 +4,8 @@ import jax
 
 from effjax.core import trees
 from effjax.core.typing import Params, PyTree
-from effjax.layers.spec import LayerSpec, TransformerConfig
-from effjax.layers.stack import split
+from effjax.cost.shares import in_layers
+from effjax.layers.spec import TransformerConfig
 
 
 def parameters(params: PyTree) -> int:
@@ -22,8 +22,8 @@ def parameters(params: PyTree) -> int:
 def active_parameters(config: TransformerConfig, params: Params) -> int:
   """Parameters that take part in computing one token: of a mixture, the chosen experts only.
 
-  Σ over layers of what each module's `active(params)` says, everything else counted whole,
-  embeddings included.
+  Each counts at the share that a token uses of it, which a module's `share(path)` says; all that
+  is outside of the layers counts whole, embeddings included.
 
   Args:
     config: the model's layers.
@@ -31,34 +31,35 @@ def active_parameters(config: TransformerConfig, params: Params) -> int:
 
   Example:
     >>> import jax, jax.numpy as jnp
-    >>> from effjax.layers import MLP
+    >>> from effjax.layers import MLP, LayerSpec
     >>> config = TransformerConfig(16, 4, (LayerSpec(None, MLP(8)),), positions=None)
     >>> shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
     >>> ffn = {"up": {"kernel": shape(4, 8)}, "down": {"kernel": shape(8, 4)}}
     >>> active_parameters(config, {"segments_0": {"layers_0": {"ffn": ffn}}})
     64
   """
-  layers, rest = jax.eval_shape(lambda tree: split(config, tree), params)
-  in_layers = (
-    _active(spec, name, tree)
-    for spec, layer in zip(config.layers, layers, strict=True)
-    for name, tree in layer.items()
-  )
-  return sum(in_layers) + trees.count(rest)
+  layers, rest = in_layers(config, params)
+  return round(sum(share * trees.count(leaf) for leaf, share in layers)) + trees.count(rest)
 
 
-def trainable(params: PyTree) -> int:
-  """Numbers that receive gradients: the arrays of the first tree that `trees.partition` gives.
+def trainable(params: PyTree, chosen: trees.Chooser | None = None) -> int:
+  """Numbers that receive gradients: of LoRA on a frozen base the two factors, not the matrix.
 
-  Counted inside weights: of LoRA on a frozen base the two factors, not the matrix.
+  Args:
+    params: a parameter tree, or the first of the two that `trees.partition` gives.
+    chosen: a pattern or predicate on the paths of arrays; None is what `trees.trained` says.
 
   Example:
     >>> import jax.numpy as jnp
-    >>> chosen, _ = trees.partition({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "b")
-    >>> trainable(chosen)
+    >>> trainable({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "b")
     3
   """
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
+  if chosen is not None:
+    params, _ = trees.partition(params, chosen)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+  paths = trees.trained(params)
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return sum(leaf.size for path, leaf in leaves if trees.path_string(path) in paths)
 
 
 def state_bytes(*states: PyTree) -> int:
@@ -70,9 +71,3 @@ def state_bytes(*states: PyTree) -> int:
     18
   """
   return sum(trees.nbytes(state) for state in states)
-
-
-def _active(spec: LayerSpec, name: str, tree: PyTree) -> int:
-  module = getattr(spec, name, None)
-  count = getattr(module, "active", trees.count)
-  return count(tree)

@@ -78,6 +78,14 @@ class Corpus:
   def __len__(self) -> int:
     return len(self.documents)
 
+  def __repr__(self) -> str:
+    size = f"{len(self)} documents, {self.nbytes:,} bytes"
+    return f"Corpus({self.name!r}, {size}, domains: {', '.join(self.domains[:4])}{self._more})"
+
+  @property
+  def _more(self) -> str:
+    return f", … ({len(self.domains)} in all)" if len(self.domains) > 4 else ""
+
   def __iter__(self) -> Iterator[Document]:
     return iter(self.documents)
 

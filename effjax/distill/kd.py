@@ -1,7 +1,6 @@
 """Distillation by logits (Hinton et al., arXiv 1503.02531, section 2)."""
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -9,8 +8,9 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from effjax.core.numerics import cross_entropy, weighted_mean
-from effjax.core.typing import Array, Float, Int, Key, Params
-from effjax.layers.forward import forward, layer_means
+from effjax.core.typing import Array, Float, Int, Params
+from effjax.layers.forward import forward
+from effjax.layers.objective import Objective, per_token
 
 
 def kd_loss(
@@ -43,6 +43,12 @@ def kd_loss(
     0.6931
   """
   _check_share(temperature, alpha)
+  losses, _ = _losses(student_logits, teacher_logits, targets, temperature, alpha)
+  return weighted_mean(losses, weights)
+
+
+def _losses(student_logits, teacher_logits, targets, temperature, alpha):
+  """The loss of each position, and its two parts."""
   if student_logits.shape != teacher_logits.shape:
     raise ValueError(
       f"student_logits {student_logits.shape} and teacher_logits {teacher_logits.shape} differ; "
@@ -50,9 +56,9 @@ def kd_loss(
     )
   if targets.shape != student_logits.shape[:-1]:
     raise ValueError(f"targets {targets.shape}; allowed: {student_logits.shape[:-1]}")
-  soft = temperature**2 * divergence(student_logits, teacher_logits, temperature)
-  losses = alpha * soft + (1 - alpha) * cross_entropy(student_logits, targets)
-  return weighted_mean(losses, weights)
+  apart = divergence(student_logits, teacher_logits, temperature)
+  nll = cross_entropy(student_logits, targets)
+  return alpha * temperature**2 * apart + (1 - alpha) * nll, {"nll": nll, "divergence": apart}
 
 
 def divergence(
@@ -79,11 +85,11 @@ def kd_objective(
   *,
   temperature: float | int = 1.0,
   alpha: float | int = 0.5,
-) -> Callable[[Params, dict, Key | None], tuple[Array, dict]]:
+) -> Objective:
   """A training objective (params, batch, rng) → (loss, metrics) that distils `teacher`.
 
   The loss is `kd_loss` plus what the student's layers sow under "losses". Metrics: "nll" (cross
-  entropy with the targets), "divergence" (KL at the temperature), "weight" (Σ w), and what is sown.
+  entropy with the targets), "divergence" (KL at the temperature), and those of `per_token`.
   The result is a pytree of the teacher's parameters: handed to jit as an argument they are
   arguments of the program; closed over they are constants in it.
 
@@ -92,7 +98,7 @@ def kd_objective(
     teacher_params: the teacher's parameters, not trained.
     temperature, alpha: as for `kd_loss`.
 
-  The batch has tokens and targets [B, T]; optional are weights, segment_ids and positions [B, T].
+  The batch has tokens and targets [B, T]; see `per_token` for the rest.
 
   Raises:
     ValueError: as `kd_loss`.
@@ -106,21 +112,13 @@ def kd_objective(
     (0.0, 1.0986)
   """
   _check_share(temperature, alpha)
-  objective = functools.partial(_objective, student, teacher, temperature, alpha)
-  return Partial(objective, teacher_params)
+  loss = functools.partial(_token_loss, teacher, temperature, alpha)
+  return per_token(student, Partial(loss, teacher_params))
 
 
-def _objective(student, teacher, temperature, alpha, teacher_params, params, batch, rng):
-  logits, sown = forward(student, params, batch, rng)
+def _token_loss(teacher, temperature, alpha, teacher_params, logits, batch):
   taught, _ = forward(teacher, teacher_params, batch)
-  targets, weights = batch["targets"], batch.get("weights", jnp.ones(batch["targets"].shape))
-  shares = {"temperature": temperature, "alpha": alpha, "weights": weights}
-  losses = layer_means(sown.get("losses", {}))
-  loss = sum(losses.values(), start=kd_loss(logits, taught, targets, **shares))
-  nll = weighted_mean(cross_entropy(logits, targets), weights)
-  apart = weighted_mean(divergence(logits, taught, temperature), weights)
-  metrics = {**layer_means(sown.get("metrics", {})), **losses}
-  return loss, {**metrics, "nll": nll, "divergence": apart, "weight": weights.sum()}
+  return _losses(logits, taught, batch["targets"], temperature, alpha)
 
 
 def _check_share(temperature: float | int, alpha: float | int) -> None:

@@ -1,5 +1,6 @@
 """What mixers, feed-forward layers, transforms and models share: blocks and layer specs."""
 
+from effjax.layers.axes import axes
 from effjax.layers.context import Context
 from effjax.layers.embedding import Embed, sinusoidal_positions
 from effjax.layers.linear import Linear, weight
@@ -7,6 +8,7 @@ from effjax.layers.mlp import MLP, activation, hidden_units
 from effjax.layers.norms import LayerNorm, RMSNorm
 from effjax.layers.rotary import Rope
 from effjax.layers.spec import FeedForward, LayerSpec, Mixer, TransformerConfig
+from effjax.layers.taps import capture
 
 __all__ = [
   "MLP",
@@ -21,6 +23,8 @@ __all__ = [
   "Rope",
   "TransformerConfig",
   "activation",
+  "axes",
+  "capture",
   "hidden_units",
   "sinusoidal_positions",
   "weight",

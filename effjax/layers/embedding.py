@@ -26,6 +26,11 @@ class Embed(nn.Module):
     """x · tableᵀ: the output layer that shares the input embeddings."""
     return linear(x, transpose(self.table))
 
+  @property
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """The roles of its parameters' axes, see `effjax.layers.axes`."""
+    return {"embedding": ("vocab", "embed")}
+
 
 def sinusoidal_positions(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
   """[sin(p·w_i) … cos(p·w_i) …], w_i = 10000^(−i/(D/2−1)) (Vaswani et al., arXiv 1706.03762).

@@ -1,37 +1,79 @@
 """Running a module on a batch, and collecting what its layers sowed on the way."""
 
-from collections.abc import Mapping
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effjax.core.trees import path_string
 from effjax.core.typing import Array, Key, Params
+from effjax.layers.context import Context
 
 RNG_STREAMS = ("dropout", "router", "mask")
+FACTS = tuple(field.name for field in dataclasses.fields(Context) if field.name != "tokens")
 
 
 def forward(
-  module: nn.Module, params: Params, batch: Mapping[str, Array], rng: Key | None = None
+  module: nn.Module,
+  params: Params,
+  batch: Mapping[str, Array],
+  rng: Key | None = None,
+  *,
+  read: Iterable[str] = ("targets", "weights"),
+  collections: Iterable[str] = ("losses", "metrics", "statistics"),
 ) -> tuple[Any, Mapping]:
-  """The module's output on a batch, and what its layers sowed under "losses" and "metrics".
+  """The module's output on a batch, and what its layers sowed under `collections`.
 
   Args:
-    module: called with the tokens, and with segment_ids and positions where the batch holds them.
+    module: called with the tokens, and by keyword with every other field of `Context` that the
+      batch holds.
     params: its parameters.
     batch: tokens [B, T], and whatever else.
     rng: key of all randomness in layers; None switches it off.
+    read: entries of the batch that the caller reads itself.
+    collections: what layers may sow.
+
+  Raises:
+    ValueError: for an entry of the batch that neither the caller nor the module reads.
 
   Example:
     >>> module = nn.Embed(3, 2, embedding_init=nn.initializers.ones)
     >>> forward(module, {"embedding": jnp.ones((3, 2))}, {"tokens": jnp.array([[0]])})[0].tolist()
     [[[1.0, 1.0]]]
   """
-  given = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
-  rngs = {} if rng is None else dict(zip(RNG_STREAMS, jax.random.split(rng, 3), strict=True))
-  kinds = ["losses", "metrics"]
-  return module.apply({"params": params}, batch["tokens"], **given, rngs=rngs, mutable=kinds)
+  taken = _facts_of(module)
+  if unread := sorted(set(batch) - taken - {"tokens", *read}):
+    raise ValueError(
+      f"batch: nobody reads {', '.join(unread)}; allowed for {type(module).__name__}: "
+      f"{', '.join(sorted(taken | {'tokens', *read}))}"
+    )
+  facts, rngs = {name: batch[name] for name in taken if name in batch}, {}
+  if rng is not None:
+    rngs = dict(zip(RNG_STREAMS, jax.random.split(rng, len(RNG_STREAMS)), strict=True))
+  arguments = {**facts, "rngs": rngs, "mutable": list(collections)}
+  return module.apply({"params": params}, batch["tokens"], **arguments)
+
+
+def sown_values(sown: Mapping) -> dict[str, Array]:
+  """One value for each kind of loss and metric, and every array under "statistics" by its path.
+
+  Losses and metrics are scalars; a kind is averaged over all layers, and all entries of scanned
+  ones, that sowed under its name. A statistic is kept as it is: scanned layers stack it.
+
+  Example:
+    >>> found = sown_values({
+    ...   "metrics": {"a": {"z": (jnp.ones(3),)}, "b": {"z": (jnp.zeros(()),)}},
+    ...   "statistics": {"a": {"load": (jnp.ones(2),)}},
+    ... })
+    >>> float(found["z"]), found["a/load"].tolist()
+    (0.75, [1.0, 1.0])
+  """
+  statistics = dict(_named(sown.get("statistics", {})))
+  return statistics | layer_means(sown.get("metrics", {})) | layer_means(sown.get("losses", {}))
 
 
 def layer_means(sown: Mapping) -> dict[str, Array]:
@@ -42,7 +84,20 @@ def layer_means(sown: Mapping) -> dict[str, Array]:
     {'z': Array(0.75, dtype=float32)}
   """
   found: dict[str, list[Array]] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(sown):
-    name = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)][-1]
-    found.setdefault(name, []).append(leaf.astype(jnp.float32).reshape(-1))
+  for path, leaf in _named(sown):
+    found.setdefault(path.rsplit("/", 1)[-1], []).append(leaf.astype(jnp.float32).reshape(-1))
   return {name: jnp.concatenate(leaves).mean() for name, leaves in found.items()}
+
+
+def _named(sown: Mapping) -> list[tuple[str, Array]]:
+  """(path of the layer and the name, value) of everything that was sown."""
+  leaves = jax.tree_util.tree_leaves_with_path(sown)
+  names = lambda path: [key for key in path if isinstance(key, jax.tree_util.DictKey)]
+  return [(path_string(names(path)), leaf) for path, leaf in leaves]
+
+
+def _facts_of(module: nn.Module) -> set[str]:
+  """The fields of `Context` that the module's call takes."""
+  parameters = inspect.signature(type(module).__call__).parameters
+  anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+  return {name for name in FACTS if anything or name in parameters}

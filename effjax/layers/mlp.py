@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 
 from effjax.core.typing import Array, Float
+from effjax.layers.axes import linear_axes
 from effjax.layers.context import Context
 from effjax.layers.linear import Linear
 
@@ -64,6 +65,14 @@ class MLP(nn.Module):
     hidden = hidden_units(self.activation, up, gate)
     return Linear(x.shape[-1], self.use_bias, name="down")(hidden)
 
-  def flops(self, width: int, length: int) -> float:
-    """Matrix-product FLOPs a token, forward; `length` has no influence."""
+  @property
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """The roles of its parameters' axes, see `effjax.layers.axes`."""
+    found = linear_axes("down", "hidden", "embed", self.use_bias)
+    for name in ("up", "gate") if self.gated else ("up",):
+      found |= linear_axes(name, "embed", "hidden", self.use_bias)
+    return found
+
+  def flops(self, width: int, length: int, queries: int | None = None) -> float:
+    """Matrix-product FLOPs a token, forward; `length` and `queries` have no influence."""
     return 2.0 * width * self.width * (3 if self.gated else 2)

@@ -38,6 +38,11 @@ class RMSNorm(nn.Module):
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
 
+  @property
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """The roles of its parameters' axes, see `effjax.layers.axes`."""
+    return {"scale": ("embed",)}
+
 
 class LayerNorm(nn.Module):
   """`layer_norm` over the last axis with a learned scale and bias."""
@@ -49,3 +54,8 @@ class LayerNorm(nn.Module):
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
     bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
     return layer_norm(x, scale, bias, self.eps)
+
+  @property
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """The roles of its parameters' axes, see `effjax.layers.axes`."""
+    return {"scale": ("embed",), "bias": ("embed",)}

@@ -5,7 +5,9 @@ five local to one global a pattern of masks: `layers` says it in the open.
 """
 
 import dataclasses
-from typing import ClassVar, Protocol, runtime_checkable
+import itertools
+from collections.abc import Hashable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,6 +15,9 @@ import jax.numpy as jnp
 from effjax.core.typing import Array, DTypeLike, Float, PyTree
 from effjax.layers.context import Context
 from effjax.layers.norms import RMSNorm
+
+BRANCHES = ("mixer", "cross", "ffn")  # each is added to the residual stream
+PLACES = ("mixer", "after_mixer", "cross", "ffn", "after_ffn")
 
 
 @runtime_checkable
@@ -45,8 +50,8 @@ class Mixer(Protocol):
     """
     ...
 
-  def flops(self, width: int, length: int) -> float:
-    """FLOPs of matrix products a token, forward, in a sequence of `length`."""
+  def flops(self, width: int, length: int, queries: int | None = None) -> float:
+    """Matrix-product FLOPs a token, forward, of the last `queries` of `length`; None means all."""
     ...
 
 
@@ -63,8 +68,8 @@ class FeedForward(Protocol):
     """y, finite at padding too."""
     ...
 
-  def flops(self, width: int, length: int) -> float:
-    """FLOPs of matrix products a token, forward, in a sequence of `length`."""
+  def flops(self, width: int, length: int, queries: int | None = None) -> float:
+    """Matrix-product FLOPs a token, forward, of the last `queries` of `length`; None means all."""
     ...
 
 
@@ -76,11 +81,39 @@ class LayerSpec:
     mixer: mixes positions, a `Mixer`.
     ffn: acts on each position, a `FeedForward`.
     cross: attends to another sequence, between the two; a `Mixer` that is given no cache.
+    after_mixer, after_ffn: act on what the mixer and the ffn give, its norm included, before it is
+      added to the residual stream: adapters and gates; same protocol as `ffn`.
+    tag: layers of different tags are never scanned together, so that what is no field of a module
+      (the rank or the bits of a weight, which matrices have one) may differ between them.
+
+  Raises:
+    ValueError: for something after a place that is left out.
   """
 
   mixer: nn.Module | None
   ffn: nn.Module | None
   cross: nn.Module | None = None
+  after_mixer: nn.Module | None = None
+  after_ffn: nn.Module | None = None
+  tag: Hashable = None
+
+  def __post_init__(self):
+    for place in ("mixer", "ffn"):
+      after = getattr(self, f"after_{place}")
+      if after is not None and getattr(self, place) is None:
+        given = f"after_{place} is {type(after).__name__} and {place} None"
+        raise ValueError(f"LayerSpec: {given}; allowed: nothing after what is left out")
+
+  def __repr__(self) -> str:
+    tag = "" if self.tag is None else f", tag={self.tag!r}"
+    names = (type(module).__name__ for module in self.modules.values())
+    return f"LayerSpec({' + '.join(names) or 'nothing'}{tag})"
+
+  @property
+  def modules(self) -> dict[str, nn.Module]:
+    """Place → module, of the places that are not left out, in the order of computation."""
+    filled = ((place, getattr(self, place)) for place in PLACES)
+    return {place: module for place, module in filled if module is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,28 +171,32 @@ class TransformerConfig:
     _check("head", self.head, (None, "lm"))
     object.__setattr__(self, "layers", tuple(self.layers))
 
+  def __repr__(self) -> str:
+    runs = [(spec, len(list(same))) for spec, same in itertools.groupby(self.layers, repr)]
+    shown = ", ".join(f"{count} × {spec}" for spec, count in runs[:3])
+    more = f", … ({len(self.layers)} in all)" if len(runs) > 3 else ""
+    name = f"{self.family}, " if self.family else ""
+    sizes = f"vocab_size={self.vocab_size}, width={self.width}"
+    return f"TransformerConfig({name}{sizes}, layers: {shown}{more})"
 
-_MIXER = "a Mixer: (x, context, cache) -> (y, cache), with init_cache, flops and rewinds"
-_FEED_FORWARD = "a FeedForward: (x, context) -> y, with flops"
-_PROTOCOLS = {"mixer": _MIXER, "cross": _MIXER, "ffn": _FEED_FORWARD}
 
+def stated(config: TransformerConfig, name: str) -> list[dict[str, Any]]:
+  """For each layer, place → the attribute `name` of the module there.
 
-def require(config: TransformerConfig, place: str, *names: str) -> None:
-  """Raises ValueError, naming layer and module, unless all modules at `place` have all of `names`.
-
-  Args:
-    config: the model.
-    place: "mixer", "cross" or "ffn".
-    names: of attributes and methods.
+  Raises:
+    ValueError: for a module without one, by layer, place and class.
   """
-  for index, spec in enumerate(config.layers):
-    module = getattr(spec, place)
-    missing = [name for name in names if module is not None and not hasattr(module, name)]
-    if missing:
-      raise ValueError(
-        f"layer {index}: {place} {type(module).__name__} has no {' and no '.join(missing)}; "
-        f"allowed: {_PROTOCOLS[place]}"
-      )
+  return [
+    {place: ask(module, name, f"layer {index}: {place}") for place, module in spec.modules.items()}
+    for index, spec in enumerate(config.layers)
+  ]
+
+
+def ask(module: nn.Module, name: str, where: str) -> Any:
+  """The attribute `name` of a module; ValueError with what stands `where` if there is none."""
+  if not hasattr(module, name):
+    raise ValueError(f"{where} is {type(module).__name__}; allowed: modules that have `{name}`")
+  return getattr(module, name)
 
 
 def _check(name: str, value, allowed: tuple) -> None:

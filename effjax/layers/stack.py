@@ -1,16 +1,20 @@
 """Layers in segments, so that compile time does not grow with depth.
 
 Neighbouring layers that repeat a pattern form a `Segment`; one that repeats is scanned, its
-parameters stacked on a leading axis R. A transform wants plain layers: `split` gives one tree per
-layer, `join` puts such a list back, stacked as its configuration wants it.
+parameters stacked on a leading axis R. A transform wants plain layers: `change` gives it one after
+the other, with the parameter tree of each, and stacks what comes back as its configuration wants
+it. `split` and `join` are the two halves of that.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.core import trees
 from effjax.core.typing import Params, PyTree
 from effjax.layers.spec import LayerSpec, TransformerConfig
 
@@ -78,24 +82,76 @@ def join(config: TransformerConfig, layers: list[PyTree], rest: Params) -> dict:
   """The inverse of `split` for a configuration, which need not be the one that was split.
 
   Raises:
-    ValueError: when `layers` has another length than `config.layers`.
+    ValueError: when `layers` has another length than `config.layers`, or layers that are scanned
+      together have parameters of different structures, shapes or types.
   """
   if len(layers) != len(config.layers):
     raise ValueError(f"join: {len(layers)} layer trees; allowed: {len(config.layers)}")
-  stacks: dict[tuple[str, str], list[PyTree]] = {}
-  for (segment, name, _), tree in zip(places(config), layers, strict=True):
-    stacks.setdefault((segment, name), []).append(tree)
+  stacks: dict[tuple[str, str], list[int]] = {}
+  for number, (segment, name, _) in enumerate(places(config)):
+    stacks.setdefault((segment, name), []).append(number)
   params = dict(rest)
-  for (segment, name), trees in stacks.items():
-    stacked = trees[0] if len(trees) == 1 else jax.tree.map(_stack, *trees)
+  for (segment, name), (first, *others) in stacks.items():
+    for other in others:
+      _check_alike(layers, first, other)
+    alike = [layers[number] for number in (first, *others)]
+    stacked = jax.tree.map(_stack, *alike) if others else layers[first]
     params.setdefault(segment, {})[name] = stacked
   return params
+
+
+def change(
+  config: TransformerConfig,
+  params: Params,
+  f: Callable[[int, LayerSpec, PyTree], tuple[LayerSpec, PyTree]],
+) -> tuple[TransformerConfig, dict]:
+  """The model with f(index, spec, tree) in place of each layer's specification and parameters.
+
+  Layers that are equal afterwards are scanned together, whether they were before or not.
+
+  Raises:
+    ValueError: as `join`.
+
+  Example:
+    >>> from effjax.layers import MLP
+    >>> layers = (LayerSpec(None, MLP(6)),) * 2
+    >>> params = {"segments_0": {"layers_0": {"bias": jnp.zeros((2, 6))}}}
+    >>> apart = lambda i, spec, tree: (dataclasses.replace(spec, tag=i), tree)
+    >>> config, params = change(TransformerConfig(8, 4, layers), params, apart)
+    >>> [(name, part["layers_0"]["bias"].shape) for name, part in params.items()]
+    [('segments_0', (6,)), ('segments_1', (6,))]
+  """
+  layers, rest = split(config, params)
+  changed = [f(*layer) for layer in zip(range(len(layers)), config.layers, layers, strict=True)]
+  config = dataclasses.replace(config, layers=tuple(spec for spec, _ in changed))
+  return config, join(config, [tree for _, tree in changed], rest)
 
 
 def unscan(config: TransformerConfig, params: Params) -> tuple[TransformerConfig, dict]:
   """The same model with every layer on its own: slower to compile, no slicing when it runs."""
   flat = dataclasses.replace(config, scan=False)
   return flat, join(flat, *split(config, params))
+
+
+def _check_alike(layers: list[PyTree], first: int, other: int) -> None:
+  """Raises ValueError unless the trees of two layers can be stacked."""
+  a, b = ({p: _form(x) for p, x in trees.items(layers[i]).items()} for i in (first, other))
+  for path in dict.fromkeys((*a, *b)):
+    if a.get(path) != b.get(path):
+      raise ValueError(
+        f"join: layers {first} and {other} are scanned together, and {path} is "
+        f"{a.get(path, 'absent')} in the one, {b.get(path, 'absent')} in the other; allowed: the "
+        "same in both, or a LayerSpec.tag of its own for each kind of layer"
+      )
+
+
+def _form(leaf: Any) -> str:
+  """All of an array or a weight that has to agree where it is stacked: its type, shape, fields."""
+  if trees.is_weight(leaf):
+    fields = ((field.name, getattr(leaf, field.name)) for field in dataclasses.fields(leaf))
+    inside = ", ".join(f"{name}={_form(value)}" for name, value in fields)
+    return f"{type(leaf).__name__}({inside})"
+  return f"{leaf.dtype} {tuple(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf)
 
 
 def _stack(*leaves):

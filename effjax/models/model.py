@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.core import trees
 from effjax.core.typing import Array, Params
 from effjax.layers.spec import TransformerConfig
 from effjax.models.tokenizers import PretrainedTokenizer
@@ -28,6 +29,9 @@ class Model:
   module: Transformer
   params: Params
   tokenizer: PretrainedTokenizer | None = None
+
+  def __repr__(self) -> str:
+    return f"Model({self.config!r}, {trees.count(self.params):,} parameters)"
 
   def __call__(self, tokens: Array | np.ndarray, **arguments) -> Array:
     """Logits [B, T, V], or hidden states [B, T, D] of an encoder, of checked tokens [B, T].

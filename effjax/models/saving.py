@@ -16,6 +16,14 @@ from effjax.models import families, safetensors_files
 from effjax.models.loading import Piece, plan_tensors
 from effjax.models.model import Model
 
+# How a weight of each kind becomes a plain array.
+_PLAIN = {
+  "adapter": "merge the adapters (lora.merge)",
+  "quantised": "dequantize the weights (quant.dequantize)",
+  "matrix": "materialize the weights",
+  "wrapper": "materialize the weights",
+}
+
 
 def save(model: Model, folder: str | Path) -> Path:
   """Writes config.json, model.safetensors and the tokenizer; all of it or nothing.
@@ -69,8 +77,7 @@ def _tensors(model: Model) -> dict[str, safetensors_files.Stored]:
   for path, leaf in trees.items(model.params).items():
     if is_weight(leaf):
       raise ValueError(
-        f"parameter {path!r} is a {type(leaf).__name__}; allowed: arrays: "
-        "merge adapters and materialize or dequantize weights before saving"
+        f"parameter {path!r} is a {type(leaf).__name__}; allowed: arrays: {_PLAIN[leaf.kind]} first"
       )
   family, leaves = families.family_of(model.config), trees.items(model.params)
   blocks: dict[str, list[tuple[Piece, Any]]] = {}

@@ -56,6 +56,11 @@ class PretrainedTokenizer:
     if self.pad_id is None:
       object.__setattr__(self, "pad_id", self.eos_id)
 
+  def __repr__(self) -> str:
+    names = ("bos_id", "eos_id", "pad_id")
+    ids = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+    return f"PretrainedTokenizer({self.vocab_size} tokens, {ids})"
+
   @property
   def vocab_size(self) -> int:
     """How many ids there are, added tokens included."""

@@ -9,14 +9,18 @@ import jax.numpy as jnp
 from effjax.core.numerics import softcap
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Embed, Linear, sinusoidal_positions
-from effjax.layers.spec import LayerSpec, TransformerConfig, require
+from effjax.layers.spec import LayerSpec, TransformerConfig, ask
 from effjax.layers.stack import Segment, segments
 
 RNG_STREAMS = ("params", "dropout", "router", "mask")
 
 
 class Layer(nn.Module):
-  """Mixer, cross-attention and feed-forward, each in its residual and norm."""
+  """Mixer, cross-attention and feed-forward, each in its residual and norm.
+
+  What stands after the mixer or the feed-forward acts on what is about to be added to x: in "pre"
+  x + after(f(norm(x))), in "post" norm(x + after(f(x))), in "sandwich" x + after(norm(f(norm(x)))).
+  """
 
   spec: LayerSpec
   config: TransformerConfig
@@ -25,24 +29,25 @@ class Layer(nn.Module):
   def __call__(self, x: Float[Array, "B T D"], context: Context, cache: PyTree = None):
     if self.spec.mixer is not None:
       mixer = self.spec.mixer.copy(name="mixer")
-      x, cache = self._residual("mixer", x, lambda y: mixer(y, context, cache))
+      x, cache = self._residual("mixer", x, context, lambda y: mixer(y, context, cache))
     if self.spec.cross is not None:
       cross = self.spec.cross.copy(name="cross")
-      x, _ = self._residual("cross", x, lambda y: cross(y, context, None))
+      x, _ = self._residual("cross", x, context, lambda y: cross(y, context, None))
     if self.spec.ffn is not None:
       ffn = self.spec.ffn.copy(name="ffn")
-      x, _ = self._residual("ffn", x, lambda y: (ffn(y, context), None))
+      x, _ = self._residual("ffn", x, context, lambda y: (ffn(y, context), None))
     return x, cache
 
-  def _residual(self, name: str, x, function):
+  def _residual(self, name: str, x, context: Context, function):
     norm = lambda suffix: self.config.norm.copy(name=name + suffix)
-    if self.config.arrangement == "post":
-      y, state = function(x)
-      return norm("_norm")(x + y), state
-    y, state = function(norm("_norm")(x))
+    post = self.config.arrangement == "post"
+    y, state = function(x if post else norm("_norm")(x))
     if self.config.arrangement == "sandwich":
       y = norm("_post_norm")(y)
-    return x + y, state
+    after = self.spec.modules.get(f"after_{name}")
+    if after is not None:
+      y = after.copy(name=f"after_{name}")(y, context)
+    return norm("_norm")(x + y) if post else x + y, state
 
 
 class Pattern(nn.Module):
@@ -138,7 +143,7 @@ class Transformer(nn.Module):
     if segment.repeats > 1:
       body = nn.scan(
         body,
-        variable_axes={"params": 0, "losses": 0, "metrics": 0},
+        variable_axes=dict.fromkeys(("params", "losses", "metrics", "statistics", "taps"), 0),
         split_rngs=dict.fromkeys(RNG_STREAMS, True),
         in_axes=(nn.broadcast, 0 if cached else nn.broadcast),
         out_axes=0,
@@ -176,7 +181,10 @@ class Transformer(nn.Module):
     Raises:
       ValueError: when `length` exceeds `config.context`, or a mixer has no caches.
     """
-    require(self.config, "mixer", "init_cache", "rewinds")
+    for index, spec in enumerate(self.config.layers):
+      for name in ("init_cache", "rewinds"):
+        if spec.mixer is not None:
+          ask(spec.mixer, name, f"layer {index}: mixer")
     if length > self.config.context:
       raise ValueError(f"length {length} of a cache; allowed: up to {self.config.context}")
 

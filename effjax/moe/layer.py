@@ -3,11 +3,11 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from effjax.core import trees
-from effjax.core.typing import Array, Float, Int, Params
+from effjax.core.typing import Array, Float, Int
 from effjax.core.weights import linear
 from effjax.kernels.grouped_matmul import grouped_linear
 from effjax.layers import MLP, Context, hidden_units, weight
+from effjax.layers.axes import lead, linear_axes, renamed, under
 from effjax.layers.linear import KERNEL_INIT
 from effjax.moe.dispatch import mix_experts
 from effjax.moe.losses import expert_shares, load_balance_loss, z_loss
@@ -119,16 +119,26 @@ class MoE(nn.Module):
     shares = expert_shares(routing.experts, self.experts, mask=mask)
     self.sow("metrics", "max_load", self.experts * shares.max())
 
-  def flops(self, width: int, length: int) -> float:
+  def flops(self, width: int, length: int, queries: int | None = None) -> float:
     """Matrix-product FLOPs a token, forward: router, k experts, shared experts."""
-    expert = MLP(self.width, self.activation, self.gated, parent=None).flops(width, length)
+    expert = self._expert.flops(width, length, queries)
     return 2.0 * width * self.experts + expert * (self.top_k + self.shared_experts)
 
-  def active(self, params: Params) -> int:
-    """Parameters that one token uses: all but those of the experts it does not visit."""
-    counts = {name: trees.count(tree) for name, tree in params.items()}
-    routed = sum(n for name, n in counts.items() if name in ("up", "gate", "down"))
-    return sum(counts.values()) - routed + routed * self.top_k // self.experts
+  def share(self, path: str) -> float:
+    """Of the parameter at `path`, how much one token uses: k / E of what the experts have."""
+    return self.top_k / self.experts if path in self._expert.axes else 1.0
+
+  @property
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """The roles of its parameters' axes, see `effjax.layers.axes`."""
+    found = linear_axes("router", "embed", "experts") | lead("experts", self._expert.axes)
+    if not self.shared_experts:
+      return found
+    return found | under("shared", renamed(self._expert.axes, hidden="shared_hidden"))
+
+  @property
+  def _expert(self) -> MLP:
+    return MLP(self.width, self.activation, self.gated, self.use_bias, parent=None)
 
 
 class Router(nn.Module):

@@ -1,6 +1,7 @@
 """Training over many devices: meshes, and where the arrays of a state lie on them."""
 
 from effjax.parallel.mesh import make_mesh, simulate_devices
+from effjax.parallel.placement import Anywhere, Placement
 from effjax.parallel.zero import Zero, place
 
-__all__ = ["Zero", "make_mesh", "place", "simulate_devices"]
+__all__ = ["Anywhere", "Placement", "Zero", "make_mesh", "place", "simulate_devices"]

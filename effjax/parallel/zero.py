@@ -6,6 +6,7 @@ stage 2 also the gradients, stage 3 also the parameters; stage 0 is plain data p
 stage is shardings; the compiler derives the all-gathers and reduce-scatters.
 """
 
+import contextlib
 import dataclasses
 from typing import Any, TypeVar
 
@@ -89,7 +90,11 @@ class Zero:
       step=self.replicated,
       params=self.params(state.params),
       opt_state=self._from(1, state.opt_state),
+      extra=jax.tree.map(lambda x: self.replicated, state.extra),
     )
+
+  def scope(self) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
 
   def on_batch(self, batch: PyTree) -> PyTree:
     """Inside a jitted function: `batch`, laid out so; likewise the next three."""

@@ -18,7 +18,7 @@ from effjax.core.weights import Weight, is_weight, linear, materialize, register
 TARGETS = r"mixer/(query|value)/kernel$"
 
 
-@register()
+@register(trains=("a", "b"), kind="adapter")
 class LoRA(Weight):
   """W = W0 + s·A B, computed as x W0 + s·(x A) B.
 
@@ -50,6 +50,19 @@ class LoRA(Weight):
   def parameters(self) -> int:
     own = math.prod(self.a.shape) + math.prod(self.b.shape)
     return trees.count({"base": self.base}) + own
+
+  @property
+  def flops(self) -> float:
+    D, F = self.shape[-2:]
+    base = self.base.flops if is_weight(self.base) else super().flops
+    return base + 2.0 * self.rank * (D + F)
+
+  def check(self) -> None:
+    *batch, D, F = self.shape
+    for name, allowed in (("a", (D, self.rank)), ("b", (self.rank, F)), ("scale", (1, 1))):
+      given = tuple(getattr(self, name).shape)
+      if given != (*batch, *allowed):
+        raise ValueError(f"LoRA: {name} has shape {given}; allowed: {(*batch, *allowed)}")
 
   def delta(self) -> Float[Array, "..."]:
     """s·A B, [..., D, F] in float32."""

@@ -1,18 +1,17 @@
 """Which parameters a parameter-efficient method trains."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from effjax.core import trees
 from effjax.core.typing import PyTree
-from effjax.peft.lora import LoRA
+from effjax.core.weights import Weight
 
 
 def trainable(params: PyTree) -> Callable[[str, Any], bool]:
   """A predicate for `trees.partition` that chooses the arrays the adapters in `params` train.
 
-  Differentiating and optimising the first of the two trees leaves no gradient and no optimiser
-  state for anything else.
+  It is what training does by itself (`trees.trained`), for whoever takes gradients by hand.
 
   Raises:
     ValueError: when `params` holds no adapter.
@@ -26,15 +25,12 @@ def trainable(params: PyTree) -> Callable[[str, Any], bool]:
     >>> sorted(trees.path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(chosen))
     ['kernel/a', 'kernel/b']
   """
-  paths = frozenset(
-    name for path, leaf in trees.items(params).items() for name in _arrays(path, leaf)
-  )
-  if not paths:
+  if not any(is_adapter(leaf) for leaf in trees.items(params).values()):
     raise ValueError("params has nothing to train; allowed: what lora.add returns")
+  paths = trees.trained(params)
   return lambda path, leaf: path in paths
 
 
-def _arrays(path: str, leaf: Any) -> Iterator[str]:
-  if isinstance(leaf, LoRA):
-    yield from (f"{path}/a", f"{path}/b")
-    yield from _arrays(f"{path}/base", leaf.base)
+def is_adapter(leaf: Any) -> bool:
+  """Whether `leaf` is a weight with trained arrays beside a frozen base."""
+  return isinstance(leaf, Weight) and leaf.kind == "adapter"

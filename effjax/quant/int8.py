@@ -8,7 +8,7 @@ from effjax.quant import basics
 from effjax.quant.product import integer_product
 
 
-@register()
+@register(kind="quantised")
 class Int8(Weight):
   """W[d, f] = q[d, f] · scale, scale = max|W[:, f]| / 127 (symmetric absmax).
 
@@ -42,6 +42,19 @@ class Int8(Weight):
     if not jnp.issubdtype(w.dtype, jnp.floating):
       raise ValueError(f"w has type {w.dtype}; allowed: floating point")
     return cls(*basics.symmetric(w, granularity=granularity))
+
+  @classmethod
+  def represent(cls, path: str, w: Float[Array, "... D F"]) -> "Int8":
+    """The `Int8` of the parameter at `path`: a table named "embedding" has one scale a row."""
+    table = path.rsplit("/", 1)[-1] == "embedding"
+    return cls.quantize(w, granularity="row" if table else "channel")
+
+  def check(self) -> None:
+    *batch, D, F = self.q.shape
+    given = tuple(self.scale.shape)
+    if given not in ((*batch, 1, F), (*batch, D, 1)):
+      allowed = f"{(*batch, 1, F)} or {(*batch, D, 1)}"
+      raise ValueError(f"Int8: scale has shape {given}; allowed: {allowed}")
 
   @property
   def shape(self) -> tuple[int, ...]:

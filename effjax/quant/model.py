@@ -1,35 +1,29 @@
 """Quantising the matrices of a model, and going back."""
 
-from collections.abc import Callable
-
 import jax
 
 from effjax.core import trees
 from effjax.core.trees import Chooser
-from effjax.core.typing import Array, PyTree
-from effjax.core.weights import Weight, is_weight
-from effjax.quant.int8 import Int8
+from effjax.core.typing import PyTree
+from effjax.core.weights import REPRESENTATIONS, Weight, is_weight
 
 TARGETS = r"^(?!.*(router|conv)).*\b(kernel|embedding)$"
 
 
-def _int8(path: str, w: Array) -> Int8:
-  table = path.rsplit("/", 1)[-1] == "embedding"
-  return Int8.quantize(w, granularity="row" if table else "channel")
-
-
-METHODS: dict[str, Callable[[str, Array], Weight]] = {"int8": _int8}
-REPRESENTATIONS = (Int8,)
+def methods() -> dict[str, type[Weight]]:
+  """Name → representation, of everything registered as "quantised" (`core.weights`)."""
+  known = REPRESENTATIONS.values()
+  return {cls.__name__.lower(): cls for cls in known if cls.kind == "quantised"}
 
 
 def quantize(params: PyTree, method: str = "int8", targets: Chooser = TARGETS) -> PyTree:
   """`params` with each targeted matrix in a quantised representation.
 
-  Tables named "embedding" get one scale a row, everything else one an output channel.
+  What a representation makes of the parameter at a path is its `represent`.
 
   Args:
     params: a parameter tree; leading axes of a matrix (scanned layers, experts) are a batch.
-    method: "int8".
+    method: one of `methods()`: "int8".
     targets: pattern or predicate on paths; by default all kernels and embedding tables, but not
       norms, biases, routers and convolutions.
 
@@ -43,13 +37,13 @@ def quantize(params: PyTree, method: str = "int8", targets: Chooser = TARGETS) -
     >>> type(small["up"]["kernel"]).__name__, trees.nbytes(params), trees.nbytes(small)
     ('Int8', 160, 96)
   """
-  if method not in METHODS:
-    raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
+  if method not in methods():
+    raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(methods())}")
   found = trees.matrices(params, targets)
   for path, leaf in found.items():
     if is_weight(leaf):
       raise ValueError(f"{path} is {type(leaf).__name__} already; allowed: plain arrays")
-  return trees.update(params, lambda path, leaf: path in found, METHODS[method])
+  return trees.update(params, lambda path, leaf: path in found, methods()[method].represent)
 
 
 def dequantize(params: PyTree) -> PyTree:
@@ -60,6 +54,6 @@ def dequantize(params: PyTree) -> PyTree:
     >>> dequantize(quantize({"kernel": jnp.eye(2)}))["kernel"].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
   """
-  quantised = lambda leaf: isinstance(leaf, REPRESENTATIONS)
+  quantised = lambda leaf: is_weight(leaf) and leaf.kind == "quantised"
   plain = lambda leaf: leaf.materialize() if quantised(leaf) else leaf
   return jax.tree.map(plain, params, is_leaf=quantised)

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from effjax.core.typing import Key, Params
-from effjax.parallel.zero import Zero
+from effjax.parallel.placement import Placement
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.objectives import Batch
 from effjax.train.state import TrainState
@@ -23,7 +23,11 @@ from effjax.train.workdir import METRICS, append_row, read_rows, write_rows
 
 @runtime_checkable
 class Batches(Protocol):
-  """An iterator of batches whose place can be saved as JSON and gone back to."""
+  """An iterator of batches whose place can be saved as JSON and gone back to.
+
+  One that also has `observe(row)` is told the row of every step, what `evaluate` gave included,
+  before the next batch is drawn: data may follow from losses. The device then waits for each step.
+  """
 
   def __next__(self) -> Batch: ...
   def get_state(self) -> Any: ...
@@ -66,7 +70,7 @@ def fit(
   *,
   workdir: str | Path,
   config: LoopConfig,
-  placement: Zero | None = None,
+  placement: Placement | None = None,
   evaluate: Callable[[Params], dict[str, float]] | None = None,
 ) -> TrainState:
   """Trains until `config.steps`, going on from the newest checkpoint in `workdir`.
@@ -78,7 +82,7 @@ def fit(
   Args:
     step: from `make_train_step`; it consumes `state`.
     state: the state of step 0, laid out as training wants it.
-    batches: the data.
+    batches: the data; may have `observe`, see `Batches`.
     rng: the randomness of the whole run.
     workdir: where everything is written.
     config: see `LoopConfig`.
@@ -95,7 +99,7 @@ def fit(
     state = _resume(checkpoints, state, batches)
     start = int(state.step)
     log = Log(directory, start, tensorboard=config.tensorboard)
-    pending = []
+    pending, observe = [], getattr(batches, "observe", None)
     bar = tqdm(total=config.steps, initial=start, disable=not config.progress, unit="step")
     for number in range(start + 1, config.steps + 1):
       state, metrics = step(state, _put(next(batches), placement), rng)
@@ -103,9 +107,11 @@ def fit(
       due = lambda every, number=number: number in (config.steps, number // every * every)
       evaluating = evaluate is not None and due(config.evaluate_every)
       logging, saving = due(config.log_every), due(config.checkpoint_every) or stop.asked
-      if evaluating or logging or saving:
+      if evaluating or logging or saving or observe is not None:
         row = _drain(pending, checkpoints) | (evaluate(state.params) if evaluating else {})
         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+      if observe is not None:
+        observe(row)
       if evaluating or logging:
         log.write(row)
       if saving:
@@ -135,7 +141,8 @@ class Log:
     append_row(self._path, row)
     if self._writer is not None:
       for name, value in row.items():
-        self._writer.add_scalar(name, value, row["step"])
+        add = self._writer.add_histogram if isinstance(value, list) else self._writer.add_scalar
+        add(name, value, row["step"])
       self._writer.flush()
 
 
@@ -159,7 +166,7 @@ class _Stop:
     self.asked = True
 
 
-def _put(batch: Batch, placement: Zero | None) -> Batch:
+def _put(batch: Batch, placement: Placement | None) -> Batch:
   return batch if placement is None else jax.device_put(batch, placement.batch(batch))
 
 
@@ -180,7 +187,7 @@ def _drain(pending: list[tuple[int, dict]], checkpoints: Checkpoints) -> dict[st
   """
   row: dict[str, Any] = {}
   for number, metrics in jax.device_get(pending):
-    row = {"step": number} | {name: np.asarray(x).item() for name, x in metrics.items()}
+    row = {"step": number} | {name: np.asarray(x).tolist() for name, x in metrics.items()}
     if not row.pop("finite", math.isfinite(row["loss"])):
       steps = checkpoints.steps()
       good = f"step {steps[-1]} in {checkpoints.directory}" if steps else "none yet"

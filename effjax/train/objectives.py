@@ -1,52 +1,36 @@
-"""Objectives: pure functions objective(params, batch, rng) -> (loss, metrics).
-
-A loss is a mean over something, and `metrics["weight"]` says over how much (tokens, pairs): by it
-a training step averages microbatches, so that the mean is that of the whole batch. Without it
-microbatches count alike.
-"""
+"""The objective of language modelling; `layers.objective` has what objectives are made of."""
 
 import math
-from collections.abc import Callable, Mapping
 
 import flax.linen as nn
-import jax.numpy as jnp
-import numpy as np
 
-from effjax.core.numerics import cross_entropy, weighted_mean
-from effjax.core.typing import Array, Key, Params
-from effjax.layers.forward import forward, layer_means
+from effjax.core.numerics import cross_entropy
+from effjax.core.typing import Array
+from effjax.layers.objective import Batch, Objective, per_token, through
 
-Batch = Mapping[str, Array | np.ndarray]
-Objective = Callable[[Params, Batch, Key | None], tuple[Array, dict[str, Array]]]
+__all__ = ["Batch", "Objective", "next_token", "per_token", "perplexity", "through"]
 
 
 def next_token(module: nn.Module) -> Objective:
   """Σ w·(−log p(target)) / Σ w over the positions, plus what the layers sow under "losses".
 
-  The batch has tokens [B, T] and targets [B, T]; optional are weights [B, T] (0: not counted),
-  segment_ids and positions [B, T]. A sown loss carries its coefficient; each kind is averaged over
-  the layers that sow it. Metrics: "nll" (the first term, nats), "weight" (Σ w), and every kind of
-  sown loss and metric. `rng` None switches the randomness of layers off.
+  The batch has tokens [B, T] and targets [B, T]; see `per_token` for the rest. Metrics: "nll" (the
+  first term, nats), and those of `per_token`.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> objective = next_token(nn.Embed(3, 3, embedding_init=nn.initializers.zeros))
     >>> batch = {"tokens": jnp.array([[0, 1]]), "targets": jnp.array([[1, 2]])}
     >>> loss, _ = objective({"embedding": jnp.zeros((3, 3))}, batch, None)
     >>> round(float(loss), 4)
     1.0986
   """
+  return per_token(module, _nll)
 
-  def objective(params: Params, batch: Batch, rng: Key | None):
-    logits, sown = forward(module, params, batch, rng)
-    values = cross_entropy(logits, batch["targets"])
-    weights = batch.get("weights", jnp.ones(values.shape, values.dtype))
-    nll = weighted_mean(values, weights)
-    losses = layer_means(sown.get("losses", {}))
-    metrics = layer_means(sown.get("metrics", {}))
-    loss = sum(losses.values(), start=nll)
-    return loss, {**metrics, **losses, "nll": nll, "weight": weights.sum()}
 
-  return objective
+def _nll(logits: Array, batch: Batch) -> tuple[Array, dict[str, Array]]:
+  values = cross_entropy(logits, batch["targets"])
+  return values, {"nll": values}
 
 
 def perplexity(nll: float) -> float:

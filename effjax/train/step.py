@@ -1,6 +1,7 @@
 """One jitted training step for every objective and every placement."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ from jax.tree_util import Partial
 
 from effjax.core import trees
 from effjax.core.typing import Array, Key, PyTree
-from effjax.parallel.zero import Zero
+from effjax.parallel.placement import Anywhere, Placement
 from effjax.train.objectives import Batch, Objective
-from effjax.train.state import TrainState, trained
+from effjax.train.state import TrainState
+
+After = Callable[[TrainState, dict[str, Array]], TrainState]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +48,8 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   *,
   microbatches: int = 1,
-  trainable: trees.Chooser | None = None,
-  placement: Zero | None = None,
+  placement: Placement | None = None,
+  after: After | None = None,
 ) -> Step:
   """A jitted step(state, batch, rng) -> (state, metrics); it consumes the state it is given.
 
@@ -54,13 +57,16 @@ def make_train_step(
   Σ w_i g_i / Σ w_i with the objective's weights, those of the whole batch. The step draws its
   randomness from `rng` and its number, so the same `rng` serves every step. When the loss or the
   norm of the gradients is not finite, the state stays as it was and `metrics["finite"]` is False.
+  What gets gradients and optimiser state is the state's affair, see `init_state`.
 
   Args:
-    objective: (params, batch, rng) -> (loss, metrics).
+    objective: (params, batch, rng) -> (loss, metrics), or (params, batch, rng, extra) where the
+      state has something `extra`.
     optimizer: an optax transformation; clipping belongs to it.
     microbatches: a divisor of the batch.
-    trainable: what gets gradients and optimiser state, see `state.trained`.
     placement: where arrays live on a mesh; None leaves that to the arrays given.
+    after: (state, metrics) -> state, the last thing inside the step, finite or not: what is carried
+      between steps by other rules than the optimiser's, in `extra` or in parameters.
 
   Raises:
     ValueError: at the first call, when `microbatches` does not divide the batch.
@@ -76,14 +82,19 @@ def make_train_step(
   """
   if microbatches < 1:
     raise ValueError(f"microbatches={microbatches}; allowed: from 1")
-  place = placement or _Anywhere()
+  place = placement or Anywhere()
 
   def step(objective: Objective, state: TrainState, batch: Batch, rng: Key):
-    chosen, rest = trained(state.params, trainable)
+    chosen, rest = state.partition()
+    extra = () if state.extra is None else (state.extra,)
 
     def compute(part: Batch, key: Key):
       part = place.on_batch(part)
-      loss = lambda chosen: objective(place.on_params(trees.merge(chosen, rest)), part, key)
+
+      def loss(chosen: PyTree):
+        with place.scope():
+          return objective(place.on_params(trees.merge(chosen, rest)), part, key, *extra)
+
       (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(chosen)
       return place.on_gradients(grads), {**metrics, "loss": value}
 
@@ -91,20 +102,15 @@ def make_train_step(
     grads, metrics = _accumulate(compute, _split(batch, microbatches), key)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    metrics = {**metrics, "grad_norm": norm, "finite": finite}
     updates, opt_state = optimizer.update(grads, state.opt_state, chosen)
     params = trees.merge(optax.apply_updates(chosen, updates), rest)
-    new = TrainState(state.step + 1, params, opt_state)
+    new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-    return place.on_state(new), {**metrics, "grad_norm": norm, "finite": finite}
+    return place.on_state(new if after is None else after(new, metrics)), metrics
 
   held = objective if isinstance(objective, Partial) else Partial(objective)
   return Step(jax.jit(step, donate_argnums=1), held)
-
-
-class _Anywhere:
-  """The placement that constrains nothing."""
-
-  on_batch = on_params = on_gradients = on_state = staticmethod(lambda tree: tree)
 
 
 def _split(batch: Batch, parts: int) -> list[Batch] | Batch:

@@ -139,6 +139,12 @@ def test_flops_stop_growing_at_the_chunk():
   assert LinearAttention(4, causal=False).flops(16, 5) == 2 * 4 * 16**2 + 4 * 16 * (5 + 2 * 4)
 
 
+@pytest.mark.parametrize("length", [1, 9, 10_000])
+def test_flops_of_decoding_do_not_depend_on_the_length(length):
+  # One pair of tokens, the state taking one in, and the state read.
+  assert LinearAttention(4).flops(16, length, 1) == 2 * 4 * 16**2 + 4 * 16 + 2 * 2 * 16 * 4
+
+
 def test_impossible_arguments_are_refused(arrays, key):
   state = LinearState.empty(B, N, H, H)
   with pytest.raises(ValueError, match="chunk=0; allowed: from 1"):

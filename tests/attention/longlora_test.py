@@ -113,6 +113,8 @@ def test_flops_count_the_keys_in_the_groups(causal):
   quarter = ShiftedSparseAttention(4).flops(16, T)
   assert quarter == ShiftedSparseAttention(4, group=3).flops(16, T)
   assert ShiftedSparseAttention(4, group=T).flops(16, T) == Attention(4).flops(16, T)
+  assert module.flops(16, T, T) == module.flops(16, T)
+  assert module.flops(16, T, 1) == Attention(4, mask=mask).flops(16, T, 1)  # with a cache
 
 
 def test_what_it_cannot_do_is_refused(key):

@@ -132,6 +132,8 @@ def test_projections_may_be_weights_of_any_representation(key):
 def test_flops_count_both_halves():
   attention = Attention(N).flops(D, 20)
   assert LSRA(N, W).flops(2 * D, 20) == attention + 2 * D * (3 * D + W)
+  decoding = Attention(N).flops(D, 20, 1)
+  assert LSRA(N, W).flops(2 * D, 20, 1) == decoding + 2 * D * (3 * D + W)
   assert LSRA(N, W, dynamic=True).flops(2 * D, 20) == attention + 2 * D * (3 * D + W + N * W)
 
 

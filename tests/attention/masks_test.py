@@ -195,6 +195,27 @@ def test_mean_keys_counts_the_matrix(mask, length):
   assert mask.mean_keys(length) == pytest.approx(matrix(mask, length, length).sum() / length)
 
 
+@settings(max_examples=50, deadline=None)
+@given(composed(LEAVES), st.integers(1, 30), st.data())
+def test_mean_keys_of_the_last_queries_counts_their_rows(mask, length, data):
+  queries = data.draw(st.integers(1, length))
+  rows = matrix(mask, length, length)[-queries:]
+  assert mask.mean_keys(length, queries) == pytest.approx(rows.sum() / queries)
+
+
+def test_mean_keys_of_one_query_of_a_long_sequence():
+  window = Causal() & (SlidingWindow(255, 0) | Global(4))
+  assert window.mean_keys(100_000, 1) == 260
+  assert (Dilated(8, 100) & Causal()).mean_keys(100_000, 1) == 9  # not exact: one row written out
+  assert Full().mean_keys(100_000, 1) == 100_000
+
+
+@pytest.mark.parametrize("queries", [0, 5])
+def test_mean_keys_of_more_queries_than_there_are(queries):
+  with pytest.raises(ValueError, match=f"queries={queries}; allowed: 1 … length, 4"):
+    Causal().mean_keys(4, queries)
+
+
 def test_mean_keys_of_documents():
   assert Documents(jnp.array([[0, 0, 1, -1]])).mean_keys(4) == pytest.approx(5 / 4)
 

@@ -60,6 +60,15 @@ def test_flops_count_projections_and_visible_keys():
   causal = Attention(4, 2, head_width=8)
   projections = 2 * 16 * 8 * (4 + 2 + 2 + 4)
   assert causal.flops(16, 9) == projections + 2 * 2 * 4 * 8 * (9 + 1) / 2
+  assert causal.flops(16, 9, 1) == projections + 2 * 2 * 4 * 8 * 9
+  assert causal.flops(16, 9, 3) == projections + 2 * 2 * 4 * 8 * (7 + 8 + 9) / 3
+  assert Attention(4, 2, head_width=8, cross=True).flops(16, 9, 1) == causal.flops(16, 9, 1)
+
+
+@pytest.mark.parametrize("length", [3, 6, 50])
+def test_decoding_through_a_window_pays_for_its_keys(length):
+  window = Attention(4, mask=masks.Causal() & masks.SlidingWindow(5, 0))
+  assert window.flops(16, length, 1) == 2 * 4 * 16**2 + 4 * 16 * min(5 + 1, length)
 
 
 @pytest.mark.parametrize(

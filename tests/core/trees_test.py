@@ -93,3 +93,17 @@ def test_partition_and_merge_are_inverse_on_any_tree(tree, pattern):
   assert trees.merge(chosen, rest) == tree
   assert len(jax.tree.leaves(chosen)) + len(jax.tree.leaves(rest)) == len(jax.tree.leaves(tree))
   assert set(trees.items(chosen)) == set(trees.select(tree, pattern))
+
+
+def test_what_trains_is_the_knowledge_of_the_representation():
+  w = jnp.ones((4, 6))
+  plain = {"kernel": w, "scale": jnp.ones(4), "ids": jnp.ones(3, int)}
+  assert trees.trained(plain) == {"kernel", "scale"}
+  quantised = plain | {"kernel": Int8.quantize(w)}
+  assert trees.trained(quantised) == {"scale"}
+  factors = lora.add(plain, jax.random.key(0), rank=2, targets="kernel")
+  assert trees.trained(factors) == {"kernel/a", "kernel/b"}
+  over_int8 = lora.add(quantised, jax.random.key(0), rank=2, targets="kernel")
+  assert trees.trained(over_int8) == {"kernel/a", "kernel/b"}
+  twice = {"kernel": lora.init(factors["kernel"], jax.random.key(1), rank=1, scale=1.0)}
+  assert trees.trained(twice) == {"kernel/a", "kernel/b", "kernel/base/a", "kernel/base/b"}

@@ -133,3 +133,49 @@ def test_a_sharded_weight_computes_the_same():
   sharded = jax.device_put(w, Scaled(place(("data", None)), place(()), power=2))
   assert sharded.matrix.addressable_shards[0].data.shape == (1, 16)
   np.testing.assert_allclose(jax.jit(linear)(x, sharded), linear(x, w), rtol=1e-5, atol=1e-5)
+
+
+def test_a_transpose_multiplies_without_the_matrix():
+  w = scaled((4, 5))
+  x, matrix = jax.random.normal(jax.random.key(2), (2, 3, 5)), np.asarray(w)
+  assert isinstance(w.T, weights.Transposed)
+  assert w.T.T is w
+  np.testing.assert_allclose(linear(x, w.T), x @ matrix.T, rtol=1e-5, atol=1e-5)
+  grad = jax.grad(lambda w: (linear(x, w.T) * x[..., :4]).sum())(w)
+  expected = jax.grad(lambda m: ((x @ (4 * m).T) * x[..., :4]).sum())(w.matrix)
+  np.testing.assert_allclose(grad.matrix, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_at_works_from_both_sides():
+  w, matrix = scaled((4, 5)), np.asarray(scaled((4, 5)))
+  for x in (np.ones((3, 4), np.float32), jnp.arange(8.0).reshape(2, 4)):
+    np.testing.assert_allclose(x @ w, np.asarray(x) @ matrix, rtol=1e-5, atol=1e-5)
+  for x in (np.ones(5, np.float32), jnp.arange(10.0).reshape(5, 2)):
+    np.testing.assert_allclose(w @ x, matrix @ np.asarray(x), rtol=1e-5, atol=1e-5)
+
+
+def test_fields_are_checked_by_the_constructor_and_not_by_tree_maps():
+  with pytest.raises(ValueError, match=r"factor has shape \(1, 1\); allowed: leading axes \(3,\)"):
+    Scaled(jnp.ones((3, 4, 5)), jnp.ones((1, 1)))
+  sums = jax.tree.map(jnp.sum, scaled((3, 4, 5)))
+  assert sums.matrix.shape == ()
+  assert jax.tree.map(lambda x: None, sums).matrix is None
+
+
+def test_a_repr_is_one_short_line():
+  assert repr(scaled((4, 5))) == "Scaled[4, 5] float32"
+  assert repr(scaled((4, 5)).T) == "Transposed[5, 4] float32 over Scaled"
+  assert repr(jax.tree.map(lambda x: None, scaled((4, 5)))) == "Scaled(…)"
+
+
+def test_a_registration_names_fields_that_there_are():
+  with pytest.raises(ValueError, match="no field"):
+    weights.register(trains=("matrices",))(type("Wrong", (Scaled,), {}))
+  with pytest.raises(ValueError, match="kind='int8'"):
+    weights.register(kind="int8")
+
+
+def test_fields_are_split_as_the_matrix_is():
+  specs = scaled((3, 4, 5)).specs((None, "x", "y"))
+  assert specs.matrix == PartitionSpec(None, "x", "y")
+  assert specs.factor == PartitionSpec(None, None, None)

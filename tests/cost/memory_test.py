@@ -2,8 +2,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from effjax.attention import LinearAttention
 from effjax.cost import memory
 from effjax.cost.compiled import compiled
+from effjax.layers import LayerSpec, TransformerConfig
+from effjax.models import Transformer, presets
 
 # Gigabytes a device, ZeRO Table 1; columns 7.5 B, 128 B and 1 T, each for stages 1, 2 and 3. The
 # published 7.5 B figures are rounded and the others cut off, so a cell agrees within one unit of
@@ -100,3 +103,26 @@ def test_remat_keeps_less():
 def test_bad_arguments(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_bytes_of_a_cache_are_those_of_its_arrays():
+  module = Transformer(presets.TINY, jnp.bfloat16)
+  cache = module.init_cache(2, 32)
+  assert memory.cache_bytes(module, 2, 32) == sum(x.nbytes for x in jax.tree.leaves(cache))
+  layers, kv_heads, head_width = 2, 2, 16
+  assert memory.cache_bytes(module, 2, 32) == layers * 2 * (2 * 32 * kv_heads * head_width) * 2
+
+
+def test_bytes_of_a_state_do_not_grow_with_the_length():
+  config = TransformerConfig(16, 8, (LayerSpec(LinearAttention(2), None),) * 3)
+  module = Transformer(config)
+  state = 2 * (4 * 4 + 4) * 4 + 4  # two heads 4 wide in float32, and the segment
+  assert memory.cache_bytes(module, 5, 8) == memory.cache_bytes(module, 5, 2048) == 3 * 5 * state
+
+
+@pytest.mark.parametrize(("sizes", "message"), [((0, 8), "batch 0"), ((1, 0), "length 0")])
+def test_bytes_of_no_cache(sizes, message):
+  with pytest.raises(ValueError, match=f"{message}; allowed: from 1"):
+    memory.cache_bytes(Transformer(presets.TINY), *sizes)
+  with pytest.raises(ValueError, match="allowed: up to 256"):
+    memory.cache_bytes(Transformer(presets.TINY), 1, 257)

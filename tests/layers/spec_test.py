@@ -1,15 +1,16 @@
-"""The protocols of a layer's modules, and which modules keep them."""
+"""What configurations print, and which modules keep the protocols of a layer."""
 
 import dataclasses
 
 import pytest
 
+from effjax import data
 from effjax.attention import Attention, BigBird, Linformer, Longformer
 from effjax.attention.linear import LinearAttention
 from effjax.attention.longlora import ShiftedSparseAttention
 from effjax.attention.lsra import LSRA
 from effjax.layers import MLP, FeedForward, LayerSpec, Mixer, TransformerConfig
-from effjax.layers.spec import require
+from effjax.models import Transformer, presets
 from effjax.moe import MoE
 
 FORGETFUL = (Attention, BigBird, Longformer, ShiftedSparseAttention, Linformer, LSRA)
@@ -28,10 +29,19 @@ def test_feed_forward_layers():
   assert isinstance(MoE(2, 1, 4), FeedForward)
 
 
-def test_what_lacks_a_part_is_named():
-  config = TransformerConfig(8, 4, (LayerSpec(None, MLP(4)), LayerSpec(MLP(4), None)))
-  require(config, "ffn", "flops")
-  with pytest.raises(
-    ValueError, match="layer 1: mixer MLP has no init_cache and no rewinds; allow"
-  ):
-    require(config, "mixer", "init_cache", "flops", "rewinds")
+@pytest.mark.parametrize("preset", [presets.SMOLLM2_135M, presets.GEMMA3_270M, presets.BERT_BASE])
+def test_a_configuration_prints_in_a_line(preset):
+  assert "\n" not in repr(preset) and len(repr(preset)) < 120
+  assert repr(preset) in repr(Transformer(preset)) and len(repr(Transformer(preset))) < 250
+
+
+def test_a_pattern_is_seen_in_it():
+  near, far = LayerSpec(Attention(2), MLP(8)), LayerSpec(None, MLP(8), tag="far")
+  shown = repr(TransformerConfig(16, 4, (near, near, far) * 3))
+  layers = "2 × LayerSpec(Attention + MLP), 1 × LayerSpec(MLP, tag='far'), 2 × LayerSpec("
+  assert layers in shown and shown.endswith("… (9 in all))")
+
+
+def test_a_corpus_prints_in_a_line():
+  shown = repr(data.text("pydoc", limit_bytes=20_000))
+  assert "\n" not in shown and len(shown) < 100

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from effjax.attention import Attention
 from effjax.layers import MLP, LayerSpec, TransformerConfig, stack
 from effjax.models import Transformer
+from effjax.peft import lora
+from effjax.quant import Int8
 
 WIDTHS = (16, 24, 32)
 
@@ -68,6 +70,90 @@ def test_join_refuses_another_number_of_layers(key):
   config = config_of([0, 0])
   with pytest.raises(ValueError, match="1 layer trees; allowed: 2"):
     stack.join(config, [{}], {})
+
+
+def adapted(rank):
+  w = jnp.ones((8, 16))
+  return {"ffn": {"up": {"kernel": lora.init(w, jax.random.key(0), rank=rank, scale=1.0)}}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded(Int8):
+  bits: int = 8
+
+
+jax.tree_util.register_dataclass(Rounded, data_fields=["q", "scale"], meta_fields=["bits"])
+
+
+def rounded(bits):
+  found = Int8.quantize(jnp.ones((8, 16)))
+  return {"ffn": {"up": {"kernel": Rounded(found.q, found.scale, bits)}}}
+
+
+@pytest.mark.parametrize(
+  ("first", "second", "found"),
+  [
+    (adapted(1), adapted(2), r"ffn/up/kernel is LoRA.*\(8, 1\).*in the one, LoRA.*\(8, 2\)"),
+    (rounded(4), rounded(8), r"ffn/up/kernel is Rounded.*bits=4.*in the one, .*bits=8"),
+    (adapted(1), rounded(8), "ffn/up/kernel is LoRA.* in the one, Rounded"),
+    ({"a": jnp.ones(2)}, {"a": jnp.ones(3)}, r"a is float32 \(2,\) .*, float32 \(3,\)"),
+    ({"a": jnp.ones(2)}, {"a": jnp.ones(2, jnp.bfloat16)}, r"a is float32 .*, bfloat16 \(2,\)"),
+    (
+      {"a": jnp.ones(2)},
+      {"b": jnp.ones(2)},
+      r"a is float32 \(2,\) in the one, absent in the other",
+    ),
+  ],
+)
+def test_layers_that_do_not_stack_are_named(first, second, found):
+  config = config_of([0, 1, 0, 1, 0, 1])
+  with pytest.raises(ValueError, match=f"layers 1 and 5 are scanned together, and {found}.*tag"):
+    stack.join(config, [first, first, first, first, first, second], {})
+
+
+def test_layers_of_different_tags_are_not_scanned_together(key):
+  config = config_of([0, 0, 0, 0])
+  tokens = jnp.arange(3)[None]
+  params = jax.jit(Transformer(config).init)(key, tokens)["params"]
+
+  def adapt(index, spec, tree):
+    rank = 1 + index // 2
+    kernel = lora.init(tree["ffn"]["up"]["kernel"], key, rank=rank, scale=1.0)
+    spec = dataclasses.replace(spec, tag=rank)
+    return spec, {**tree, "ffn": {**tree["ffn"], "up": {"kernel": kernel}}}
+
+  changed, new = stack.change(config, params, adapt)
+  assert [(len(s.pattern), s.repeats) for s in stack.segments(changed)] == [(1, 2), (1, 2)]
+  ranks = [new[f"segments_{i}"]["layers_0"]["ffn"]["up"]["kernel"].rank for i in range(2)]
+  assert ranks == [1, 2]
+  chex.assert_trees_all_close(
+    Transformer(changed).apply({"params": new}, tokens),
+    Transformer(config).apply({"params": params}, tokens),
+    atol=1e-5,
+  )
+
+
+def test_change_moves_layers_and_keeps_the_rest(key):
+  config = config_of([0, 1, 2])
+  params = jax.eval_shape(Transformer(config).init, key, jnp.zeros((1, 3), int))["params"]
+  params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), params)
+  specs, (layers, rest) = config.layers, stack.split(config, params)
+  backwards = lambda index, spec, tree: (specs[2 - index], layers[2 - index])
+  turned, new = stack.change(config, params, backwards)
+  assert turned.layers == specs[::-1]
+  chex.assert_trees_all_equal(stack.split(turned, new), (layers[::-1], rest))
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"after_mixer": MLP(2)}, "after_mixer is MLP and mixer None; allowed: nothing after"),
+    ({"after_ffn": MLP(2)}, "after_ffn is MLP and ffn None"),
+  ],
+)
+def test_specifications_that_mean_nothing_are_refused(fields, message):
+  with pytest.raises(ValueError, match=f"LayerSpec: {message}"):
+    LayerSpec(None, None, **fields)
 
 
 def test_unscan_computes_the_same(key):

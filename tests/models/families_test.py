@@ -107,11 +107,11 @@ def layers_changed(**changes):
     (llama_changed(norm=LayerNorm(1e-5)), "norm=LayerNorm"),
     (llama_changed(arrangement="post"), "arrangement=post"),
     (llama_changed(logit_softcap=2.0), "logit_softcap=2.0"),
-    (layers_changed(ffn=MLP(8)), "layers=LayerSpec"),
+    (layers_changed(ffn=MLP(8)), r"layers=LayerSpec.*, layers\[1\]\.ffn\.width=8 is"),
     (layers_changed(ffn=None), r"layers\[1\].ffn is NoneType; .* holds MLP there"),
     (
       layers_changed(mixer=presets.TINY.layers[0].mixer.copy(mask=SlidingWindow(3, 0))),
-      "layers=LayerSpec",
+      r"layers=LayerSpec.*, layers\[1\]\.mixer\.mask=SlidingWindow",
     ),
     (layers_changed(mixer=presets.TINY.layers[0].mixer.copy(rope=None)), "layers=LayerSpec"),
     (llama_changed(family=None), "config.family=None; allowed: llama, gemma3"),

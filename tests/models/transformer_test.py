@@ -3,6 +3,7 @@
 import dataclasses
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +78,51 @@ def test_what_padding_holds_has_no_influence(tokens, key):
     np.testing.assert_array_equal(apply(spoil(tokens), spoil(place)), wanted)
 
 
+class Gate(nn.Module):
+  """g · y for a number g, or an entry of `context.tokens`."""
+
+  factor: float | None = None
+
+  @nn.compact
+  def __call__(self, y, context):
+    g = self.param("g", lambda _: jnp.full((1, 1, 1), self.factor or 1.0))
+    return y * (g if self.factor is not None else g * context.tokens[..., None])
+
+
+def gated(module, **places):
+  config = module.config
+  layers = tuple(dataclasses.replace(spec, **places) for spec in config.layers)
+  return module.copy(config=dataclasses.replace(config, layers=layers))
+
+
+@pytest.mark.parametrize("arrangement", ["pre", "post", "sandwich"])
+def test_what_stands_after_a_branch_scales_what_it_adds(arrangement, tokens, key):
+  layer = LayerSpec(Attention(4), MLP(32))
+  shape = {"arrangement": arrangement, "head": None, "embed_scale": 50.0}
+  module = Transformer(decoder(layers=(layer,) * 3, **shape))
+  none = gated(module, after_mixer=Gate(1e-9), after_ffn=Gate(1e-9))
+  params = jax.jit(none.init)(key, tokens)["params"]
+  assert params["segments_0"]["layers_0"]["after_ffn"]["g"].shape == (3, 1, 1, 1)
+  apply = lambda module, tokens: jax.jit(module.apply)({"params": params}, tokens)
+  # No branch adds anything: the embeddings alone are left, normalised.
+  x = params["embed"]["embedding"][tokens]
+  want = x / jnp.sqrt((x**2).mean(-1, keepdims=True))
+  np.testing.assert_allclose(apply(none, tokens), want, atol=1e-4)
+  ones = jax.tree.map(jnp.ones_like, params["segments_0"]["layers_0"]["after_ffn"])
+  layers = params["segments_0"]["layers_0"] | {"after_ffn": ones, "after_mixer": ones}
+  params["segments_0"] = {"layers_0": layers}
+  np.testing.assert_allclose(apply(none, tokens), apply(module, tokens), atol=1e-6)
+
+
+def test_what_stands_after_a_branch_sees_the_context(tokens, key):
+  module = gated(Transformer(decoder()), after_ffn=Gate())
+  params = jax.jit(module.init)(key, tokens)
+  whole = jax.jit(module.apply)(params, tokens)
+  first = jnp.broadcast_to(jnp.arange(12), (2, 12))
+  logits, _ = jax.jit(module.apply)(params, tokens, positions=first, cache=module.init_cache(2, 12))
+  np.testing.assert_allclose(logits, whole, atol=1e-5)
+
+
 def test_remat_and_unscanned_gradients_agree(tokens, key):
   module = Transformer(decoder())
   params = jax.jit(module.init)(key, tokens)
@@ -104,7 +150,9 @@ def test_sequence_past_the_context_is_refused(key):
 def test_a_mixer_without_caches_is_refused_by_name():
   first, *layers = decoder().layers
   module = Transformer(decoder(layers=(first, dataclasses.replace(first, mixer=MLP(4)), *layers)))
-  with pytest.raises(ValueError, match="layer 1: mixer MLP has no init_cache and no rewinds"):
+  with pytest.raises(
+    ValueError, match="layer 1: mixer is MLP; allowed: modules that have `init_cache`"
+  ):
     module.init_cache(1, 8)
 
 

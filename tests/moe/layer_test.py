@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from effjax.core import trees
 from effjax.layers import MLP, Context
 from effjax.moe import MoE
 from effjax.peft import lora
@@ -185,7 +186,9 @@ def test_costs(x):
   layer = LAYER.copy(shared_experts=1)
   params = params_of(layer, x)
   assert layer.flops(D, 9) == 2 * D * E + (K + 1) * 6 * D * F
-  assert layer.active(params) == D * E + (K + 1) * 3 * D * F
+  leaves = trees.items(params).items()
+  active = sum(x.size * layer.share(path) for path, x in leaves)
+  assert active == D * E + (K + 1) * 3 * D * F
 
 
 def test_more_choices_than_experts(x):

@@ -3,6 +3,7 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -157,3 +158,38 @@ def test_a_run_goes_on_in_another_placement(tmp_path, run, bigram, stream, key):
 def test_wrong_numbers_are_named():
   with pytest.raises(ValueError, match="checkpoint_every=0"):
     LoopConfig(checkpoint_every=0)
+
+
+def test_data_can_follow_from_losses_and_resumes_the_same(tmp_path, run, stream):
+  class Feedback(stream):
+    seen = ()
+
+    def observe(self, row):
+      self.seen = (*self.seen, round(row["loss"], 6))
+      self.index += int(1e6 * row["loss"]) % 3  # which batch is next follows from the loss
+
+    def get_state(self):
+      return super().get_state() | {"seen": self.seen}
+
+    def set_state(self, state):
+      super().set_state(state)
+      self.seen = tuple(state["seen"])
+
+  whole, parts = Feedback(), Feedback()
+  expected = run(tmp_path / "a", 9, batches=whole, log_every=5)
+  run(tmp_path / "b", 3, batches=Feedback(), log_every=5)
+  found = run(tmp_path / "b", 9, batches=parts, log_every=5)
+  assert len(whole.seen) == 9 and parts.seen == whole.seen
+  assert parts.index == whole.index > 9
+  _same(expected.params, found.params)
+
+
+def test_a_row_holds_vectors_too(tmp_path, run, stream, key):
+  def objective(params, batch, rng):
+    return params["w"].sum(), {"layers/load": jnp.arange(3.0)}
+
+  optimizer = optax.sgd(0.1)
+  step, state = make_train_step(objective, optimizer), init_state({"w": jnp.ones(2)}, optimizer)
+  config = LoopConfig(steps=2, progress=False)
+  fit(step, state, stream(), key, workdir=tmp_path, config=config)
+  assert _rows(tmp_path)[1]["layers/load"] == [0.0, 1.0, 2.0]

@@ -1,10 +1,13 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from effjax.core import weights
+from effjax.core import linear, weights
+from effjax.peft import lora
 from effjax.train import init_state, make_train_step
 
 
@@ -28,8 +31,8 @@ def _copy(tree):
 
 
 def _run(objective, params, batch, optimizer, key, **arguments):
+  state = init_state(_copy(params), optimizer, trainable=arguments.pop("trainable", None))
   step = make_train_step(objective, optimizer, **arguments)
-  state = init_state(_copy(params), optimizer, trainable=arguments.get("trainable"))
   return step(state, batch, key)
 
 
@@ -153,3 +156,46 @@ def test_arrays_an_objective_holds_are_arguments_of_the_program():
   text = make_train_step(held, optax.sgd(0.1)).lower(state, batch, jax.random.key(0)).as_text()
   assert text.count("tensor<999xf32>") > 0
   assert not any("constant" in line and "999" in line for line in text.splitlines())
+
+
+def test_adapters_alone_train_where_nobody_says_so(key):
+  base = {"up": {"kernel": jnp.ones((4, 6))}, "norm": {"scale": jnp.ones(6)}}
+  params = lora.add(base, key, rank=2, targets="kernel")
+  objective = lambda params, batch, rng: (
+    jnp.square(
+      linear(batch["x"], params["up"]["kernel"]) * params["norm"]["scale"][None] - 1
+    ).sum(),
+    {},
+  )
+  optimizer = optax.adamw(0.1)
+  state = init_state(_copy(params), optimizer)
+  assert state.partition()[0]["norm"]["scale"] is None
+  mu = state.opt_state[0].mu
+  assert [x.shape for x in jax.tree.leaves(mu)] == [(4, 2), (2, 6)]
+  step = make_train_step(objective, optimizer)
+  for _ in range(3):
+    state, _ = step(state, {"x": np.ones((2, 4), np.float32)}, key)
+  moved, merged = state.params["up"]["kernel"], lora.merge(state.params)
+  np.testing.assert_array_equal(moved.base, base["up"]["kernel"])
+  np.testing.assert_array_equal(moved.scale, params["up"]["kernel"].scale)
+  np.testing.assert_array_equal(state.params["norm"]["scale"], base["norm"]["scale"])
+  assert not np.array_equal(moved.b, params["up"]["kernel"].b)
+  assert not np.array_equal(merged["up"]["kernel"], base["up"]["kernel"])
+
+
+def test_after_carries_what_the_optimiser_does_not(key):
+  def objective(params, batch, rng, extra):
+    return extra["scale"] * (params["w"] * batch["x"]).sum(), {"seen": extra["scale"]}
+
+  def after(state, metrics):
+    scale = state.extra["scale"] * jnp.where(metrics["finite"], 2.0, 0.5)
+    return dataclasses.replace(state, extra={"scale": scale})
+
+  optimizer = optax.sgd(0.5)
+  step = make_train_step(objective, optimizer, after=after)
+  state = init_state({"w": jnp.ones(())}, optimizer, extra={"scale": jnp.float32(1.0)})
+  scales = []
+  for x in (1.0, np.nan, 1.0):
+    state, metrics = step(state, {"x": jnp.full(2, x)}, key)
+    scales.append((float(metrics["seen"]), float(state.extra["scale"]), float(state.params["w"])))
+  assert scales == [(1.0, 2.0, 0.0), (2.0, 1.0, 0.0), (1.0, 2.0, -1.0)]

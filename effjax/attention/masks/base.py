@@ -101,20 +101,30 @@ class Mask:
     """
     return blocks.block_map(self, T, S, block_q, block_k, head)
 
-  def mean_keys(self, length: int) -> float:
-    """Number of keys a query sees, on average over heads and `length` queries of self-attention.
+  def mean_keys(self, length: int, queries: int | None = None) -> float:
+    """Number of `length` keys a query sees, on average over heads and the last `queries` positions.
+
+    Args:
+      length: number of keys S.
+      queries: how many of the last positions ask; None means all S.
 
     Example:
       >>> from effjax.attention.masks import Causal, SlidingWindow
-      >>> Causal().mean_keys(8), SlidingWindow(1, 0).mean_keys(8)
-      (4.5, 1.875)
+      >>> Causal().mean_keys(8), SlidingWindow(1, 0).mean_keys(8), Causal().mean_keys(8, 1)
+      (4.5, 1.875, 8.0)
+
+    Raises:
+      ValueError: unless 1 ≤ queries ≤ length.
     """
+    queries = length if queries is None else queries
+    if not 1 <= queries <= length:
+      raise ValueError(f"mean_keys: queries={queries}; allowed: 1 … length, {length}")
     if self.exact and not jax.tree.leaves(self):
-      one_by_one = Grid.of(length, length, 1, 1)
-      positions = np.arange(length, dtype=np.int32)[None]
+      one_by_one = Grid.of(queries, length, 1, 1)
+      positions = np.arange(length - queries, length, dtype=np.int32)[None]
       some, _ = self.spans(one_by_one, *self.features(positions, length))
       return float(some.count().mean())
-    return float(self.dense(length).mean()) * length
+    return float(self.dense(queries, length).sum(-1).mean())
 
   def plot(
     self, T: int, S: int | None = None, *, block_q: int = 1, block_k: int = 1, head: int = 0

@@ -55,8 +55,8 @@ def hf_config(config: TransformerConfig) -> dict[str, Any]:
   for name in wanted:
     if wanted[name] != got[name]:
       raise ValueError(
-        f"{name}={_first_difference(wanted[name], got[name])} is not something that the layout "
-        f"of family {family.name!r} can express"
+        f"{', '.join(_differences(name, wanted[name], got[name]))} is not something that the "
+        f"layout of family {family.name!r} can express"
       )
   return described
 
@@ -80,7 +80,15 @@ def _resolved(spec: LayerSpec, width: int) -> LayerSpec:
   return dataclasses.replace(spec, mixer=mixer)
 
 
-def _first_difference(wanted, got):
-  if not isinstance(wanted, tuple) or len(wanted) != len(got):
-    return wanted
-  return next(a for a, b in zip(wanted, got, strict=True) if a != b)
+def _differences(name: str, wanted: Any, got: Any) -> list[str]:
+  """What is wanted where two values differ first, and within that, as deep as they are alike."""
+  if isinstance(wanted, tuple) and isinstance(got, tuple) and len(wanted) == len(got):
+    pairs = enumerate(zip(wanted, got, strict=True))
+    index, (ours, theirs) = next(item for item in pairs if item[1][0] != item[1][1])
+    return [f"{name}={ours}", *_differences(f"{name}[{index}]", ours, theirs)]
+  if dataclasses.is_dataclass(wanted) and type(wanted) is type(got):
+    for field in dataclasses.fields(wanted):
+      ours, theirs = (getattr(value, field.name, None) for value in (wanted, got))
+      if field.compare and ours != theirs:
+        return _differences(f"{name}.{field.name}", ours, theirs)
+  return [f"{name}={wanted}"]

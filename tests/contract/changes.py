@@ -1,0 +1,129 @@
+"""Transforms, objectives and placements: what they are and what they promise."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from effjax import moe, peft, quant
+from effjax.attention import longformer
+from effjax.distill import kd_objective
+from effjax.layers.spec import LayerSpec, TransformerConfig
+from effjax.layers.stack import unscan
+from effjax.models import Transformer
+from effjax.parallel import Anywhere, Placement, Zero, make_mesh
+from effjax.peft import lora
+from effjax.train import next_token
+from tests.contract.layers import GQA, KEY, MHA, SWIGLU, TOKENS, T, V, config
+
+DENSE = config(*[LayerSpec(GQA, SWIGLU)] * 2)
+PLAIN = config(*[LayerSpec(MHA, SWIGLU)] * 2, positions="learned")
+Change = Callable[[TransformerConfig, Any], tuple[TransformerConfig, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """(config, params) → (config, params).
+
+  Attributes:
+    name: what the table calls it.
+    change: the transform.
+    of: the functions of the library that it goes through.
+    same: the model computes what it did, to this part of its largest logit; None promises nothing.
+    config: what it starts from.
+  """
+
+  name: str
+  change: Change
+  of: tuple[Callable, ...]
+  same: float | None = 1e-5
+  config: TransformerConfig = DENSE
+
+
+def on_params(change: Callable) -> Change:
+  return lambda config, params: (config, change(params))
+
+
+def with_lora(params: Any, rank: int = 2) -> Any:
+  """Adapters after some training."""
+  params = lora.add(params, KEY, rank=rank)
+  paths = peft.trainable(params)
+  move = lambda path, x: x + 0.1 if paths("/".join(k.key if hasattr(k, "key") else k.name
+                                                   for k in path), x) else x  # fmt: skip
+  return jax.tree_util.tree_map_with_path(move, params)
+
+
+def merged_and_back(params: Any) -> Any:
+  adapted = with_lora(params)
+  return lora.merge(lora.unmerge(lora.merge(adapted), adapted))
+
+
+def exchanged(params: Any) -> Any:
+  return lora.merge(peft.attach(*peft.detach(with_lora(params))))
+
+
+TRANSFORMS = [
+  Transform("upcycle", lambda c, p: moe.upcycle(c, p, KEY, experts=3, top_k=2), (moe.upcycle,)),
+  Transform("int8", on_params(quant.quantize), (quant.quantize,), same=0.1),
+  Transform("int8 and back", on_params(lambda p: quant.dequantize(quant.quantize(p))),
+            (quant.quantize, quant.dequantize), same=0.1),
+  Transform("lora at its start", on_params(lambda p: lora.add(p, KEY, rank=2)), (lora.add,)),
+  Transform("lora on int8", on_params(lambda p: lora.add(quant.quantize(p), KEY)),
+            (lora.add, quant.quantize), same=0.1),
+  Transform("lora merged", on_params(lambda p: lora.merge(with_lora(p))), (lora.merge,), same=None),
+  Transform("lora merged, unmerged", on_params(merged_and_back), (lora.unmerge,), same=None),
+  Transform("adapters exchanged", on_params(exchanged), (peft.detach, peft.attach), same=None),
+  Transform("unscan", unscan, (unscan,)),
+  Transform("Longformer", lambda c, p: longformer.convert(c, p, window=T, positions=1),
+            (longformer.convert,), config=PLAIN),
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveRow:
+  """An objective of the parameters of `Transformer(DENSE)`: `make(module)` gives it."""
+
+  name: str
+  make: Callable[[Transformer], Callable]
+  of: tuple[Callable, ...]
+
+
+def teacher(module: Transformer) -> Any:
+  return module.init(jax.random.key(9), TOKENS)["params"]
+
+
+OBJECTIVES = [
+  ObjectiveRow("next token", next_token, (next_token,)),
+  ObjectiveRow("distillation", lambda m: kd_objective(m, m, teacher(m), temperature=2.0, alpha=0.7),
+               (kd_objective,)),
+]  # fmt: skip
+
+BATCH = {
+  "tokens": TOKENS,
+  "targets": jnp.roll(TOKENS, -1, axis=1),
+  "weights": jnp.ones(TOKENS.shape).at[1::2, 3:].set(0.0).at[0, 0].set(0.25),
+  "segment_ids": jnp.zeros(TOKENS.shape, jnp.int32).at[1::2, 3:].set(-1),
+}
+
+
+def elsewhere(batch: dict) -> dict:
+  """`batch` with other tokens and targets where the weight is zero."""
+  masked = batch["weights"] == 0
+  other = lambda x: jnp.where(masked, (x + 7) % V, x)
+  return batch | {"tokens": other(batch["tokens"]), "targets": other(batch["targets"])}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacementRow:
+  """A placement of a training state."""
+
+  name: str
+  make: Callable[[], Placement]
+
+
+PLACEMENTS = [PlacementRow("anywhere", Anywhere)] + [
+  PlacementRow(f"ZeRO-{stage}", lambda stage=stage: Zero(make_mesh(data=4), stage))
+  for stage in (0, 1, 2, 3)
+]

@@ -1,0 +1,181 @@
+"""Every layer and every model, through the same tests."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from effjax.core import trees
+from effjax.parallel import make_mesh
+from effjax.train import Checkpoints
+from tests.contract.layers import PADDED, ROWS, TOKENS, B, T, V
+
+
+def rows(trait: str | None = None, *, slow_models: bool = False):
+  """Runs a test for the rows that promise `trait`, and notes so on it."""
+  chosen = [row for row in ROWS if trait is None or getattr(row, trait)]
+  marks = lambda row: [pytest.mark.slow] if slow_models and row.inputs is TOKENS else []
+  cases = [pytest.param(row, id=row.name, marks=marks(row)) for row in chosen]
+
+  def mark(test):
+    test.promise = trait
+    return pytest.mark.parametrize("row", cases)(test)
+
+  return mark
+
+
+def assert_close(got, expected, tolerance=1e-4):
+  expected = np.asarray(expected, np.float32)
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(np.asarray(got, np.float32), expected, rtol=0, atol=tolerance * scale)
+
+
+def vary(inputs, at):
+  """`inputs` with other values where `at` [B, T] is True."""
+  other = (inputs + 1) % V if inputs.ndim == 2 else inputs + 1.0
+  return jnp.where(at if inputs.ndim == 2 else at[..., None], other, inputs)
+
+
+@rows(slow_models=True)
+def test_jit_equals_eager(row):
+  assert row.output.dtype == jnp.float32
+  assert_close(row.apply(row.params, row.inputs, None, jnp.float32), row.output)
+
+
+@rows(slow_models=True)
+def test_vmap_equals_a_larger_batch(row):
+  halves = row.inputs.reshape(2, B // 2, *row.inputs.shape[1:])
+  apply = jax.vmap(lambda params, x: row.apply(params, x, None, jnp.float32), (None, 0))
+  assert_close(jax.jit(apply)(row.params, halves).reshape(row.output.shape), row.output)
+
+
+@rows()
+def test_gradients_are_finite_and_not_all_zero(row):
+  floats, rest = trees.partition(row.params, lambda path, x: jnp.issubdtype(x.dtype, jnp.floating))
+
+  @jax.jit
+  def grad(floats):
+    y = lambda floats: row.apply(trees.merge(floats, rest), row.inputs, PADDED, jnp.float32)
+    return jax.grad(lambda floats: jnp.square(y(floats)).sum())(floats)
+
+  grads = grad(floats)
+  chex.assert_tree_all_finite(grads)
+  chex.assert_trees_all_equal_structs(grads, floats)
+  assert any(bool(g.any()) for g in jax.tree.leaves(grads))
+
+
+@rows()
+def test_bfloat16_is_close_to_float32(row):
+  half = row.compiled(row.params, row.inputs, None, jnp.bfloat16)
+  assert half.dtype == jnp.bfloat16
+  error = np.abs(np.asarray(half, np.float32) - np.asarray(row.output))
+  # The median: rounding may move a token to another expert.
+  assert np.median(error) < 0.02 * np.abs(np.asarray(row.output)).max()
+  assert np.isfinite(error).all()
+
+
+@rows("causal")
+def test_causality(row):
+  if row.inputs.ndim == 2:
+    later = vary(row.inputs, jnp.broadcast_to(jnp.arange(T) > 3, (B, T)))
+    changed = row.compiled(row.params, later, None, jnp.float32)
+    assert_close(changed[:, :4], row.output[:, :4], 1e-6)
+    assert float(jnp.abs(changed[:, 4:] - row.output[:, 4:]).max()) > 0
+    return
+  at_3 = lambda x, params: row.apply(params, x, None, jnp.float32)[:, 3].sum()
+  seen = np.abs(jax.jit(jax.grad(at_3))(row.inputs, row.params)).sum((0, 2))
+  assert (seen[4:] == 0).all()
+  assert seen[3] > 0
+  assert (seen[:3].max() == 0) == row.pointwise
+
+
+@rows("padding")
+def test_padding_does_not_matter(row):
+  real = np.asarray(PADDED >= 0)
+  y = row.compiled(row.params, row.inputs, PADDED, jnp.float32)
+  other = row.compiled(row.params, vary(row.inputs, PADDED < 0), PADDED, jnp.float32)
+  assert_close(np.asarray(other)[real], np.asarray(y)[real], 1e-6)
+  assert bool(jnp.isfinite(y).all())
+  if row.causal:
+    assert_close(np.asarray(y)[real], np.asarray(row.output)[real])
+
+
+@rows("packed")
+def test_packed_sequences_are_as_they_are_alone(row):
+  cut = 2
+  ids = jnp.broadcast_to(jnp.where(jnp.arange(T) < cut, 3, 1), (B, T))
+  positions = jnp.broadcast_to(jnp.where(jnp.arange(T) < cut, 0, -cut) + jnp.arange(T), (B, T))
+  run = jax.jit(lambda params, x, ids, positions: row.run(params, x, ids, positions)[0])
+  packed = run(row.params, row.inputs, ids, positions)
+  for part in (slice(0, cut), slice(cut, T)):
+    alone = run(row.params, row.inputs[:, part], ids[:, part], positions[:, part])
+    assert_close(packed[:, part], alone, 1e-5)
+
+
+@rows("decodes")
+def test_decoding_token_by_token_is_the_whole_forward(row):
+  present = np.ones((B, T), bool)
+  present[1::3, 4:] = False
+  if not row.absolute:
+    present[2::3, :3] = False
+  ids = jnp.where(present, 0, -1)
+  positions = jnp.asarray(np.maximum(present.cumsum(1) - 1, 0), jnp.int32)
+  first = 2  # as many tokens at once, the others one by one
+
+  @jax.jit
+  def both(params, inputs):
+    cut = lambda x, part: x[:, part]
+    parts = (inputs, ids, positions)
+    y, cache = row.run(params, *(cut(x, slice(0, first)) for x in parts), row.empty_cache(B, T))
+
+    def step(cache, part):
+      y, cache = row.run(params, *(x[:, None] for x in part), cache)
+      return cache, y[:, 0]
+
+    later = tuple(jnp.moveaxis(cut(x, slice(first, T)), 1, 0) for x in parts)
+    _, rest = jax.lax.scan(step, cache, later)
+    whole, _ = row.run(params, *parts)
+    return jnp.concatenate([y, jnp.moveaxis(rest, 0, 1)], axis=1), whole
+
+  stepped, whole = map(np.asarray, both(row.params, row.inputs))
+  assert np.isfinite(stepped).all()
+  assert_close(stepped[present], whole[present], 1e-5)
+
+
+@rows("reduces")
+def test_it_reduces_to_the_baseline(row):
+  got, expected = jax.jit(row.reduces)()
+  assert_close(got, expected, 2e-5)
+
+
+@rows()
+def test_it_works_on_a_mesh(row):
+  mesh = make_mesh(data=8)
+
+  def place(x):
+    divisible = [i for i, n in enumerate(x.shape) if n % 8 == 0]
+    spec = [None] * x.ndim
+    if divisible:
+      spec[divisible[0]] = "data"
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+  params, inputs = jax.tree.map(place, (row.params, row.inputs))
+  y = row.compiled(params, inputs, None, jnp.float32)
+  assert len(y.sharding.device_set) == 8
+  assert_close(y, row.output)
+
+
+@pytest.fixture(scope="module")
+def restored(tmp_path_factory):
+  params = {row.name: row.params for row in ROWS}
+  with Checkpoints(tmp_path_factory.mktemp("contract")) as checkpoints:
+    checkpoints.save(1, params)
+    return checkpoints.restore(jax.eval_shape(lambda: params)).state
+
+
+@rows()
+def test_parameters_survive_a_checkpoint(row, restored):
+  chex.assert_trees_all_equal(restored[row.name], row.params)
+  chex.assert_trees_all_equal_structs(restored[row.name], row.params)

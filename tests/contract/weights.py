@@ -1,0 +1,140 @@
+"""The weight representations, alone and over one another, and what each must do.
+
+A base holds a matrix itself; a wrapper stands over any base, and is crossed with all of them. A new
+representation is one entry here. `PLACES` are the places of a model where a matrix stands; in each
+a representation computes what the matrix that it stands for computes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from effjax.core import linear, weights
+from effjax.core.weights import Weight
+from effjax.kernels.grouped_matmul import grouped_linear
+from effjax.layers import MLP, Embed, LayerSpec, Linear, TransformerConfig, stack
+from effjax.parallel import Zero, make_mesh
+from effjax.peft import LoRA, lora
+from effjax.quant import Int8
+
+D, F, E, R, V = 16, 24, 3, 2, 32
+X = jax.random.normal(jax.random.key(1), (8, 6, D))
+WIDE = jax.random.normal(jax.random.key(2), (8, 6, F))
+IDS = jax.random.randint(jax.random.key(3), (8, 6), 0, V)
+Represent = Callable[[jax.Array, jax.Array], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRow:
+  """A representation: `represent(matrix [..., D, F], key)` is the weight, or the array itself."""
+
+  name: str
+  represent: Represent
+
+  def of(self, *shape: int) -> Any:
+    """The representation of a random matrix."""
+    matrix = jax.random.normal(jax.random.key(sum(shape)), shape) / shape[-2] ** 0.5
+    return jax.jit(self.represent)(matrix, jax.random.key(0))
+
+
+def adapted(base: Any, key: jax.Array) -> LoRA:
+  """LoRA after some training: B is not zero."""
+  w = lora.init(base, key, rank=4, scale=2.0)
+  return dataclasses.replace(w, b=jax.random.normal(key, w.b.shape) / 10)
+
+
+BASES: dict[str, Represent] = {
+  "array": lambda w, key: w,
+  "Int8": lambda w, key: Int8.quantize(w),
+  "Int8 by row": lambda w, key: Int8.quantize(w, granularity="row"),
+}
+WRAPPERS: dict[str, Represent] = {"LoRA": adapted}
+
+
+def over(wrap: Represent, base: Represent) -> Represent:
+  return lambda w, key: wrap(base(w, key), key)
+
+
+ROWS = [WeightRow(name, represent) for name, represent in BASES.items()]
+ROWS += [
+  WeightRow(f"{wrapper} over {name}", over(wrap, base))
+  for wrapper, wrap in WRAPPERS.items()
+  for name, base in (BASES | WRAPPERS).items()
+]
+
+
+def in_linear(w: Any, stacked: Any, table: Any) -> jax.Array:
+  return Linear(F).apply({"params": {"kernel": w}}, X)
+
+
+def in_a_product_from_either_side(w: Any, stacked: Any, table: Any) -> jax.Array:
+  return jnp.concatenate([X @ w, (w @ WIDE[0].T).T[None].repeat(8, 0)], axis=-1)
+
+
+def transposed(w: Any, stacked: Any, table: Any) -> jax.Array:
+  return linear(WIDE, weights.transpose(w))
+
+
+def in_a_tied_embedding(w: Any, stacked: Any, table: Any) -> jax.Array:
+  embed, params = Embed(V, D), {"params": {"embedding": table}}
+  rows = embed.apply(params, IDS)
+  return jnp.concatenate([rows, embed.apply(params, X, method="logits")], axis=-1)
+
+
+def in_experts(w: Any, stacked: Any, table: Any) -> jax.Array:
+  return grouped_linear(X.reshape(-1, D), stacked, jnp.array([20, 0, 25]))
+
+
+def in_a_scan(w: Any, stacked: Any, table: Any) -> jax.Array:
+  return lax.scan(lambda _, one: (None, linear(X, one)), None, stacked)[1]
+
+
+def split_into_layers(w: Any, stacked: Any, table: Any) -> jax.Array:
+  """A scanned stack of E layers as trees of their own, put together again in the other order."""
+  config = TransformerConfig(V, D, (LayerSpec(None, MLP(F)),) * E)
+  params = {"segments_0": {"layers_0": {"kernel": stacked}}}
+  layers, rest = stack.split(config, params)
+  joined = stack.join(config, layers[::-1], rest)["segments_0"]["layers_0"]["kernel"]
+  return jnp.stack([linear(X, layer["kernel"]) for layer in layers]) + in_a_scan(w, joined, table)
+
+
+def gathered(w: Any, stacked: Any, table: Any) -> jax.Array:
+  """Split over a mesh as ZeRO-3 splits it, and put together for each use."""
+  zero = Zero(make_mesh(data=8), 3)
+  params = zero.on_params(lax.with_sharding_constraint({"kernel": w}, zero.params({"kernel": w})))
+  return linear(X, params["kernel"])
+
+
+PLACES = (
+  in_linear,
+  in_a_product_from_either_side,
+  transposed,
+  in_a_tied_embedding,
+  in_experts,
+  in_a_scan,
+  split_into_layers,
+  gathered,
+)
+
+
+@jax.jit
+def everywhere(w: Any, stacked: Any, table: Any) -> dict[str, jax.Array]:
+  """What a weight [D, F], a stack [E, D, F] and a table [V, D] give in each place."""
+  return {place.__name__: place(w, stacked, table) for place in PLACES}
+
+
+def plain(tree: Any) -> Any:
+  """`tree` with arrays in place of its weights."""
+  return jax.tree.map(weights.materialize, tree, is_leaf=weights.is_weight)
+
+
+def classes(w: Any) -> set[type[Weight]]:
+  """The representations in a weight, one inside another."""
+  if not isinstance(w, Weight):
+    return set()
+  inner = [classes(getattr(w, field.name)) for field in dataclasses.fields(w)]
+  return {type(w)}.union(*inner)

@@ -1,0 +1,111 @@
+"""Every weight representation, in every place of a model where a matrix stands."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from effjax.core import linear, trees
+from effjax.core.weights import REPRESENTATIONS, Weight
+from effjax.parallel import make_mesh
+from effjax.train import Checkpoints
+from tests.contract import weights as table
+from tests.contract.weights import ROWS, D, E, F, V, WeightRow, X
+
+SHAPES = ((D, F), (E, D, F), (V, D))
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+def three(row: WeightRow) -> tuple:
+  return tuple(row.of(*shape) for shape in SHAPES)
+
+
+def assert_close(got, expected, tolerance=1e-4):
+  expected = np.asarray(expected, np.float32)
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(np.asarray(got, np.float32), expected, rtol=0, atol=tolerance * scale)
+
+
+@rows
+def test_in_every_place_it_computes_what_its_matrix_does(row):
+  given = three(row)
+  found, expected = table.everywhere(*given), table.everywhere(*table.plain(given))
+  for place in found:
+    assert_close(found[place], expected[place])
+
+
+@rows
+def test_it_says_what_it_is(row):
+  for w, shape in zip(three(row), SHAPES, strict=True):
+    assert tuple(w.shape) == shape and w.dtype == jnp.float32
+    if isinstance(w, Weight):
+      assert type(w) is REPRESENTATIONS[type(w).__name__]
+      assert w.ndim == len(shape) and w.flops >= 2 * shape[-2] * shape[-1]
+      assert w.parameters >= np.prod(shape)
+      assert "\n" not in repr(w) and len(repr(w)) < 80
+
+
+@rows
+def test_leading_axes_are_axes_of_every_field(row):
+  stacked = row.of(E, D, F)
+  whole = np.asarray(table.plain(stacked))
+  for i in range(E):
+    one = jax.tree.map(lambda x, i=i: x[i], stacked)
+    assert tuple(one.shape) == (D, F)
+    assert_close(table.plain(one), whole[i], 1e-6)
+  assert all(x.shape[0] == E for x in jax.tree.leaves(stacked))
+
+
+@rows
+def test_what_trains_has_gradients_and_nothing_else_has(row):
+  w = row.of(D, F)
+  paths = trees.trained({"w": w})
+  if not paths:
+    assert w.kind == "quantised"
+    return
+  chosen, rest = trees.partition({"w": w}, lambda path, x: path in paths)
+
+  @jax.jit
+  def grad(chosen):
+    y = lambda chosen: linear(X, trees.merge(chosen, rest)["w"])
+    return jax.grad(lambda chosen: jnp.square(y(chosen)).sum())(chosen)
+
+  grads = grad(chosen)
+  chex.assert_tree_all_finite(grads)
+  assert all(bool(g.any()) for g in jax.tree.leaves(grads))
+
+
+@rows
+def test_types_and_modes(row):
+  w = row.of(D, F)
+  y = linear(X, w)
+  assert_close(jax.jit(linear)(X, w), y, 1e-5)
+  half = linear(X.astype(jnp.bfloat16), w)
+  assert half.dtype == jnp.bfloat16
+  assert_close(half, y, 0.03)
+  assert_close(jax.vmap(linear, (None, 0))(X, row.of(E, D, F))[1], table.in_a_scan(
+    None, row.of(E, D, F), None)[1])  # fmt: skip
+
+
+@rows
+def test_it_can_be_split_over_a_mesh(row):
+  w, mesh = row.of(D, F), make_mesh(data=2, tensor=4)
+  if not isinstance(w, Weight):
+    return
+  put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+  placed = jax.tree.map(put, w, w.specs(("data", "tensor")))
+  assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(placed))
+  assert_close(
+    jax.jit(linear)(jax.device_put(X, NamedSharding(mesh, jax.P())), placed), linear(X, w)
+  )
+
+
+def test_all_survive_a_checkpoint(tmp_path):
+  saved = {row.name: three(row) for row in ROWS}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, saved)
+    restored = checkpoints.restore(jax.eval_shape(lambda: saved)).state
+  chex.assert_trees_all_equal(restored, saved)
+  chex.assert_trees_all_equal_structs(restored, saved)

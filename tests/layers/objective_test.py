@@ -1,0 +1,85 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+from effjax.layers import Context
+from effjax.layers.forward import forward, sown_values
+from effjax.layers.objective import per_token, through
+
+TOKENS = jnp.arange(6).reshape(2, 3)
+
+
+class Facts(nn.Module):
+  """Gives back what it is told of the batch; sows one of each kind."""
+
+  @nn.compact
+  def __call__(self, tokens, *, positions=None, attributes=None):
+    self.sow("losses", "size", jnp.float32(0.5))
+    self.sow("metrics", "mean", tokens.mean())
+    self.sow("statistics", "load", jnp.arange(3.0))
+    scale = self.param("scale", nn.initializers.ones, ())
+    return scale * (positions if attributes is None else attributes)
+
+
+PARAMS = {"scale": jnp.float32(2.0)}
+
+
+def test_the_context_reaches_the_module_whole():
+  batch = {"tokens": TOKENS, "positions": TOKENS, "attributes": 7 * jnp.ones((2, 3))}
+  output, _ = forward(Facts(), PARAMS, batch)
+  np.testing.assert_array_equal(output, 14 * np.ones((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["segment_ids", "domain"])
+def test_an_entry_that_nobody_reads_is_refused(name):
+  batch = {"tokens": TOKENS, "positions": TOKENS, name: TOKENS}
+  with pytest.raises(ValueError, match=f"nobody reads {name}; allowed for Facts: .*positions"):
+    forward(Facts(), PARAMS, batch)
+  if name == "domain":
+    assert forward(Facts(), PARAMS, batch, read=("domain",))[0].shape == (2, 3)
+
+
+def test_scalars_are_averaged_and_statistics_kept_by_path():
+  sown = {
+    "losses": {"a": {"z": (jnp.ones(3),)}, "b": {"z": (jnp.zeros(()), jnp.ones(()))}},
+    "statistics": {"a": {"load": (jnp.ones((3, 4)),)}, "b": {"load": (jnp.ones(4),)}},
+  }
+  found = sown_values(sown)
+  assert float(found["z"]) == pytest.approx(4 / 5)
+  assert {name: x.shape for name, x in found.items()} == {
+    "z": (), "a/load": (3, 4), "b/load": (4,)
+  }  # fmt: skip
+
+
+def test_an_objective_is_assembled_from_a_loss_of_each_token():
+  weights = jnp.array([[1.0, 0.0, 2.0], [0.0, 0.0, 1.0]])
+  batch = {"tokens": TOKENS, "positions": TOKENS, "weights": weights}
+  loss = lambda held, output, batch: (output * held, {"output": output})
+  objective = per_token(Facts(), Partial(loss, jnp.float32(3.0)))
+  assert jax.tree.leaves(objective) == [3.0]
+  value, metrics = objective(PARAMS, batch, None)
+  mean = 2 * (0 * 1 + 2 * 2 + 5 * 1) / 4
+  assert float(value) == pytest.approx(3 * mean + 0.5)
+  assert float(metrics["output"]) == pytest.approx(mean)
+  assert float(metrics["weight"]) == 4
+  assert {"size", "mean", "load"} < set(metrics)
+
+
+def test_an_objective_is_taken_through_a_view():
+  batch = {"tokens": TOKENS, "positions": TOKENS}
+  objective = per_token(Facts(), lambda output, batch, *extra: (output + sum(extra), {}))
+  shared = through(objective, lambda trained, *extra: {"scale": trained["root"] ** 2})
+  value, grads = jax.value_and_grad(lambda p: shared(p, batch, None)[0])({"root": jnp.float32(3.0)})
+  assert float(value) == pytest.approx(9 * 2.5 + 0.5)
+  assert float(grads["root"]) == pytest.approx(2 * 3 * 2.5)
+  extra = shared({"root": jnp.float32(3.0)}, batch, None, jnp.float32(1.0))[0]
+  assert float(extra) == pytest.approx(float(value) + 1)
+
+
+def test_every_fact_of_a_context_can_be_a_batch_entry():
+  from effjax.layers.forward import FACTS
+
+  assert {*FACTS, "tokens"} == set(Context.__dataclass_fields__)
