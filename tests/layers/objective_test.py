@@ -28,7 +28,7 @@ PARAMS = {"scale": jnp.float32(2.0)}
 
 
 def test_the_context_reaches_the_module_whole():
-  batch = {"tokens": TOKENS, "positions": TOKENS, "attributes": 7 * jnp.ones((2, 3))}
+  batch = {"tokens": TOKENS, "positions": TOKENS, "attributes": 7 * jnp.ones((2, 3), int)}
   output, _ = forward(Facts(), PARAMS, batch)
   np.testing.assert_array_equal(output, 14 * np.ones((2, 3)))
 
