@@ -7,6 +7,7 @@ lengths, padded on either side, leave the caches that each row alone would.
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,10 +52,9 @@ def prefill(
     padding: on which side of a row the rest lies, "right" or "left".
 
   Raises:
-    ValueError: for another `padding`.
+    ValueError: for another `padding`, and for lengths, where they are known, that are none.
 
   Example:
-    >>> import jax
     >>> from effjax.models import Transformer, presets
     >>> module = Transformer(presets.TINY)
     >>> params = module.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
@@ -62,6 +62,7 @@ def prefill(
     >>> cache = prefill(module, params, rows, lengths, module.init_cache(2, 16))
   """
   check_padding(padding)
+  _check_lengths(lengths, tokens)
   column = jnp.arange(tokens.shape[1])[None]
   lengths = jnp.asarray(lengths)[:, None]
   present = column < lengths if padding == "right" else column >= tokens.shape[1] - lengths
@@ -69,6 +70,16 @@ def prefill(
   headless = module.clone(config=dataclasses.replace(module.config, head=None))
   facts = {"positions": positions, "segment_ids": present.astype(jnp.int32) - 1}
   return headless.apply({"params": params}, tokens, cache=cache, **facts)[1]
+
+
+def _check_lengths(lengths: Array | np.ndarray, tokens: Array | np.ndarray) -> None:
+  if tuple(lengths.shape) != tuple(tokens.shape[:1]):
+    raise ValueError(f"lengths: shape {lengths.shape}; allowed: {tokens.shape[:1]}, one a row")
+  if isinstance(lengths, jax.core.Tracer):
+    return
+  wrong = [int(n) for n in np.asarray(lengths) if not 0 <= n <= tokens.shape[1]]
+  if wrong:
+    raise ValueError(f"lengths: {wrong[0]}; allowed: 0 … {tokens.shape[1]}, the width of tokens")
 
 
 def check_padding(padding: str) -> None:

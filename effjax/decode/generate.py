@@ -75,7 +75,7 @@ def generate(
     key: key of the draws; not needed at temperature 0.
     temperature, top_k, top_p: as in `sampling.distribution`.
     eos_id: one or several tokens that end a row, or None.
-    pad_id: fills a row after its end; any integer.
+    pad_id: fills a row after its end; any 32-bit integer.
     padding: on which side of an array of prompts the padding lies, "right" or "left".
 
   Returns:
@@ -98,6 +98,7 @@ def generate(
   tokens, counts = _padded(prompts, lengths, padding)
   _check(module.config, tokens, counts, max_new_tokens)
   sampling.check_sampling(temperature, top_k, top_p)
+  _check_pad(pad_id)
   greedy = sampling.is_greedy(temperature)
   if not greedy and key is None:
     raise ValueError(f"key is None with temperature {temperature}; allowed: a jax.random key")
@@ -221,6 +222,12 @@ def _check(config, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int) 
       f"prompt of {counts.max()} tokens and max_new_tokens {max_new_tokens}: {total} positions; "
       f"allowed: up to {config.context}"
     )
+
+
+def _check_pad(pad_id: int) -> None:
+  limits = np.iinfo(np.int32)
+  if not limits.min <= pad_id <= limits.max:
+    raise ValueError(f"pad_id {pad_id}; allowed: {limits.min} … {limits.max}")
 
 
 def _ends(eos_id, vocab_size: int) -> np.ndarray:

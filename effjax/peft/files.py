@@ -139,7 +139,7 @@ def _describe(adapter: Any) -> dict[str, Any] | None:
 def _build(described: Mapping[str, Any] | None, place: str, arrays: Mapping[str, Any]) -> Any:
   if described is None:
     return None
-  cls = REPRESENTATIONS[described["type"]]
+  cls: Any = REPRESENTATIONS[described["type"]]
   fields = [field.name for field in dataclasses.fields(cls)]
   own = {name: arrays[f"{place}/{name}"] for name in fields if f"{place}/{name}" in arrays}
   base = _build(described["base"], f"{place}/base", arrays)

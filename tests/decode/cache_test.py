@@ -102,3 +102,13 @@ def test_unrolled_is_the_same_model(model):
   assert len(flat_params) == len(params) + 1
   expected = module.apply({"params": params}, tokens)
   np.testing.assert_allclose(flat.apply({"params": flat_params}, tokens), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("lengths", "message"), [([3, 9], "lengths: 9"), ([-1, 2], "lengths: -1")]
+)
+def test_lengths_that_are_none_are_refused(model, lengths, message):
+  module, params = model
+  tokens, cache = jnp.zeros((2, 8), jnp.int32), module.init_cache(2, 16)
+  with pytest.raises(ValueError, match=message):
+    prefill(module, params, tokens, jnp.array(lengths), cache)

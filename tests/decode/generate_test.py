@@ -240,6 +240,7 @@ def test_any_weight_representation(model):
     ([[1]], {"temperature": 1.0}, "key is None"),
     ([[1]], {"temperature": -1.0}, "temperature -1.0"),
     ([[1]], {"eos_id": 512}, "eos_id 512"),
+    ([[1]], {"pad_id": 2**31}, "pad_id 2147483648"),
   ],
 )
 def test_bad_arguments(model, prompts, arguments, message):
