@@ -6,6 +6,7 @@ from effjax.layers.linear import Linear, weight
 from effjax.layers.mlp import MLP, activation, hidden_units
 from effjax.layers.norms import LayerNorm, RMSNorm
 from effjax.layers.rotary import Rope
+from effjax.layers.routing import Router, Routing
 from effjax.layers.spec import LayerSpec, TransformerConfig
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
   "Linear",
   "RMSNorm",
   "Rope",
+  "Router",
+  "Routing",
   "TransformerConfig",
   "activation",
   "hidden_units",

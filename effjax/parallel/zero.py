@@ -6,6 +6,7 @@ stage 2 also the gradients, stage 3 also the parameters; stage 0 is plain data p
 stage is shardings; the compiler derives the all-gathers and reduce-scatters.
 """
 
+import contextlib
 import dataclasses
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from effjax.core import trees
+from effjax.core import spmd, trees
 from effjax.core.typing import Params, PyTree
 from effjax.core.weights import is_weight
 from effjax.parallel.gathered import Gathered, gather
@@ -90,6 +91,10 @@ class Zero:
       params=self.params(state.params),
       opt_state=self._from(1, state.opt_state),
     )
+
+  def scope(self) -> contextlib.AbstractContextManager:
+    """What the objective is traced in: rows are split over the data axis."""
+    return spmd.rows_split(self.mesh, (self.axis,))
 
   def on_batch(self, batch: PyTree) -> PyTree:
     """Inside a jitted function: `batch`, laid out so; likewise the next three."""

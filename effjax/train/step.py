@@ -1,5 +1,6 @@
 """One jitted training step for every objective and every placement."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -84,7 +85,8 @@ def make_train_step(
     def compute(part: Batch, key: Key):
       part = place.on_batch(part)
       loss = lambda chosen: objective(place.on_params(trees.merge(chosen, rest)), part, key)
-      (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(chosen)
+      with place.scope():
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(chosen)
       return place.on_gradients(grads), {**metrics, "loss": value}
 
     key = jax.random.fold_in(rng, state.step)
@@ -105,6 +107,7 @@ class _Anywhere:
   """The placement that constrains nothing."""
 
   on_batch = on_params = on_gradients = on_state = staticmethod(lambda tree: tree)
+  scope = staticmethod(contextlib.nullcontext)
 
 
 def _split(batch: Batch, parts: int) -> list[Batch] | Batch:

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from effjax.core import trees
 from effjax.layers import MLP, Context
-from effjax.moe import MoE
+from effjax.moe import MoE, TopK
 from effjax.peft import lora
 from effjax.quant.int8 import Int8
 
 E, K, D, F = 5, 2, 6, 8
-LAYER = MoE(experts=E, top_k=K, width=F, activation="silu", gated=True)
+SWIGLU = MLP(F, "silu", gated=True)
+LAYER = MoE(TopK(E, K), SWIGLU)
 
 
 @pytest.fixture
@@ -38,30 +40,34 @@ def apply(layer, params, x, context=Context()):
 def definition(layer, params, x):
   """Token by token, in float64."""
   p = jax.tree.map(lambda a: np.asarray(a, np.float64), dict(params))
-  act = {"silu": lambda a: a / (1 + np.exp(-a)), "relu": lambda a: np.maximum(a, 0)}[
-    layer.activation
-  ]
+  act = {"silu": lambda a: a / (1 + np.exp(-a)), "relu": lambda a: np.maximum(a, 0)}
   rows = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
   out = np.zeros_like(rows)
-  linear = lambda name, e, row: row @ p[name]["kernel"][e] + p[name].get("bias", np.zeros(E))[e]
+  linear = lambda p, row: row @ p["kernel"] + p.get("bias", 0.0)
+
+  def mlp(module, p, row):
+    hidden = act[module.activation](linear(p["gate" if module.gated else "up"], row))
+    return linear(p["down"], hidden * linear(p["up"], row) if module.gated else hidden)
+
   for t, row in enumerate(rows):
     logits = row @ p["router"]["kernel"]
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
-    chosen = np.argsort(-probs)[: layer.top_k]
-    scale = probs[chosen].sum() if layer.renormalize else 1.0
+    chosen = np.argsort(-probs)[: layer.router.top_k]
+    scale = probs[chosen].sum() if layer.router.renormalize else 1.0
     for e in chosen:
-      hidden = linear("up", e, row)
-      hidden = act(linear("gate", e, row)) * hidden if layer.gated else act(hidden)
-      out[t] += probs[e] / scale * linear("down", e, hidden)
+      expert = jax.tree.map(lambda a, e=e: a[e], p["experts"])
+      out[t] += probs[e] / scale * mlp(layer.expert, expert, row)
+    if layer.shared is not None:
+      out[t] += mlp(layer.shared, p["shared"], row)
   return out.reshape(x.shape)
 
 
 @pytest.mark.parametrize(("top_k", "form"), [(1, "gated"), (2, "plain"), (E, "gated")])
 def test_equals_float64(x, top_k, form):
-  layer = MoE(experts=E, top_k=top_k, width=F, activation="silu", gated=True, renormalize=False)
+  layer = MoE(TopK(E, top_k, renormalize=False), SWIGLU)
   if form == "plain":
-    layer = MoE(experts=E, top_k=top_k, width=F, activation="relu", use_bias=True)
+    layer = MoE(TopK(E, top_k), MLP(F, "relu", use_bias=True), shared=MLP(F, "silu", use_bias=True))
   params = params_of(layer, x)
   chex.assert_trees_all_close(apply(layer, params, x), definition(layer, params, x), atol=1e-5)
 
@@ -75,9 +81,10 @@ def test_jit_equals_eager(x):
 @pytest.mark.parametrize("gated", [False, True])
 def test_one_expert_is_an_mlp(key, x, gated):
   mlp = MLP(F, "gelu", gated, use_bias=True)
-  layer = MoE(experts=1, top_k=1, width=F, activation="gelu", gated=gated, use_bias=True)
+  layer = MoE(TopK(1, 1), mlp)
   dense = params_of(mlp, x)
-  params = {**jax.tree.map(lambda p: p[None], dense), "router": {"kernel": jnp.ones((D, 1))}}
+  experts = jax.tree.map(lambda p: p[None], dense)
+  params = {"experts": experts, "router": {"kernel": jnp.ones((D, 1))}}
   expected = mlp.apply({"params": dense}, x)
   chex.assert_trees_all_close(apply(layer, params, x), expected, atol=1e-6)
 
@@ -104,8 +111,9 @@ def test_expert_without_tokens_gets_exactly_zero_gradient(x):
   params["router"]["kernel"] = params["router"]["kernel"].at[0, 3].set(-50.0)
   grads = jax.jit(jax.grad(lambda params: (apply(LAYER, params, x) ** 2).sum()))(params)
   for name in ("up", "gate", "down"):
-    assert not np.asarray(grads[name]["kernel"][3]).any()
-    assert np.asarray(grads[name]["kernel"]).any()
+    grad = np.asarray(grads["experts"][name]["kernel"])
+    assert not grad[3].any()
+    assert grad.any()
 
 
 def test_order_of_tokens_and_of_experts_does_not_matter(key, x):
@@ -113,13 +121,13 @@ def test_order_of_tokens_and_of_experts_does_not_matter(key, x):
   y = apply(LAYER, params, x)
   tokens, experts = jax.random.permutation(key, 9), jax.random.permutation(key, E)
   chex.assert_trees_all_close(apply(LAYER, params, x[:, tokens]), y[:, tokens], atol=1e-6)
-  shuffled = {name: {"kernel": params[name]["kernel"][experts]} for name in ("up", "gate", "down")}
+  shuffled = {"experts": jax.tree.map(lambda p: p[experts], params["experts"])}
   shuffled["router"] = {"kernel": params["router"]["kernel"][:, experts]}
   chex.assert_trees_all_close(apply(LAYER, shuffled, x), y, atol=1e-6)
 
 
 def test_padding_gives_zero_and_counts_nowhere(x):
-  layer = LAYER.copy(shared_experts=2, use_bias=True)
+  layer = MoE(TopK(E, K), MLP(F, use_bias=True), shared=MLP(2 * F, use_bias=True))
   params = params_of(layer, x)
   ids = jnp.array([[0] * 6 + [-1] * 3, [0] * 4 + [1] * 5])
   context, kinds = Context(segment_ids=ids), ["losses", "metrics"]
@@ -132,16 +140,17 @@ def test_padding_gives_zero_and_counts_nowhere(x):
 
 
 def test_sown_losses_carry_their_coefficients(x):
-  layer = LAYER.copy(load_balance=0.5, z=0.0)
+  layer = LAYER.copy(router=TopK(E, K, load_balance=0.5, z=0.0))
   _, sown = layer.apply({"params": params_of(layer, x)}, x, mutable=["losses", "metrics"])
-  assert set(sown["losses"]) == {"load_balance"}
-  raw = sown["metrics"]["load_balance_raw"][0]
-  assert float(sown["losses"]["load_balance"][0]) == pytest.approx(0.5 * float(raw))
-  assert 1 <= float(sown["metrics"]["max_load"][0]) <= E / K
+  losses, metrics = sown["losses"]["router"], sown["metrics"]["router"]
+  assert set(losses) == {"load_balance"}
+  raw = metrics["load_balance_raw"][0]
+  assert float(losses["load_balance"][0]) == pytest.approx(0.5 * float(raw))
+  assert 1 <= float(metrics["max_load"][0]) <= E / K
 
 
 def test_shared_experts_are_an_mlp_beside(x):
-  layer = LAYER.copy(shared_experts=2)
+  layer = LAYER.copy(shared=MLP(2 * F, "silu", gated=True))
   params = params_of(layer, x)
   shared = MLP(2 * F, "silu", gated=True).apply({"params": params["shared"]}, x)
   routed = apply(LAYER, {n: p for n, p in params.items() if n != "shared"}, x)
@@ -158,16 +167,17 @@ def test_bfloat16_follows_float32(x):
 
 def test_kernels_may_be_weights(key, x):
   params = params_of(LAYER, x)
-  quantized = {**params, "up": {"kernel": Int8.quantize(params["up"]["kernel"])}}
-  plain = {**params, "up": {"kernel": quantized["up"]["kernel"].materialize()}}
+  up = Int8.quantize(params["experts"]["up"]["kernel"])
+  with_up = lambda up: {**params, "experts": {**params["experts"], "up": {"kernel": up}}}
+  quantized, plain = with_up(up), with_up(up.materialize())
   expected = apply(LAYER, plain, x)
   chex.assert_trees_all_close(apply(LAYER, quantized, x), expected, atol=1e-5)
   adapted = lora.add(quantized, key, rank=2, targets="(up|down)/kernel$")
   chex.assert_trees_all_close(apply(LAYER, adapted, x), expected, atol=1e-5)
   loss = lambda params: (apply(LAYER, params, x) ** 2).sum()
   grads = jax.jit(jax.grad(loss, allow_int=True))(adapted)
-  assert np.asarray(grads["up"]["kernel"].b).any()
-  assert np.asarray(grads["down"]["kernel"].b).any()
+  assert np.asarray(grads["experts"]["up"]["kernel"].b).any()
+  assert np.asarray(grads["experts"]["down"]["kernel"].b).any()
 
 
 def test_on_a_mesh(x):
@@ -177,12 +187,12 @@ def test_on_a_mesh(x):
   place = lambda a, *spec: jax.device_put(a, jax.NamedSharding(mesh, PartitionSpec(*spec)))
   step = jax.jit(jax.value_and_grad(lambda params, x: (apply(LAYER, params, x) ** 2).mean()))
   expected = step(params, x)
-  spread = {**params, "up": {"kernel": place(params["up"]["kernel"], None, None, "data")}}
+  spread = trees.update(params, "up/kernel", lambda _, w: place(w, None, None, "data"))
   chex.assert_trees_all_close(step(spread, place(x, "data")), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_costs(x):
-  layer = LAYER.copy(shared_experts=1)
+  layer = LAYER.copy(shared=SWIGLU)
   params = params_of(layer, x)
   assert layer.flops(D, 9) == 2 * D * E + (K + 1) * 6 * D * F
   assert layer.active(params) == D * E + (K + 1) * 3 * D * F
@@ -190,7 +200,7 @@ def test_costs(x):
 
 def test_more_choices_than_experts(x):
   with pytest.raises(ValueError, match="top_k=3, experts=2; allowed: 1 ≤ top_k ≤ experts"):
-    MoE(experts=2, top_k=3, width=4).init(jax.random.key(0), x)
+    MoE(TopK(2, 3), MLP(4)).init(jax.random.key(0), x)
 
 
 def test_equals_mixtral_of_transformers(x):
@@ -212,10 +222,9 @@ def test_equals_mixtral_of_transformers(x):
   theirs = theirs[0] if isinstance(theirs, tuple) else theirs
   state = {name: value.detach().numpy() for name, value in block.named_parameters()}
   gate_up, down = state["experts.gate_up_proj"], state["experts.down_proj"]  # [E, 2F, D], [E, D, F]
+  experts = {"gate": gate_up[:, :F], "up": gate_up[:, F:], "down": down}
   params = {
     "router": {"kernel": jnp.asarray(state["gate.weight"].T)},
-    "gate": {"kernel": jnp.asarray(gate_up[:, :F].swapaxes(1, 2))},
-    "up": {"kernel": jnp.asarray(gate_up[:, F:].swapaxes(1, 2))},
-    "down": {"kernel": jnp.asarray(down.swapaxes(1, 2))},
+    "experts": {n: {"kernel": jnp.asarray(w.swapaxes(1, 2))} for n, w in experts.items()},
   }
   chex.assert_trees_all_close(apply(LAYER, params, x), theirs.numpy(), atol=1e-5)
