@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from effjax.core import trees
-from effjax.layers import MLP, Context
-from effjax.moe import MoE, TopK
+from effjax.layers import MLP, Context, LayerNorm, Linear, Routing
+from effjax.moe import MoE, TopK, top_k_routing
 from effjax.peft import lora
 from effjax.quant.int8 import Int8
 
@@ -228,3 +229,106 @@ def test_equals_mixtral_of_transformers(x):
     "experts": {n: {"kernel": jnp.asarray(w.swapaxes(1, 2))} for n, w in experts.items()},
   }
   chex.assert_trees_all_close(apply(LAYER, params, x), theirs.numpy(), atol=1e-5)
+
+
+class Normed(nn.Module):
+  """An expert with a norm inside, random and sowing."""
+
+  @nn.compact
+  def __call__(self, x, context):
+    y = Linear(F, use_bias=True, name="up")(LayerNorm(name="norm")(x))
+    self.sow("metrics", "mean_square", jnp.square(y).mean())
+    if self.has_rng("dropout"):
+      y = y * jax.random.bernoulli(self.make_rng("dropout"), 0.5, y.shape)
+    return Linear(x.shape[-1], name="down")(y)
+
+
+class Factors(nn.Module):
+  """Two matrices of rank 2: with a router, a bank of LoRA factors."""
+
+  @nn.compact
+  def __call__(self, x, context):
+    return Linear(x.shape[-1], name="b")(Linear(2, name="a")(x))
+
+
+@pytest.mark.parametrize("expert", [Normed(), Factors()])
+def test_an_expert_is_any_module_for_single_tokens(x, expert):
+  layer = MoE(TopK(E, K), expert)
+  params = params_of(layer, x)
+  y, sown = jax.jit(lambda p, x: layer.apply({"params": p}, x, mutable=["metrics"]))(params, x)
+  rows = x.reshape(-1, D)
+  routing = top_k_routing(rows @ params["router"]["kernel"], k=K)
+  run = jax.jit(lambda p, x: expert.apply({"params": p}, x, Context()))
+  outputs = [
+    run(jax.tree.map(lambda a, e=e: a[e], params["experts"]), rows[None]) for e in range(E)
+  ]
+  outputs = jnp.concatenate(outputs)[routing.experts, jnp.arange(len(rows))[:, None]]
+  expected = (outputs * routing.gates[..., None]).sum(1).reshape(x.shape)
+  chex.assert_trees_all_close(y, expected, atol=1e-5)
+  found = set(sown["metrics"].get("experts", ()))
+  assert found == ({"mean_square"} if isinstance(expert, Normed) else set())
+
+
+def test_experts_draw_at_random_and_are_drawn_one_by_one(x):
+  layer = MoE(TopK(E, K), Normed())
+  params = layer.init(jax.random.key(3), x)["params"]
+  kernels = np.asarray(params["experts"]["up"]["kernel"])
+  assert kernels.std() == pytest.approx(D**-0.5, rel=0.2)
+  assert np.abs(kernels[:, None] - kernels[None]).sum((2, 3))[~np.eye(E, dtype=bool)].min() > 0
+  draw = lambda seed: layer.apply({"params": params}, x, rngs={"dropout": jax.random.key(seed)})
+  chex.assert_trees_all_equal(draw(0), draw(0))
+  assert not np.allclose(draw(0), draw(1))
+
+
+def test_an_expert_that_wants_plain_arrays_is_refused(x):
+  class Dense(nn.Module):
+    @nn.compact
+    def __call__(self, x, context):
+      return nn.Dense(x.shape[-1])(x)
+
+  with pytest.raises(ValueError, match=r"MoE: expert=Dense.*allowed: .* layers\.weight"):
+    MoE(TopK(E, K), Dense()).init(jax.random.key(0), x)
+
+
+def test_what_is_in_padding_has_no_influence(x):
+  layer = MoE(TopK(E, K), MLP(F, use_bias=True), shared=MLP(F, use_bias=True))
+  params = params_of(layer, x)
+  ids = jnp.array([[0] * 6 + [-1] * 3, [0] * 4 + [1] * 5])
+  at = (ids < 0)[..., None]
+
+  @jax.jit
+  def run(params, x, dy):
+    def outputs(params, x):
+      context = Context(segment_ids=ids)
+      y, sown = layer.apply({"params": params}, x, context, mutable=["losses"])
+      return y, jax.tree.leaves(sown)
+
+    (y, losses), pull = jax.vjp(outputs, params, x)
+    return y, losses, pull((dy, [jnp.ones(())] * len(losses)))
+
+  spoil = lambda a: jnp.where(at, jnp.nan, a)
+  clean = run(params, x, jnp.ones_like(x))
+  chex.assert_tree_all_finite(clean)
+  chex.assert_trees_all_equal(run(params, spoil(x), spoil(jnp.ones_like(x))), clean)
+
+
+def test_a_hash_router_reads_the_tokens(x):
+  class Hash(nn.Module):
+    experts: int = E
+    used: float = 1.0
+
+    def __call__(self, rows, context, mask):
+      experts = context.tokens.reshape(-1, 1) % self.experts
+      return Routing(experts, jnp.ones(experts.shape))
+
+    def flops(self, width, length):
+      return 0.0
+
+  layer = MoE(Hash(), SWIGLU)
+  tokens = jnp.arange(18).reshape(2, 9)
+  params = layer.init(jax.random.key(0), x, Context(tokens))["params"]
+  assert set(params) == {"experts"}
+  y = apply(layer, params, x, Context(tokens))
+  third = jax.tree.map(lambda p: p[3], params["experts"])
+  chex.assert_trees_all_close(y[1, 4:5], SWIGLU.apply({"params": third}, x[1:, 4:5])[0], atol=1e-6)
+  assert layer.flops(D, 9) == 6 * D * F
