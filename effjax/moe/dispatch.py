@@ -45,7 +45,7 @@ def mix_experts(
   """
   if mask is not None:
     experts = jnp.where(mask[:, None], experts, count)
-  send = lambda rows, _: _send(*rows, count)
+  send = lambda rows, _: _send(rows[0], rows[1], count)
   rows, sizes, order, place = spmd.map_rows(send, (x, experts), ())
   outputs = apply(rows, sizes if sizes.shape[0] > 1 else sizes[0])
   combine = lambda rows, _: _combine(*rows)
@@ -79,9 +79,7 @@ def sort_by_expert(
     >>> [a.tolist() for a in sort_by_expert(jnp.array([1, 3, 0, 1]), 3)]
     [[2, 0, 3, 1], [1, 2, 0]]
   """
-  order = jnp.argsort(experts, stable=True)
-  bounds = jnp.searchsorted(experts[order], jnp.arange(count + 1))
-  return order, jnp.diff(bounds)
+  return jnp.argsort(experts, stable=True), jnp.bincount(experts, length=count)
 
 
 @jax.custom_vjp

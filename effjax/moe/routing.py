@@ -4,10 +4,13 @@ Shazeer et al., arXiv 1701.06538, section 2.1, without the noise; with the gates
 the chosen experts it is that of Mixtral (arXiv 2401.04088, section 2.1).
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effjax.core import spmd
 from effjax.core.typing import Array, Bool, Float
 from effjax.core.weights import linear
 from effjax.layers import Context, Routing, weight
@@ -88,7 +91,8 @@ class TopK(nn.Module):
       raise ValueError(f"TopK: {given}; allowed: 1 ≤ top_k ≤ experts")
     kernel = weight(self, "kernel", KERNEL_INIT, (rows.shape[-1], self.experts))
     logits = linear(rows.astype(jnp.float32), kernel)
-    routing = top_k_routing(logits, k=self.top_k, renormalize=self.renormalize)
+    choose = functools.partial(top_k_routing, k=self.top_k, renormalize=self.renormalize)
+    routing = spmd.map_rows(lambda logits, _: choose(logits), logits, ())
     self._sow(routing, mask)
     return routing
 
