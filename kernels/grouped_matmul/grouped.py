@@ -34,6 +34,11 @@ class Grouped(Weight):
   sizes: PyTree
   rows: int
 
+  def check(self) -> None:
+    if len(self.base.shape) not in (2, 3):
+      given = f"Grouped: base has shape {tuple(self.base.shape)}"
+      raise ValueError(f"{given}; allowed: vectors [E, F] and matrices [E, D, F]")
+
   @property
   def shape(self) -> tuple[int, ...]:
     return tuple(self.base.shape[1:])

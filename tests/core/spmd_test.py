@@ -74,6 +74,16 @@ def test_a_region_that_is_one_devices_own_is_not_split_again():
   assert set(np.asarray(y).ravel().tolist()) == {16.0}
 
 
+def test_a_region_of_another_axis_is_split_further():
+  mesh = make_mesh(data=4, tensor=2)
+  columns = PartitionSpec(None, "tensor")
+  own = lambda w: spmd.map_rows(lambda x, w: count_rows(x, ()) + x @ w, X, w)
+  apply = jax.shard_map(own, mesh=mesh, in_specs=columns, out_specs=columns, axis_names={"tensor"})
+  with spmd.rows_split(mesh, ["data"]):
+    y = jax.jit(apply)(W)
+  np.testing.assert_allclose(y, 4 + X @ W, rtol=1e-5)
+
+
 def test_an_axis_that_the_mesh_lacks_is_named():
   with pytest.raises(ValueError, match=r"rows_split: axes \('model',\); allowed: of \('data',\)"):
     spmd.rows_split(make_mesh(data=8), ["model"])

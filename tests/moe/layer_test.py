@@ -280,6 +280,21 @@ def test_experts_draw_at_random_and_are_drawn_one_by_one(x):
   assert not np.allclose(draw(0), draw(1))
 
 
+def test_parameters_lie_where_checkpoints_look_for_them(x):
+  layer = MoE(TopK(E, K), MLP(F, use_bias=True), shared=MLP(4))
+  params = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+  assert {path: leaf.shape for path, leaf in trees.items(params).items()} == {
+    "router/kernel": (D, E),
+    "experts/up/kernel": (E, D, F),
+    "experts/up/bias": (E, F),
+    "experts/down/kernel": (E, F, D),
+    "experts/down/bias": (E, D),
+    "shared/up/kernel": (D, 4),
+    "shared/down/kernel": (4, D),
+  }
+  assert (layer.share("experts/up/kernel"), layer.share("shared/up/kernel")) == (K / E, 1)
+
+
 def test_an_expert_that_wants_plain_arrays_is_refused(x):
   class Dense(nn.Module):
     @nn.compact

@@ -34,8 +34,10 @@ def test_matrices_and_vectors_are_those_of_the_row():
   chex.assert_trees_all_close(linear(y, weights.transpose(w))[0, :6], back, atol=1e-5)
 
 
-def test_other_rows_than_were_sorted_are_refused():
+def test_what_it_cannot_do_is_refused():
   with pytest.raises(ValueError, match=r"\(1, 6, 3\) against .*; allowed: 7 rows"):
     linear(jnp.ones((1, 6, 3)), grouped(3, 5)[0])
   with pytest.raises(ValueError, match="another array for each row"):
     weights.materialize(grouped(3, 5)[0])
+  with pytest.raises(ValueError, match=r"base has shape \(4, 2, 3, 5\); allowed: .* \[E, D, F\]"):
+    grouped(2, 3, 5)
