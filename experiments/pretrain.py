@@ -29,7 +29,7 @@ from effjax.attention import Attention, masks
 from effjax.core import trees
 from effjax.layers import MLP, Rope
 from effjax.models import LayerSpec, Transformer, TransformerConfig
-from effjax.moe import MoE
+from effjax.moe import MoE, TopK
 from effjax.parallel import Zero, make_mesh, place, simulate_devices
 from effjax.train import (
   LoopConfig,
@@ -133,10 +133,8 @@ def architecture(config: Config, vocab_size: int) -> TransformerConfig:
     "attention": masks.Causal(),
     "window": masks.Causal() & masks.SlidingWindow(config.window - 1, 0),
   }
-  ffns = {
-    "mlp": MLP(config.hidden, "silu", gated=True),
-    "moe": MoE(config.experts, config.top_k, config.hidden, "silu", gated=True),
-  }
+  mlp = MLP(config.hidden, "silu", gated=True)
+  ffns = {"mlp": mlp, "moe": MoE(TopK(config.experts, config.top_k), mlp)}
   layers = []
   for part in config.pattern.split(","):
     found = re.fullmatch(r"\s*(\w+)\+(\w+)(?:\*(\d+))?\s*", part)

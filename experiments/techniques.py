@@ -119,7 +119,7 @@ def run_moe(lab: Lab, seed: int) -> Run:
 
   def sparse(spec):
     mlp = spec.ffn
-    experts = moe.MoE(8, 2, mlp.width // 2, activation=mlp.activation, gated=mlp.gated)
+    experts = moe.MoE(moe.TopK(8, 2), mlp.clone(width=mlp.width // 2))
     return dataclasses.replace(spec, ffn=experts)
 
   specs = tuple(sparse(spec) for spec in lab.dense.layers)

@@ -67,6 +67,19 @@ class Weight(abc.ABC):
     """x @ W + bias; `bias` is [F] or None."""
     return _add_bias(self.matmul(x), bias)
 
+  def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
+    """x W by `multiply(x, array)`, another product than that of rows with one matrix.
+
+    Such is the grouped product of rows with one of several matrices each, where W has a leading
+    axis. A sum multiplies by its parts, so that none is rounded to the type of another and a
+    low-rank one stays so.
+    """
+    return multiply(x, self.materialize())
+
+  def along(self, x: Float[Array, "... F"]) -> Array:
+    """A vector [F] as it is added to x, or multiplies it: of a shape that broadcasts."""
+    return numerics.expand(self.materialize(), x.ndim)
+
   def take(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
     """Rows W[indices], as an embedding table gives them."""
     return jnp.take(self.materialize(), indices, axis=0)
@@ -277,6 +290,16 @@ def take(w, indices: Int[Array, "..."]) -> Array:
   return w.take(indices) if isinstance(w, Weight) else jnp.take(w, indices, axis=0)
 
 
+def product(x: Array, w: Any, multiply: Callable[[Array, Array], Array]) -> Array:
+  """multiply(x, w), by parts where `w` is a `Weight` made of several."""
+  return w.product(x, multiply) if isinstance(w, Weight) else multiply(x, w)
+
+
+def along(vector: Any, x: Float[Array, "... F"]) -> Array:
+  """`vector` [F], an array or what stands for one, as it is added to x or multiplies it."""
+  return vector.along(x) if isinstance(vector, Weight) else numerics.expand(vector, x.ndim)
+
+
 def transpose(w):
   """W with its last two axes swapped, an array or a `Weight`."""
   return w.T if isinstance(w, Weight) else jnp.matrix_transpose(w)
@@ -292,8 +315,8 @@ def is_weight(node) -> bool:
   return isinstance(node, Weight)
 
 
-def _add_bias(y: Array, bias: Array | None) -> Array:
-  return y if bias is None else y + numerics.expand(bias.astype(y.dtype), y.ndim)
+def _add_bias(y: Array, bias: Any) -> Array:
+  return y if bias is None else y + along(bias, y).astype(y.dtype)
 
 
 def _arrays(w: Weight) -> list[tuple[str, Any]]:

@@ -7,6 +7,7 @@ from effjax.layers.linear import Linear, weight
 from effjax.layers.mlp import MLP, activation, hidden_units
 from effjax.layers.norms import LayerNorm, RMSNorm
 from effjax.layers.rotary import Rope
+from effjax.layers.routing import Router, Routing
 from effjax.layers.spec import FeedForward, LayerSpec, Mixer, TransformerConfig
 from effjax.layers.taps import capture
 
@@ -21,6 +22,8 @@ __all__ = [
   "Mixer",
   "RMSNorm",
   "Rope",
+  "Router",
+  "Routing",
   "TransformerConfig",
   "activation",
   "axes",

@@ -39,5 +39,5 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
     kernel = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
-    bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+    bias = weight(self, "bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
     return linear(x, kernel, bias)

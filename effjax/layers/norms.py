@@ -4,28 +4,31 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from effjax.core.numerics import expand
 from effjax.core.typing import Array, Float
+from effjax.core.weights import Weight, along
+from effjax.layers.linear import weight
 
 
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float = 1e-6) -> Array:
+def rms_norm(
+  x: Float[Array, "... D"], scale: Float[Array, "D"] | Weight, eps: float = 1e-6
+) -> Array:
   """scale · x / √(mean x² + eps), computed in float32, returned in the type of `x`."""
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-  return (y * expand(scale.astype(jnp.float32), y.ndim)).astype(x.dtype)
+  return (y * along(scale, y).astype(jnp.float32)).astype(x.dtype)
 
 
 def layer_norm(
   x: Float[Array, "... D"],
-  scale: Float[Array, "D"],
-  bias: Float[Array, "D"],
+  scale: Float[Array, "D"] | Weight,
+  bias: Float[Array, "D"] | Weight,
   eps: float = 1e-5,
 ) -> Array:
   """scale · (x − mean) / √(var + eps) + bias, computed in float32."""
   y = x.astype(jnp.float32)
   y = y - y.mean(axis=-1, keepdims=True)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-  y = y * expand(scale.astype(jnp.float32), y.ndim) + expand(bias.astype(jnp.float32), y.ndim)
+  y = y * along(scale, y).astype(jnp.float32) + along(bias, y).astype(jnp.float32)
   return y.astype(x.dtype)
 
 
@@ -36,7 +39,7 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
+    return rms_norm(x, weight(self, "scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
 
   @property
   def axes(self) -> dict[str, tuple[str, ...]]:
@@ -51,8 +54,8 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+    scale = weight(self, "scale", nn.initializers.ones, (x.shape[-1],))
+    bias = weight(self, "bias", nn.initializers.zeros, (x.shape[-1],))
     return layer_norm(x, scale, bias, self.eps)
 
   @property

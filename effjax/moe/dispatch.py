@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from effjax.core import spmd
 from effjax.core.typing import Array, Bool, Float, Int
 
 
@@ -22,11 +23,15 @@ def mix_experts(
 ) -> Float[Array, "M D"]:
   """y[m] = Σ_i gates[m, i] · expert[experts[m, i]](x[m]); zero where `mask` is False.
 
+  In `spmd.rows_split` each device sorts its own rows, and `apply` sees those of all devices laid
+  end to end.
+
   Args:
-    apply: (rows sorted by expert [M·k, D], rows of each expert [E]) → outputs [M·k, D]; rows past
-      the last expert's are not read.
+    apply: (rows sorted by expert [M·k, D], rows of each expert) → outputs [M·k, D]. The sizes are
+      [E], or [P, E] where P devices have M·k / P rows each, sorted by themselves. What is given for
+      rows past the last expert's is not read.
     x: tokens.
-    experts: the experts of each token, distinct along k.
+    experts: the experts of each token, distinct along k; `count` or more for none.
     gates: weight of each choice.
     count: number of experts E.
     mask: False for padding, which no expert computes.
@@ -38,18 +43,29 @@ def mix_experts(
     >>> mix_experts(double_or_negate, x, jnp.array([[1], [0]]), gates, count=2).tolist()
     [[-1.0], [2.0]]
   """
-  tokens, k = experts.shape
   if mask is not None:
     experts = jnp.where(mask[:, None], experts, count)
+  send = lambda rows, _: _send(rows[0], rows[1], count)
+  rows, sizes, order, place = spmd.map_rows(send, (x, experts), ())
+  outputs = apply(rows, sizes if sizes.shape[0] > 1 else sizes[0])
+  combine = lambda rows, _: _combine(*rows)
+  return spmd.map_rows(combine, (outputs, gates, experts < count, order, place), ()).astype(x.dtype)
+
+
+def _send(x: Array, experts: Array, count: int) -> tuple[Array, Array, Array, Array]:
+  """Rows sorted by expert, the sizes [1, E], and the permutation there and back."""
+  tokens, k = experts.shape
   order, sizes = sort_by_expert(experts.reshape(-1), count)
   place = jnp.argsort(order)
   copies = jnp.broadcast_to(x[:, None], (tokens, k, x.shape[1])).reshape(tokens * k, -1)
-  rows = _permute(copies, order, place)
-  outputs = _permute(apply(rows, sizes), place, order).reshape(tokens, k, -1)
-  weighted = outputs.astype(jnp.float32) * gates[..., None]
-  if mask is not None:
-    weighted = jnp.where(mask[:, None, None], weighted, 0.0)
-  return weighted.sum(axis=1).astype(x.dtype)
+  return _permute(copies, order, place), sizes[None], order, place
+
+
+def _combine(outputs: Array, gates: Array, chosen: Array, order: Array, place: Array) -> Array:
+  """Σ over the chosen experts of gate · output, for tokens in their own order, in float32."""
+  outputs = _permute(outputs, place, order).reshape(*gates.shape, -1).astype(jnp.float32)
+  known = lambda x: jnp.where(chosen[..., None], x, 0.0)
+  return (known(outputs) * known(gates[..., None])).sum(axis=1)
 
 
 def sort_by_expert(
@@ -63,9 +79,7 @@ def sort_by_expert(
     >>> [a.tolist() for a in sort_by_expert(jnp.array([1, 3, 0, 1]), 3)]
     [[2, 0, 3, 1], [1, 2, 0]]
   """
-  order = jnp.argsort(experts, stable=True)
-  bounds = jnp.searchsorted(experts[order], jnp.arange(count + 1))
-  return order, jnp.diff(bounds)
+  return jnp.argsort(experts, stable=True), jnp.bincount(experts, length=count)
 
 
 @jax.custom_vjp

@@ -70,7 +70,7 @@ def load_balance_loss(
   counted = experts[..., :1] if normalization == "gshard" else experts
   shares = expert_shares(counted, probs.shape[-1], mask=mask)
   factor = experts.shape[-1] if normalization == "switch" else 1
-  mean_probs = _token_mean(probs.astype(jnp.float32), mask)
+  mean_probs = _token_mean(probs, mask)
   return factor * probs.shape[-1] * jnp.sum(shares * mean_probs)
 
 
@@ -87,13 +87,16 @@ def z_loss(
     >>> float(z_loss(jnp.array([[0.0, -jnp.inf], [1.0, -jnp.inf]])))
     0.5
   """
-  squares = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2
+  squares = jax.nn.logsumexp(_zero_unless(mask, logits), axis=-1) ** 2
   return weighted_mean(squares, None if mask is None else mask.astype(jnp.float32))
 
 
 def _token_mean(values: Float[Array, "... E"], mask: Array | None) -> Float[Array, "E"]:
-  values = values.reshape(-1, values.shape[-1])
-  if mask is None:
-    return values.mean(axis=0)
-  weights = mask.astype(jnp.float32).reshape(-1, 1)
-  return (values * weights).sum(axis=0) / jnp.maximum(weights.sum(), 1.0)
+  values = _zero_unless(mask, values).reshape(-1, values.shape[-1])
+  return values.mean(axis=0) if mask is None else values.sum(axis=0) / jnp.maximum(mask.sum(), 1.0)
+
+
+def _zero_unless(mask: Array | None, values: Float[Array, "... E"]) -> Float[Array, "... E"]:
+  """`values` in float32, zero where `mask` is False, whatever was there."""
+  values = values.astype(jnp.float32)
+  return values if mask is None else jnp.where(mask[..., None], values, 0.0)

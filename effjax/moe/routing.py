@@ -1,33 +1,21 @@
-"""Which experts each token visits, and with what weight.
+"""Softmax top-k gating: each token goes to the experts that suit it best.
 
-A router gives logits [..., E]; a routing function turns them into a `Routing`, which is all that
-dispatch and the balance losses look at. Softmax top-k gating: Shazeer et al., arXiv 1701.06538,
-section 2.1, without the noise; with the gates renormalised over the chosen experts it is that of
-Mixtral (arXiv 2401.04088, section 2.1).
+Shazeer et al., arXiv 1701.06538, section 2.1, without the noise; with the gates renormalised over
+the chosen experts it is that of Mixtral (arXiv 2401.04088, section 2.1).
 """
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from effjax.core.typing import Array, Float, Int
-
-
-@struct.dataclass
-class Routing:
-  """A decision for each token; leading axes are those of the tokens.
-
-  Attributes:
-    experts: [..., k], the chosen experts, best first.
-    gates: [..., k], float32, what each chosen expert's output is multiplied by.
-    probs: [..., E], float32, the softmax over all experts.
-    logits: [..., E], float32, what `probs` is the softmax of.
-  """
-
-  experts: Int[Array, "... k"]
-  gates: Float[Array, "... k"]
-  probs: Float[Array, "... E"]
-  logits: Float[Array, "... E"]
+from effjax.core import spmd
+from effjax.core.typing import Array, Bool, Float
+from effjax.core.weights import linear
+from effjax.layers import Context, Routing, weight
+from effjax.layers.linear import KERNEL_INIT
+from effjax.moe.losses import expert_shares, load_balance_loss, z_loss
 
 
 def top_k_routing(logits: Float[Array, "... E"], *, k: int, renormalize: bool = True) -> Routing:
@@ -58,3 +46,81 @@ def top_k_routing(logits: Float[Array, "... E"], *, k: int, renormalize: bool = 
   if renormalize:
     gates = gates / gates.sum(axis=-1, keepdims=True)
   return Routing(experts, gates, probs, logits)
+
+
+class TopK(nn.Module):
+  """A router: each token to the k experts of the largest logits x W, by `top_k_routing`.
+
+  The product is in float32, whatever the type of `x`. Parameter: "kernel" [D, E], an array or a
+  `Weight`.
+
+  Sown, one scalar a call: under "losses" each loss times its coefficient, ready to be added to the
+  objective ("load_balance", "router_z", absent when the coefficient is 0); under "metrics" the
+  same without ("load_balance_raw", "router_z_raw"), and "max_load", the busiest expert's rows over
+  the mean expert's (1 is balanced, E / k the worst).
+
+  Attributes:
+    experts: number of experts E.
+    top_k: experts a token visits, k.
+    renormalize: whether the gates of a token sum to one; with top_k = 1 that leaves the router's
+      training to the losses below.
+    load_balance: coefficient of the balance loss.
+    normalization: of the balance loss, see `load_balance_loss`.
+    z: coefficient of the router's z-loss.
+
+  Raises:
+    ValueError: when called, for more choices than experts, or none.
+  """
+
+  experts: int
+  top_k: int
+  renormalize: bool = True
+  load_balance: float = 0.01
+  normalization: str = "deepseek"
+  z: float = 0.001
+
+  @nn.compact
+  def __call__(
+    self,
+    rows: Float[Array, "M D"],
+    context: Context = Context(),
+    mask: Bool[Array, "M"] | None = None,
+  ) -> Routing:
+    if not 1 <= self.top_k <= self.experts:
+      given = f"top_k={self.top_k}, experts={self.experts}"
+      raise ValueError(f"TopK: {given}; allowed: 1 ≤ top_k ≤ experts")
+    kernel = weight(self, "kernel", KERNEL_INIT, (rows.shape[-1], self.experts))
+    logits = linear(rows.astype(jnp.float32), kernel)
+    choose = functools.partial(top_k_routing, k=self.top_k, renormalize=self.renormalize)
+    routing = spmd.map_rows(lambda logits, _: choose(logits), logits, ())
+    self._sow(routing, mask)
+    return routing
+
+  @property
+  def used(self) -> float:
+    """Experts that a token visits."""
+    return float(self.top_k)
+
+  def flops(self, width: int, length: int, queries: int | None = None) -> float:
+    """Matrix-product FLOPs a token, forward."""
+    return 2.0 * width * self.experts
+
+  @property
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """The roles of its parameters' axes, see `effjax.layers.axes`."""
+    return {"kernel": ("embed", "experts")}
+
+  def _sow(self, routing: Routing, mask: Array | None) -> None:
+    balance = load_balance_loss(
+      routing.probs, routing.experts, mask=mask, normalization=self.normalization
+    )
+    z = z_loss(routing.logits, mask=mask)
+    for name, value, coefficient in (
+      ("load_balance", balance, self.load_balance),
+      ("router_z", z, self.z),
+    ):
+      if coefficient:
+        self.sow("losses", name, coefficient * value)
+      self.sow("metrics", f"{name}_raw", value)
+    shares = expert_shares(routing.experts, self.experts, mask=mask)
+    self.sow("metrics", "max_load", self.experts * shares.max())

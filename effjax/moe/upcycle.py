@@ -15,6 +15,7 @@ from effjax.core.typing import Key, Params
 from effjax.layers import MLP, TransformerConfig
 from effjax.layers.stack import join, split
 from effjax.moe.layer import MoE
+from effjax.moe.routing import TopK
 
 
 def upcycle(
@@ -38,7 +39,7 @@ def upcycle(
     top_k: experts a token visits.
     layers: indices of the layers to change, negative ones from the end; None means every layer
       whose ffn is an `MLP`.
-    load_balance, z: coefficients of the losses, see `MoE`.
+    load_balance, z: coefficients of the losses, see `TopK`.
 
   Returns:
     The new configuration, without a published layout to save to, and its parameters.
@@ -52,7 +53,7 @@ def upcycle(
     >>> ffn = {"up": {"kernel": jnp.ones((4, 6))}, "down": {"kernel": jnp.ones((6, 4))}}
     >>> params = {"segments_0": {"layers_0": {"ffn": ffn}}}
     >>> moe, params = upcycle(config, params, jax.random.key(0), experts=3, top_k=1)
-    >>> params["segments_0"]["layers_0"]["ffn"]["up"]["kernel"].shape
+    >>> params["segments_0"]["layers_0"]["ffn"]["experts"]["up"]["kernel"].shape
     (3, 4, 6)
   """
   chosen = _chosen(config, layers)
@@ -61,8 +62,8 @@ def upcycle(
   for index, layer_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
     ffn = upcycle_ffn(trees[index]["ffn"], layer_key, experts=experts)
     trees[index] = {**trees[index], "ffn": ffn}
-    moe = _mixture(specs[index].ffn, experts=experts, top_k=top_k, load_balance=load_balance, z=z)
-    specs[index] = dataclasses.replace(specs[index], ffn=moe)
+    router = TopK(experts, top_k, load_balance=load_balance, z=z)
+    specs[index] = dataclasses.replace(specs[index], ffn=MoE(router, specs[index].ffn))
   changed = dataclasses.replace(config, layers=tuple(specs), family=None)
   return changed, join(changed, trees, rest)
 
@@ -82,7 +83,7 @@ def upcycle_ffn(params: Params, key: Key, *, experts: int, stddev: float = 0.02)
   Example:
     >>> ffn = {"up": {"kernel": jnp.ones((4, 6))}, "down": {"kernel": jnp.ones((6, 4))}}
     >>> moe = upcycle_ffn(ffn, jax.random.key(0), experts=3)
-    >>> moe["router"]["kernel"].shape, moe["down"]["kernel"].shape
+    >>> moe["router"]["kernel"].shape, moe["experts"]["down"]["kernel"].shape
     ((4, 3), (3, 6, 4))
   """
   if experts < 1:
@@ -92,13 +93,7 @@ def upcycle_ffn(params: Params, key: Key, *, experts: int, stddev: float = 0.02)
   copies = jax.tree.map(lambda x: jnp.repeat(x[None], experts, axis=0), dict(params))
   width = params["up"]["kernel"].shape[0]
   router = stddev * jax.random.normal(key, (width, experts), jnp.float32)
-  return {**copies, "router": {"kernel": router}}
-
-
-def _mixture(mlp: MLP, **attributes) -> MoE:
-  """An `MoE` whose experts have the form of `mlp`."""
-  form = {name: getattr(mlp, name) for name in ("width", "activation", "gated", "use_bias")}
-  return MoE(**form, **attributes)
+  return {"experts": copies, "router": {"kernel": router}}
 
 
 def _chosen(config: TransformerConfig, layers: Sequence[int] | None) -> list[int]:

@@ -5,20 +5,20 @@ matrix, all of it for the moment of a product, in the forward and once more in t
 and 1/N of its gradient. Left to itself the partitioner would rather split the activations.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from effjax.core import weights
-from effjax.core.numerics import matmul
 from effjax.core.typing import Array, Float, Int, PyTree
 
 if TYPE_CHECKING:
   from effjax.parallel.zero import Zero
 
 
-@weights.register(static=("zero",))
+@weights.register(static=("zero",), kind="wrapper")
 class Gathered(weights.Weight):
   """`base`, an array or `Weight` split over devices, gathered for each use.
 
@@ -48,24 +48,19 @@ class Gathered(weights.Weight):
   def materialize(self) -> Array:
     return weights.materialize(gather(self.base, self.zero))
 
-  def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-    def product(base, x):
-      w = gather(base, self.zero)
-      return w.matmul(x) if weights.is_weight(w) else matmul(x, w)
+  def within(self, function: Callable, *arguments: Any) -> Any:
+    inside = lambda base, *arguments: function(gather(base, self.zero), *arguments)
+    return jax.checkpoint(inside)(self.base, *arguments)
 
-    return jax.checkpoint(product)(self.base, x)
+  def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+    return self.within(lambda w, x: weights.linear(x, w), x)
 
   def take(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    def rows(base, indices):
-      return weights.take(gather(base, self.zero), indices)
-
-    return jax.checkpoint(rows)(self.base, indices)
+    return self.within(weights.take, indices)
 
   @property
   def T(self) -> "Gathered":
-    if weights.is_weight(self.base):
-      return weights.transpose(gather(self.base, self.zero))
-    return Gathered(jnp.matrix_transpose(self.base), self.zero)
+    return Gathered(weights.transpose(self.base), self.zero)
 
   def __jax_array__(self) -> Array:
     return self.materialize()

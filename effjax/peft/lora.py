@@ -6,11 +6,12 @@ over a quantised one this is QLoRA (Dettmers et al., arXiv 2305.14314), with not
 
 import math
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from effjax.core import trees
+from effjax.core import trees, weights
 from effjax.core.trees import Chooser
 from effjax.core.typing import Array, Float, Int, Key, PyTree
 from effjax.core.weights import Weight, is_weight, linear, materialize, register, take, transpose
@@ -75,6 +76,10 @@ class LoRA(Weight):
 
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
     return linear(x, self.base) + self._scaled(linear(linear(x, self.a), self.b))
+
+  def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
+    low_rank = multiply(multiply(x, self.a * self.scale), self.b)
+    return weights.product(x, self.base, multiply) + low_rank
 
   def take(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
     rows = take(self.base, indices)

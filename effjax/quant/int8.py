@@ -1,5 +1,7 @@
 """Weights as 8-bit integers with one scale an output channel."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from effjax.core.typing import Array, Float, Int, PyTree
@@ -75,6 +77,10 @@ class Int8(Weight):
     if rows == 1:
       y = y * _along_last(jnp.broadcast_to(self.scale[0], (self.shape[-1],)), y.ndim)
     return y.astype(x.dtype)
+
+  def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
+    wide = jnp.promote_types(x.dtype, self.dtype)
+    return multiply(x, basics.restore(self.q, self.scale.astype(wide)))
 
   def take(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
     rows = jnp.take(self.q, indices, axis=0)

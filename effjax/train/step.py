@@ -90,12 +90,9 @@ def make_train_step(
 
     def compute(part: Batch, key: Key):
       part = place.on_batch(part)
-
-      def loss(chosen: PyTree):
-        with place.scope():
-          return objective(place.on_params(trees.merge(chosen, rest)), part, key, *extra)
-
-      (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(chosen)
+      loss = lambda chosen: objective(place.on_params(trees.merge(chosen, rest)), part, key, *extra)
+      with place.scope():
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(chosen)
       return place.on_gradients(grads), {**metrics, "loss": value}
 
     key = jax.random.fold_in(rng, state.step)

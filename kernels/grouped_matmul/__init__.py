@@ -1,5 +1,6 @@
 """One matrix product per group of rows: what the experts of a mixture compute."""
 
+from effjax.kernels.grouped_matmul.grouped import Grouped
 from effjax.kernels.grouped_matmul.grouped_linear import grouped_linear
 
-__all__ = ["grouped_linear"]
+__all__ = ["Grouped", "grouped_linear"]

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from effjax.core import numerics, trees
+from effjax.core import numerics, spmd, trees
 from effjax.core.typing import Array, Float, Int, PyTree
-from effjax.core.weights import materialize
+from effjax.core.weights import Weight, product
 from effjax.kernels.grouped_matmul import reference, tiles
 
 IMPLEMENTATIONS = (None, "tiles", "ragged", "reference")
@@ -18,7 +18,7 @@ IMPLEMENTATIONS = (None, "tiles", "ragged", "reference")
 def grouped_linear(
   x: Float[Array, "M D"],
   w,
-  group_sizes: Int[Array, "E"],
+  group_sizes: Int[Array, "E"] | Int[Array, "P E"],
   bias: Float[Array, "E F"] | None = None,
   *,
   implementation: str | None = None,
@@ -26,17 +26,19 @@ def grouped_linear(
   """out[m] = x[m] w[e] + bias[e], where e is the group that row m lies in.
 
   Rows are sorted by group: group 0 holds the first group_sizes[0] rows, and so on. Rows past the
-  last group give zero, and zero gradient; so does a group without rows. The work is that of a
-  dense product of the same M, whatever E. Computed in the type of `x`.
+  last group give zero, and zero gradient, whatever is in them; so does a group without rows. The
+  work is that of a dense product of the same M, whatever E. Computed in the type of `x`.
 
   Args:
     x: [M, D], sorted by group.
     w: an array [E, D, F], or a `Weight` of that shape; gradients reach its floating-point leaves.
-    group_sizes: [E], non-negative, of sum at most M.
+    group_sizes: [E], non-negative, of sum at most M; or [P, E], when x is P parts of M / P rows
+      laid end to end, each sorted by itself. In `spmd.rows_split` each device multiplies its own.
     bias: [E, F], or None.
     implementation: "tiles" loops over tiles of rows and uses any `Weight` as it is; "ragged" is
-      `jax.lax.ragged_dot` on the materialised array, which costs E times as much on a CPU;
-      "reference" is the dense definition. None compiles tiles for CPU, ragged elsewhere.
+      `jax.lax.ragged_dot` on arrays, those of a `Weight` as its `product` says, and costs E times
+      as much on a CPU; "reference" is the dense definition. None compiles tiles for CPU, ragged
+      elsewhere.
 
   Raises:
     ValueError: when shapes do not fit, or for another implementation.
@@ -47,12 +49,31 @@ def grouped_linear(
     [[1.0], [10.0], [10.0], [0.0]]
   """
   _check(x, w, group_sizes, bias, implementation)
+  sizes = group_sizes.reshape(-1, group_sizes.shape[-1])
+
+  def parts(w, x, sizes, bias):
+    on_part = functools.partial(_on_parts, implementation)
+    return spmd.map_rows(on_part, (x, sizes), (w, bias))
+
+  return w.within(parts, x, sizes, bias) if isinstance(w, Weight) else parts(w, x, sizes, bias)
+
+
+def _on_parts(implementation: str | None, rows: tuple[Array, Array], params: PyTree) -> Array:
+  """The product of parts laid end to end: nearly always one."""
+  x, sizes = rows
   if x.shape[0] == 0:
-    return jnp.zeros((0, w.shape[2]), x.dtype)
+    return jnp.zeros((0, params[0].shape[2]), x.dtype)
+  on_part = lambda x, sizes: _on_part(implementation, x, sizes, params)
+  if sizes.shape[0] == 1:
+    return on_part(x, sizes[0])
+  parts = jax.vmap(on_part)(x.reshape(sizes.shape[0], -1, x.shape[1]), sizes)
+  return parts.reshape(x.shape[0], -1)
+
+
+def _on_part(implementation: str | None, x: Array, sizes: Array, params: PyTree) -> Array:
   if implementation == "reference":
-    return _dense(reference.grouped_matmul, x, (w, bias), group_sizes)
-  floats, others = _floats((w, bias)), _others((w, bias))
-  operands = (x, floats, others, group_sizes)
+    return _dense(reference.grouped_matmul, x, params, sizes)
+  operands = (x, _floats(params), _others(params), sizes)
   return _grouped(implementation, *numerics.vary_alike(operands, operands))
 
 
@@ -92,15 +113,17 @@ def _ragged_backward(x, floats, others, group_sizes, dy):
   return jax.vjp(apply, x, floats)[1](dy)
 
 
-def _dense(product, x, params, group_sizes):
-  """`product` on the materialised weight, the bias of each row, and zero past the last group."""
+def _dense(multiply, x, params, group_sizes):
+  """`multiply` on the arrays of the weight, the bias of each row, and zero past the last group."""
   w, bias = params
-  w = jax.vmap(materialize)(w).astype(x.dtype)
   group = reference.group_of_row(group_sizes, x.shape[0])
-  y = product(x, w, group_sizes.astype(jnp.int32))
+  inside = (group < w.shape[0])[:, None]
+  sizes = group_sizes.astype(jnp.int32)
+  by_group = lambda x, w: multiply(x, w.astype(x.dtype), sizes)
+  y = product(jnp.where(inside, x, jnp.zeros_like(x)), w, by_group)
   if bias is not None:
     y = y + jnp.take(bias.astype(y.dtype), group, axis=0, mode="clip")
-  return jnp.where((group < w.shape[0])[:, None], y, jnp.zeros_like(y))
+  return jnp.where(inside, y, jnp.zeros_like(y))
 
 
 def _floats(params: PyTree) -> PyTree:
@@ -124,8 +147,10 @@ def _check(x, w, group_sizes, bias, implementation) -> None:
     given = f"x {x.shape}, w {tuple(w.shape)}"
     raise ValueError(f"grouped_linear: {given}; allowed: x [M, D], w [E, D, F]")
   experts, _, width = w.shape
-  if group_sizes.shape != (experts,):
-    raise ValueError(f"grouped_linear: group_sizes {group_sizes.shape}; allowed: ({experts},)")
+  parts = group_sizes.shape[0] if group_sizes.ndim == 2 else 1
+  if group_sizes.shape not in ((experts,), (parts, experts)) or x.shape[0] % parts:
+    allowed = f"({experts},), or (P, {experts}) with a P that divides {x.shape[0]} rows"
+    raise ValueError(f"grouped_linear: group_sizes {group_sizes.shape}; allowed: {allowed}")
   if bias is not None and bias.shape != (experts, width):
     raise ValueError(f"grouped_linear: bias {bias.shape}; allowed: ({experts}, {width})")
   if implementation not in IMPLEMENTATIONS:

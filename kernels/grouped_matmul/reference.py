@@ -13,7 +13,8 @@ def group_of_row(group_sizes: Int[Array, "E"], rows: int) -> Int[Array, "M"]:
     >>> group_of_row(jnp.array([2, 0, 1]), 4).tolist()
     [0, 0, 2, 3]
   """
-  return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
+  ends = jnp.cumsum(group_sizes)
+  return jnp.sum(jnp.arange(rows)[:, None] >= ends[None], axis=1)
 
 
 def grouped_matmul(

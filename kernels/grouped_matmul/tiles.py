@@ -76,7 +76,7 @@ def backward(
 
     def on_tile(tile: "_Tile", carry: tuple) -> tuple:
       dx, sums = carry
-      _, pull = jax.vjp(apply, tile.read(x), weights)
+      _, pull = jax.vjp(apply, tile.mask(tile.read(x)), weights)
       d_rows, d_weights = pull(tile.mask(tile.read(dy)))
       return tile.write(dx, d_rows), jax.tree.map(_add, sums, d_weights)
 

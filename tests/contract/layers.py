@@ -27,7 +27,7 @@ from effjax.layers import MLP, Context, LayerNorm, RMSNorm, Rope
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models.transformer import Transformer
-from effjax.moe import MoE
+from effjax.moe import MoE, TopK
 from effjax.peft import lora
 from effjax.quant import quantize
 
@@ -171,7 +171,7 @@ def one_tap_lsra():
 
 
 def first_expert(params):
-  return {name: {"kernel": params[name]["kernel"][0]} for name in ("up", "gate", "down")}
+  return jax.tree.map(lambda x: x[0], params["experts"])
 
 
 def centred_rms_norm():
@@ -197,7 +197,7 @@ BIASED = {"use_bias": True, "out_bias": True}
 BOTH_WAYS = Attention(4, mask=Full(), **BIASED)
 LOCAL = Attention(4, kv_heads=1, qk_norm=1e-6, mask=Causal() & SlidingWindow(2, 0), rope=ROPE)
 GLOBAL = dataclasses.replace(LOCAL, mask=Causal(), rope=Rope(1e6))
-SMALL_MOE = MoE(4, 2, 24, "silu", gated=True)
+SMALL_MOE = MoE(TopK(4, 2), SWIGLU)
 POINT = {"causal": True, "pointwise": True}
 
 ROWS = [
@@ -206,7 +206,7 @@ ROWS = [
   layer("MLP", MLP(24, "relu", use_bias=True), **POINT),
   layer("SwiGLU", SWIGLU, **POINT),
   layer("MoE", SMALL_MOE, padding=True, **POINT,
-        reduces=same_as(MoE(1, 1, 24, "silu", gated=True), SWIGLU, first_expert)),
+        reduces=same_as(MoE(TopK(1, 1), SWIGLU), SWIGLU, first_expert)),
   layer("MHA", MHA, **CAUSAL),
   layer("GQA", GQA, **CAUSAL,
         reduces=same_as(GQA, dataclasses.replace(GQA, kv_heads=4), repeat_heads)),

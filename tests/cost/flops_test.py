@@ -9,7 +9,7 @@ from effjax.attention import Attention, LinearAttention, masks
 from effjax.cost import active_parameters, compiled, flops, sequence_flops
 from effjax.layers import MLP, LayerSpec, TransformerConfig
 from effjax.models import Transformer, presets
-from effjax.moe import MoE
+from effjax.moe import MoE, TopK
 from effjax.peft import lora
 
 
@@ -92,11 +92,11 @@ def adapted(config, targets, rank=2):
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize(("top_k", "shared"), [(1, 0), (3, 0), (1, 2)])
 def test_factors_of_experts_count_as_often_as_they_are_used(top_k, shared, scan):
-  ffn = MoE(8, top_k, 32, shared_experts=shared)
+  ffn = MoE(TopK(8, top_k), MLP(32), MLP(32 * shared) if shared else None)
   config = TransformerConfig(16, 8, (LayerSpec(None, ffn),) * 2, scan=scan)
   more = lambda params: flops(config, 5, params) - flops(config, 5)
   assert more(shapes(config)) == 0
-  params = adapted(config, "ffn/up/kernel")
+  params = adapted(config, "experts/up/kernel")
   assert more(params) == 2 * top_k * (2 * 2 * (8 + 32))  # two layers, 160 for each expert
   assert active_parameters(config, params) - active_parameters(config, shapes(config)) == (
     2 * top_k * 2 * (8 + 32)

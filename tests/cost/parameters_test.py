@@ -3,9 +3,10 @@ import jax.numpy as jnp
 
 from effjax.core import trees
 from effjax.cost import active_parameters, parameters, state_bytes, trainable
+from effjax.layers import MLP
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.models import Transformer, presets
-from effjax.moe import MoE
+from effjax.moe import MoE, TopK
 from effjax.peft import lora
 from effjax.quant.int8 import Int8
 
@@ -22,7 +23,7 @@ def test_dense_model_uses_all_its_parameters():
 
 
 def test_mixture_counts_only_chosen_experts():
-  ffn = MoE(experts=8, width=16, top_k=2)
+  ffn = MoE(TopK(experts=8, top_k=2), MLP(16))
   config = TransformerConfig(32, 12, (LayerSpec(None, ffn),) * 3)
   params = shapes(config)
   expert = sum(

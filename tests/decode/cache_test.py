@@ -104,9 +104,7 @@ def test_unrolled_is_the_same_model(model):
   np.testing.assert_allclose(flat.apply({"params": flat_params}, tokens), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-  ("lengths", "message"), [([3, 9], "lengths: 9"), ([-1, 2], "lengths: -1")]
-)
+@pytest.mark.parametrize(("lengths", "message"), [([3, 9], "lengths: 9"), ([-1, 2], "lengths: -1")])
 def test_lengths_that_are_none_are_refused(model, lengths, message):
   module, params = model
   tokens, cache = jnp.zeros((2, 8), jnp.int32), module.init_cache(2, 16)

@@ -17,7 +17,7 @@ from effjax.decode.generate import _run
 from effjax.layers import MLP, Embed, Rope
 from effjax.models import LayerSpec, Transformer, TransformerConfig, load, presets, save
 from effjax.models.model import Model
-from effjax.moe import MoE
+from effjax.moe import MoE, TopK
 from effjax.quant.int8 import Int8
 
 PROMPTS = [[5, 9, 300, 41, 7], [12], [400, 3, 3]]
@@ -78,7 +78,7 @@ class Bigram(nn.Module):
 
 
 V = 48
-SWIGLU, EXPERTS = MLP(32, "silu", gated=True), MoE(4, 2, 16)
+SWIGLU, EXPERTS = MLP(32, "silu", gated=True), MoE(TopK(4, 2), MLP(16))
 NEAR = Attention(4, mask=masks.Causal() & masks.SlidingWindow(3, 0))
 MIXED = (
   *[LayerSpec(Attention(4, 2, rope=Rope()), SWIGLU)] * 2,

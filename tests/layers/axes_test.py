@@ -22,7 +22,7 @@ from effjax.layers.axes import ROLES
 from effjax.layers.stack import places
 from effjax.models import Transformer, presets
 from effjax.models.families import opt
-from effjax.moe import MoE
+from effjax.moe import MoE, TopK
 
 D, V = 24, 40
 ATTENTION = Attention(4, kv_heads=2, head_width=8)
@@ -62,8 +62,8 @@ CONFIGS = {
     head=None,
   ),
   "moe": config_of(
-    LayerSpec(ATTENTION, MoE(3, 2, 20, gated=True)),
-    *[LayerSpec(None, MoE(3, 1, 20, use_bias=True, shared_experts=2))] * 2,
+    LayerSpec(ATTENTION, MoE(TopK(3, 2), MLP(20, gated=True))),
+    *[LayerSpec(None, MoE(TopK(3, 1), MLP(20, use_bias=True), MLP(40, use_bias=True)))] * 2,
     positions="sinusoidal",
   ),
   "untied": config_of(LayerSpec(Attention(4, sinks=True), None), tied=False, embed_width=12),
@@ -128,7 +128,7 @@ def units_of(config):
 def test_known_roles():
   roles = axes(CONFIGS["moe"])
   ffn = "segments_1/layers_0/ffn"
-  assert roles[f"{ffn}/down/kernel"] == ("layers", "experts", "hidden", "embed")
+  assert roles[f"{ffn}/experts/down/kernel"] == ("layers", "experts", "hidden", "embed")
   assert roles[f"{ffn}/router/kernel"] == ("layers", "embed", "experts")
   assert roles[f"{ffn}/shared/up/bias"] == ("layers", "shared_hidden")
   assert roles["segments_0/layers_0/mixer/key/kernel"] == ("embed", "kv_heads")

@@ -11,7 +11,7 @@ from effjax.attention.longlora import ShiftedSparseAttention
 from effjax.attention.lsra import LSRA
 from effjax.layers import MLP, FeedForward, LayerSpec, Mixer, TransformerConfig
 from effjax.models import Transformer, presets
-from effjax.moe import MoE
+from effjax.moe import MoE, TopK
 
 FORGETFUL = (Attention, BigBird, Longformer, ShiftedSparseAttention, Linformer, LSRA)
 
@@ -26,7 +26,7 @@ def test_mixers_say_whether_they_rewind(kind):
 
 def test_feed_forward_layers():
   assert isinstance(MLP(4), FeedForward)
-  assert isinstance(MoE(2, 1, 4), FeedForward)
+  assert isinstance(MoE(TopK(2, 1), MLP(4)), FeedForward)
 
 
 @pytest.mark.parametrize("preset", [presets.SMOLLM2_135M, presets.GEMMA3_270M, presets.BERT_BASE])

@@ -1,8 +1,10 @@
 """The MoE layer against a loop in float64, against an MLP, and against transformers' Mixtral."""
 
 import functools
+import types
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +12,15 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from effjax.core import trees
-from effjax.layers import MLP, Context
-from effjax.moe import MoE
+from effjax.layers import MLP, Context, Embed, LayerNorm, Linear, Routing, capture
+from effjax.layers.reductions import sum_of_squares
+from effjax.moe import MoE, TopK, top_k_routing
 from effjax.peft import lora
 from effjax.quant.int8 import Int8
 
 E, K, D, F = 5, 2, 6, 8
-LAYER = MoE(experts=E, top_k=K, width=F, activation="silu", gated=True)
+SWIGLU = MLP(F, "silu", gated=True)
+LAYER = MoE(TopK(E, K), SWIGLU)
 
 
 @pytest.fixture
@@ -39,30 +43,34 @@ def apply(layer, params, x, context=Context()):
 def definition(layer, params, x):
   """Token by token, in float64."""
   p = jax.tree.map(lambda a: np.asarray(a, np.float64), dict(params))
-  act = {"silu": lambda a: a / (1 + np.exp(-a)), "relu": lambda a: np.maximum(a, 0)}[
-    layer.activation
-  ]
+  act = {"silu": lambda a: a / (1 + np.exp(-a)), "relu": lambda a: np.maximum(a, 0)}
   rows = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
   out = np.zeros_like(rows)
-  linear = lambda name, e, row: row @ p[name]["kernel"][e] + p[name].get("bias", np.zeros(E))[e]
+  linear = lambda p, row: row @ p["kernel"] + p.get("bias", 0.0)
+
+  def mlp(module, p, row):
+    hidden = act[module.activation](linear(p["gate" if module.gated else "up"], row))
+    return linear(p["down"], hidden * linear(p["up"], row) if module.gated else hidden)
+
   for t, row in enumerate(rows):
     logits = row @ p["router"]["kernel"]
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
-    chosen = np.argsort(-probs)[: layer.top_k]
-    scale = probs[chosen].sum() if layer.renormalize else 1.0
+    chosen = np.argsort(-probs)[: layer.router.top_k]
+    scale = probs[chosen].sum() if layer.router.renormalize else 1.0
     for e in chosen:
-      hidden = linear("up", e, row)
-      hidden = act(linear("gate", e, row)) * hidden if layer.gated else act(hidden)
-      out[t] += probs[e] / scale * linear("down", e, hidden)
+      expert = jax.tree.map(lambda a, e=e: a[e], p["experts"])
+      out[t] += probs[e] / scale * mlp(layer.expert, expert, row)
+    if layer.shared is not None:
+      out[t] += mlp(layer.shared, p["shared"], row)
   return out.reshape(x.shape)
 
 
 @pytest.mark.parametrize(("top_k", "form"), [(1, "gated"), (2, "plain"), (E, "gated")])
 def test_equals_float64(x, top_k, form):
-  layer = MoE(experts=E, top_k=top_k, width=F, activation="silu", gated=True, renormalize=False)
+  layer = MoE(TopK(E, top_k, renormalize=False), SWIGLU)
   if form == "plain":
-    layer = MoE(experts=E, top_k=top_k, width=F, activation="relu", use_bias=True)
+    layer = MoE(TopK(E, top_k), MLP(F, "relu", use_bias=True), shared=MLP(F, "silu", use_bias=True))
   params = params_of(layer, x)
   chex.assert_trees_all_close(apply(layer, params, x), definition(layer, params, x), atol=1e-5)
 
@@ -76,9 +84,10 @@ def test_jit_equals_eager(x):
 @pytest.mark.parametrize("gated", [False, True])
 def test_one_expert_is_an_mlp(key, x, gated):
   mlp = MLP(F, "gelu", gated, use_bias=True)
-  layer = MoE(experts=1, top_k=1, width=F, activation="gelu", gated=gated, use_bias=True)
+  layer = MoE(TopK(1, 1), mlp)
   dense = params_of(mlp, x)
-  params = {**jax.tree.map(lambda p: p[None], dense), "router": {"kernel": jnp.ones((D, 1))}}
+  experts = jax.tree.map(lambda p: p[None], dense)
+  params = {"experts": experts, "router": {"kernel": jnp.ones((D, 1))}}
   expected = mlp.apply({"params": dense}, x)
   chex.assert_trees_all_close(apply(layer, params, x), expected, atol=1e-6)
 
@@ -105,8 +114,9 @@ def test_expert_without_tokens_gets_exactly_zero_gradient(x):
   params["router"]["kernel"] = params["router"]["kernel"].at[0, 3].set(-50.0)
   grads = jax.jit(jax.grad(lambda params: (apply(LAYER, params, x) ** 2).sum()))(params)
   for name in ("up", "gate", "down"):
-    assert not np.asarray(grads[name]["kernel"][3]).any()
-    assert np.asarray(grads[name]["kernel"]).any()
+    grad = np.asarray(grads["experts"][name]["kernel"])
+    assert not grad[3].any()
+    assert grad.any()
 
 
 def test_order_of_tokens_and_of_experts_does_not_matter(key, x):
@@ -114,13 +124,13 @@ def test_order_of_tokens_and_of_experts_does_not_matter(key, x):
   y = apply(LAYER, params, x)
   tokens, experts = jax.random.permutation(key, 9), jax.random.permutation(key, E)
   chex.assert_trees_all_close(apply(LAYER, params, x[:, tokens]), y[:, tokens], atol=1e-6)
-  shuffled = {name: {"kernel": params[name]["kernel"][experts]} for name in ("up", "gate", "down")}
+  shuffled = {"experts": jax.tree.map(lambda p: p[experts], params["experts"])}
   shuffled["router"] = {"kernel": params["router"]["kernel"][:, experts]}
   chex.assert_trees_all_close(apply(LAYER, shuffled, x), y, atol=1e-6)
 
 
 def test_padding_gives_zero_and_counts_nowhere(x):
-  layer = LAYER.copy(shared_experts=2, use_bias=True)
+  layer = MoE(TopK(E, K), MLP(F, use_bias=True), shared=MLP(2 * F, use_bias=True))
   params = params_of(layer, x)
   ids = jnp.array([[0] * 6 + [-1] * 3, [0] * 4 + [1] * 5])
   context, kinds = Context(segment_ids=ids), ["losses", "metrics"]
@@ -133,16 +143,17 @@ def test_padding_gives_zero_and_counts_nowhere(x):
 
 
 def test_sown_losses_carry_their_coefficients(x):
-  layer = LAYER.copy(load_balance=0.5, z=0.0)
+  layer = LAYER.copy(router=TopK(E, K, load_balance=0.5, z=0.0))
   _, sown = layer.apply({"params": params_of(layer, x)}, x, mutable=["losses", "metrics"])
-  assert set(sown["losses"]) == {"load_balance"}
-  raw = sown["metrics"]["load_balance_raw"][0]
-  assert float(sown["losses"]["load_balance"][0]) == pytest.approx(0.5 * float(raw))
-  assert 1 <= float(sown["metrics"]["max_load"][0]) <= E / K
+  losses, metrics = sown["losses"]["router"], sown["metrics"]["router"]
+  assert set(losses) == {"load_balance"}
+  raw = metrics["load_balance_raw"][0]
+  assert float(losses["load_balance"][0]) == pytest.approx(0.5 * float(raw))
+  assert 1 <= float(metrics["max_load"][0]) <= E / K
 
 
 def test_shared_experts_are_an_mlp_beside(x):
-  layer = LAYER.copy(shared_experts=2)
+  layer = LAYER.copy(shared=MLP(2 * F, "silu", gated=True))
   params = params_of(layer, x)
   shared = MLP(2 * F, "silu", gated=True).apply({"params": params["shared"]}, x)
   routed = apply(LAYER, {n: p for n, p in params.items() if n != "shared"}, x)
@@ -159,16 +170,17 @@ def test_bfloat16_follows_float32(x):
 
 def test_kernels_may_be_weights(key, x):
   params = params_of(LAYER, x)
-  quantized = {**params, "up": {"kernel": Int8.quantize(params["up"]["kernel"])}}
-  plain = {**params, "up": {"kernel": quantized["up"]["kernel"].materialize()}}
+  up = Int8.quantize(params["experts"]["up"]["kernel"])
+  with_up = lambda up: {**params, "experts": {**params["experts"], "up": {"kernel": up}}}
+  quantized, plain = with_up(up), with_up(up.materialize())
   expected = apply(LAYER, plain, x)
   chex.assert_trees_all_close(apply(LAYER, quantized, x), expected, atol=1e-5)
   adapted = lora.add(quantized, key, rank=2, targets="(up|down)/kernel$")
   chex.assert_trees_all_close(apply(LAYER, adapted, x), expected, atol=1e-5)
   loss = lambda params: (apply(LAYER, params, x) ** 2).sum()
   grads = jax.jit(jax.grad(loss, allow_int=True))(adapted)
-  assert np.asarray(grads["up"]["kernel"].b).any()
-  assert np.asarray(grads["down"]["kernel"].b).any()
+  assert np.asarray(grads["experts"]["up"]["kernel"].b).any()
+  assert np.asarray(grads["experts"]["down"]["kernel"].b).any()
 
 
 def test_on_a_mesh(x):
@@ -178,12 +190,12 @@ def test_on_a_mesh(x):
   place = lambda a, *spec: jax.device_put(a, jax.NamedSharding(mesh, PartitionSpec(*spec)))
   step = jax.jit(jax.value_and_grad(lambda params, x: (apply(LAYER, params, x) ** 2).mean()))
   expected = step(params, x)
-  spread = {**params, "up": {"kernel": place(params["up"]["kernel"], None, None, "data")}}
+  spread = trees.update(params, "up/kernel", lambda _, w: place(w, None, None, "data"))
   chex.assert_trees_all_close(step(spread, place(x, "data")), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_costs(x):
-  layer = LAYER.copy(shared_experts=1)
+  layer = LAYER.copy(shared=SWIGLU)
   params = params_of(layer, x)
   assert layer.flops(D, 9) == 2 * D * E + (K + 1) * 6 * D * F
   leaves = trees.items(params).items()
@@ -193,7 +205,7 @@ def test_costs(x):
 
 def test_more_choices_than_experts(x):
   with pytest.raises(ValueError, match="top_k=3, experts=2; allowed: 1 ≤ top_k ≤ experts"):
-    MoE(experts=2, top_k=3, width=4).init(jax.random.key(0), x)
+    MoE(TopK(2, 3), MLP(4)).init(jax.random.key(0), x)
 
 
 def test_equals_mixtral_of_transformers(x):
@@ -215,10 +227,154 @@ def test_equals_mixtral_of_transformers(x):
   theirs = theirs[0] if isinstance(theirs, tuple) else theirs
   state = {name: value.detach().numpy() for name, value in block.named_parameters()}
   gate_up, down = state["experts.gate_up_proj"], state["experts.down_proj"]  # [E, 2F, D], [E, D, F]
+  experts = {"gate": gate_up[:, :F], "up": gate_up[:, F:], "down": down}
   params = {
     "router": {"kernel": jnp.asarray(state["gate.weight"].T)},
-    "gate": {"kernel": jnp.asarray(gate_up[:, :F].swapaxes(1, 2))},
-    "up": {"kernel": jnp.asarray(gate_up[:, F:].swapaxes(1, 2))},
-    "down": {"kernel": jnp.asarray(down.swapaxes(1, 2))},
+    "experts": {n: {"kernel": jnp.asarray(w.swapaxes(1, 2))} for n, w in experts.items()},
   }
   chex.assert_trees_all_close(apply(LAYER, params, x), theirs.numpy(), atol=1e-5)
+
+
+class Normed(nn.Module):
+  """An expert with a norm inside, random and sowing."""
+
+  @nn.compact
+  def __call__(self, x, context):
+    y = Linear(F, use_bias=True, name="up")(LayerNorm(name="norm")(x))
+    self.sow("metrics", "mean_square", jnp.square(y).mean())
+    if self.has_rng("dropout"):
+      y = y * jax.random.bernoulli(self.make_rng("dropout"), 0.5, y.shape)
+    return Linear(x.shape[-1], name="down")(y)
+
+
+class Factors(nn.Module):
+  """Two matrices of rank 2: with a router, a bank of LoRA factors."""
+
+  @nn.compact
+  def __call__(self, x, context):
+    return Linear(x.shape[-1], name="b")(Linear(2, name="a")(x))
+
+
+@pytest.mark.parametrize("expert", [Normed(), Factors()])
+def test_an_expert_is_any_module_for_single_tokens(x, expert):
+  layer = MoE(TopK(E, K), expert)
+  params = params_of(layer, x)
+  y, sown = jax.jit(lambda p, x: layer.apply({"params": p}, x, mutable=["metrics"]))(params, x)
+  rows = x.reshape(-1, D)
+  routing = top_k_routing(rows @ params["router"]["kernel"], k=K)
+  run = jax.jit(lambda p, x: expert.apply({"params": p}, x, Context()))
+  outputs = [
+    run(jax.tree.map(lambda a, e=e: a[e], params["experts"]), rows[None]) for e in range(E)
+  ]
+  outputs = jnp.concatenate(outputs)[routing.experts, jnp.arange(len(rows))[:, None]]
+  expected = (outputs * routing.gates[..., None]).sum(1).reshape(x.shape)
+  chex.assert_trees_all_close(y, expected, atol=1e-5)
+  found = set(sown["metrics"].get("experts", ()))
+  assert found == ({"mean_square"} if isinstance(expert, Normed) else set())
+
+
+def test_experts_draw_at_random_and_are_drawn_one_by_one(x):
+  layer = MoE(TopK(E, K), Normed())
+  params = layer.init(jax.random.key(3), x)["params"]
+  kernels = np.asarray(params["experts"]["up"]["kernel"])
+  assert kernels.std() == pytest.approx(D**-0.5, rel=0.2)
+  assert np.abs(kernels[:, None] - kernels[None]).sum((2, 3))[~np.eye(E, dtype=bool)].min() > 0
+  draw = lambda seed: layer.apply({"params": params}, x, rngs={"dropout": jax.random.key(seed)})
+  chex.assert_trees_all_equal(draw(0), draw(0))
+  assert not np.allclose(draw(0), draw(1))
+
+
+def test_parameters_lie_where_checkpoints_look_for_them(x):
+  layer = MoE(TopK(E, K), MLP(F, use_bias=True), shared=MLP(4))
+  params = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+  assert {path: leaf.shape for path, leaf in trees.items(params).items()} == {
+    "router/kernel": (D, E),
+    "experts/up/kernel": (E, D, F),
+    "experts/up/bias": (E, F),
+    "experts/down/kernel": (E, F, D),
+    "experts/down/bias": (E, D),
+    "shared/up/kernel": (D, 4),
+    "shared/down/kernel": (4, D),
+  }
+  assert (layer.share("experts/up/kernel"), layer.share("shared/up/kernel")) == (K / E, 1)
+
+
+def test_an_expert_that_wants_plain_arrays_is_refused(x):
+  class Dense(nn.Module):
+    @nn.compact
+    def __call__(self, x, context):
+      return nn.Dense(x.shape[-1])(x)
+
+  with pytest.raises(ValueError, match=r"MoE: expert=Dense.*allowed: .* layers\.weight"):
+    MoE(TopK(E, K), Dense()).init(jax.random.key(0), x)
+
+
+def test_what_is_in_padding_has_no_influence(x):
+  layer = MoE(TopK(E, K), MLP(F, use_bias=True), shared=MLP(F, use_bias=True))
+  params = params_of(layer, x)
+  ids = jnp.array([[0] * 6 + [-1] * 3, [0] * 4 + [1] * 5])
+  at = (ids < 0)[..., None]
+
+  @jax.jit
+  def run(params, x, dy):
+    def outputs(params, x):
+      context = Context(segment_ids=ids)
+      y, sown = layer.apply({"params": params}, x, context, mutable=["losses"])
+      return y, jax.tree.leaves(sown)
+
+    (y, losses), pull = jax.vjp(outputs, params, x)
+    return y, losses, pull((dy, [jnp.ones(())] * len(losses)))
+
+  spoil = lambda a: jnp.where(at, jnp.nan, a)
+  clean = run(params, x, jnp.ones_like(x))
+  chex.assert_tree_all_finite(clean)
+  chex.assert_trees_all_equal(run(params, spoil(x), spoil(jnp.ones_like(x))), clean)
+
+
+def test_a_hash_router_reads_the_tokens(x):
+  class Hash(nn.Module):
+    experts: int = E
+    used: float = 1.0
+    axes = types.MappingProxyType({})
+
+    def __call__(self, rows, context, mask):
+      experts = context.tokens.reshape(-1, 1) % self.experts
+      return Routing(experts, jnp.ones(experts.shape))
+
+    def flops(self, width, length, queries=None):
+      return 0.0
+
+  layer = MoE(Hash(), SWIGLU)
+  tokens = jnp.arange(18).reshape(2, 9)
+  params = layer.init(jax.random.key(0), x, Context(tokens))["params"]
+  assert set(params) == {"experts"}
+  y = apply(layer, params, x, Context(tokens))
+  third = jax.tree.map(lambda p: p[3], params["experts"])
+  chex.assert_trees_all_close(y[1, 4:5], SWIGLU.apply({"params": third}, x[1:, 4:5])[0], atol=1e-6)
+  assert layer.flops(D, 9) == 6 * D * F
+
+
+class Model(nn.Module):
+  """Embeddings and a layer that is told which tokens are padding."""
+
+  layer: nn.Module = LAYER
+
+  @nn.compact
+  def __call__(self, tokens, segment_ids=None):
+    return self.layer(Embed(7, D, name="embed")(tokens), Context(segment_ids=segment_ids))
+
+
+def test_taps_see_what_routers_and_experts_are_given():
+  tokens = jnp.array([[1, 2, 3, 6], [4, 6, 6, 6]])
+  params = Model().init(jax.random.key(0), tokens)["params"]
+  table = params["embed"]["embedding"].at[6].set(jnp.nan)  # padding's
+  params = params | {"embed": {"embedding": table}}
+  batch = {"tokens": tokens, "segment_ids": jnp.where(tokens == 6, -1, 0)}
+  kinds = (Linear, TopK)
+  found = capture(Model(), params, batch, reduce=sum_of_squares, kind=kinds)
+  real = np.square(np.asarray(table)[[1, 2, 3, 4]]).sum(0)
+  np.testing.assert_allclose(found["layer/router"], real, rtol=1e-5)
+  # Every token goes to K experts.
+  np.testing.assert_allclose(found["layer/experts/up"], K * real, rtol=1e-5)
+  assert found["layer/experts/down"].shape == (F,)
+  assert np.isfinite(found["layer/experts/down"]).all()

@@ -54,14 +54,14 @@ def test_routers_differ_and_experts_do_not(key, params):
   routers = [np.asarray(tree["ffn"]["router"]["kernel"]) for tree in trees]
   assert 0.01 < np.std(routers) < 0.03
   assert not np.allclose(routers[0], routers[1])
-  up = np.asarray(trees[2]["ffn"]["up"]["kernel"])
+  up = np.asarray(trees[2]["ffn"]["experts"]["up"]["kernel"])
   chex.assert_trees_all_equal(up[0], up[1], up[2])
 
 
 def test_quantized_experts(key):
   w = jax.random.normal(key, (4, 6))
   ffn = {"up": {"kernel": Int8.quantize(w)}, "down": {"kernel": w.T}}
-  copies = upcycle_ffn(ffn, key, experts=3)["up"]["kernel"]
+  copies = upcycle_ffn(ffn, key, experts=3)["experts"]["up"]["kernel"]
   assert copies.shape == (3, 4, 6)
   chex.assert_trees_all_equal(copies.materialize()[2], ffn["up"]["kernel"].materialize())
 

@@ -1,5 +1,7 @@
 """The grouped product against float64 NumPy, for arrays and for weight representations."""
 
+import contextlib
+
 import chex
 import hypothesis
 import hypothesis.strategies as st
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from effjax.core import spmd
 from effjax.kernels.grouped_matmul import grouped_linear, tiles
 from effjax.peft.lora import LoRA
 from effjax.quant.int8 import Int8
@@ -102,6 +105,64 @@ def test_representations_equal_the_reference_with_gradients(kind):
   for got in results.values():
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-2)
   assert len(expected[1]) == {"array": 2, "int8": 2, "lora": 5, "lora over int8": 5}[kind]
+
+
+def wide(w):
+  """The matrices of a weight in float64, whatever its parts are made of."""
+  if isinstance(w, LoRA):
+    a, b, scale = (np.asarray(part, np.float64) for part in (w.a, w.b, w.scale))
+    return wide(w.base) + a @ b * scale
+  if isinstance(w, Int8):
+    return np.asarray(w.q, np.float64) * np.asarray(w.scale, np.float64)
+  return np.asarray(w, np.float64)
+
+
+@pytest.mark.parametrize("kind", ["array", "lora", "int8", "lora over int8"])
+@pytest.mark.parametrize("x_type", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("w_type", [jnp.float32, jnp.bfloat16])
+def test_no_part_of_a_weight_is_rounded_to_the_type_of_another(kind, x_type, w_type):
+  x, w, sizes, _, _ = operands(sizes=(3, 0, 9), spare=2, D=16, dtype=x_type)
+  w = weight_of(kind, w.astype(w_type))
+  if isinstance(w, LoRA):  # far below what bfloat16 can tell from the base alone
+    w = LoRA(w.base, w.a, 1e-3 * w.b, w.scale)
+  group = np.repeat(np.arange(3), [3, 0, 9])
+  expected = np.einsum("md,mdf->mf", np.asarray(x[:12], np.float64), wide(w)[group])
+  tolerance = (1e-5 if x_type == jnp.float32 else 0.03) * np.abs(expected).max()
+  for implementation in IMPLEMENTATIONS:
+    y = grouped_linear(x, w, sizes, implementation=implementation)
+    assert y.dtype == x_type
+    np.testing.assert_allclose(np.asarray(y[:12], np.float64), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["array", "lora"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_is_in_rows_past_the_last_group_has_no_influence(implementation, kind):
+  x, w, sizes, bias, dy = operands(sizes=(3, 0, 9), spare=2)
+  w = weight_of(kind, w)
+  spoil = lambda a: a.at[-2:].set(jnp.nan)
+
+  @jax.jit
+  def run(x, w, bias, dy):
+    product = lambda *args: grouped_linear(*args, implementation=implementation)
+    y, pull = jax.vjp(lambda x, w, bias: product(x, w, sizes, bias), x, w, bias)
+    return y, pull(dy)
+
+  chex.assert_trees_all_equal(run(spoil(x), w, bias, spoil(dy)), run(x, w, bias, dy))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_parts_laid_end_to_end_are_sorted_each_by_itself(split):
+  x, w, sizes, bias, dy = operands(sizes=(1, 0, 4), spare=3)
+  parts = jnp.stack([sizes, sizes[::-1]] * 4)
+  x, dy = jnp.tile(x, (8, 1)), jnp.tile(dy, (8, 1))
+  alone = [value_and_grads(x[:8], w, each, bias, dy[:8]) for each in parts[:2]]
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  with spmd.rows_split(mesh, ["data"]) if split else contextlib.nullcontext():
+    y, dx, dw, db = jax.jit(lambda *args: value_and_grads(*args))(x, w, parts, bias, dy)
+  for got, (first, second) in zip((y, dx), list(zip(*alone, strict=True))[:2], strict=True):
+    chex.assert_trees_all_close(got, jnp.tile(jnp.concatenate([first, second]), (4, 1)), atol=1e-5)
+  for got, (first, second) in zip((dw, db), list(zip(*alone, strict=True))[2:], strict=True):
+    chex.assert_trees_all_close(got, 4 * (first + second), atol=1e-4)
 
 
 def test_bfloat16_keeps_its_type_and_sums_weight_gradients_wide():

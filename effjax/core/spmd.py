@@ -1,0 +1,96 @@
+"""Computing each row on the device that has it.
+
+The compiler splits matrix products and maps over elements as their operands are split. A sort, or a
+loop whose trip count depends on the data, it runs on every device for all rows, after gathering
+them. `map_rows` runs such a function on each device for its own rows alone.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from effjax.core.typing import PyTree
+
+T = TypeVar("T")
+AnyMesh = Mesh | AbstractMesh
+
+_split = jax.make_user_context()  # part of the key of every cache of traced functions
+
+
+def rows_split(mesh: Mesh, axes: Sequence[str]) -> contextlib.AbstractContextManager:
+  """While a function is traced in it, the first axis of a batch is split over `axes` of `mesh`.
+
+  Raises:
+    ValueError: when the mesh lacks one of the axes.
+
+  Example:
+    >>> from effjax.parallel import make_mesh
+    >>> with rows_split(make_mesh(data=1), ["data"]):
+    ...   map_rows(lambda x, scale: x * scale, jax.numpy.ones(2), 3.0).tolist()
+    [3.0, 3.0]
+  """
+  if not set(axes) <= set(mesh.axis_names):
+    raise ValueError(f"rows_split: axes {tuple(axes)}; allowed: of {mesh.axis_names}")
+  return _split((mesh, tuple(axes)))
+
+
+def map_rows(function: Callable[[PyTree, PyTree], T], rows: PyTree, whole: PyTree) -> T:
+  """function(rows, whole), where each device computes its own part of `rows`.
+
+  Rows are split as the array types say where a mesh is explicit, else as `rows_split` does. The
+  function sees a part of each array of `rows` and all of `whole`, and must give arrays whose first
+  axis goes with the rows: they are laid end to end. Gradients of `whole` are summed over devices.
+  Other axes of the mesh stay the compiler's. Where no split is in force, in a region that is a
+  device's own already, or when the devices do not divide some first axis, it is just that call.
+
+  Args:
+    function: (rows, whole) → arrays [M', …].
+    rows: arrays [M, …], perhaps of several M.
+    whole: arrays that every device needs whole.
+  """
+  mesh, axes = _in_force(rows)
+  devices = math.prod(mesh.shape[axis] for axis in axes)
+  if devices == 1 or any(x.shape[0] % devices for x in jax.tree.leaves(rows)):
+    return function(rows, whole)
+  split = PartitionSpec(axes)
+  whole = jax.tree.map(lambda x: _gathered(x, axes), whole)
+  local = jax.shard_map(
+    function, mesh=mesh, in_specs=(split, PartitionSpec()), out_specs=split, axis_names=set(axes)
+  )
+  return local(rows, whole)
+
+
+def _in_force(rows: PyTree) -> tuple[AnyMesh, tuple[str, ...]]:
+  """Mesh and axes of the split, no axes where there is none."""
+  here = jax.sharding.get_abstract_mesh()
+  mesh, axes = _explicit(rows) or _split.value or (here, ())
+  if set(axes) & set(here.manual_axes):
+    return here, ()
+  return (here if here.manual_axes else mesh), axes
+
+
+def _explicit(rows: PyTree) -> tuple[AnyMesh, tuple[str, ...]] | None:
+  """Mesh and axes that the type of some array of `rows` says its first axis is split over."""
+  for sharding in (jax.typeof(x).sharding for x in jax.tree.leaves(rows)):
+    axes = _axes(sharding.spec[0]) if len(sharding.spec) else ()
+    if axes:
+      return sharding.mesh, axes
+  return None
+
+
+def _gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """`x` split over none of `axes`, where its type says that it is."""
+  spec = jax.typeof(x).sharding.spec
+  kept = [tuple(axis for axis in _axes(entry) if axis not in axes) or None for entry in spec]
+  if all(_axes(entry) == _axes(old) for entry, old in zip(kept, spec, strict=True)):
+    return x
+  return jax.sharding.reshard(x, PartitionSpec(*kept))
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """The mesh axes that one entry of a partition specification names."""
+  return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -1,0 +1,80 @@
+"""One of several weights for each row, standing where one weight stood."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from effjax.core import spmd
+from effjax.core.typing import Array, Float, PyTree
+from effjax.core.weights import Weight, register, transpose
+from effjax.kernels.grouped_matmul.grouped_linear import grouped_linear
+from effjax.kernels.grouped_matmul.reference import group_of_row
+
+
+@register(static=("rows",), kind="wrapper")
+class Grouped(Weight):
+  """W[e] for the rows of group e: a module that is given these computes E modules at once.
+
+  A matrix multiplies by `grouped_linear`, and a vector, such as a bias or the scale of a norm,
+  gives each row its own. There is no one array that it is.
+
+  Invariants:
+    base: [E, …], an array or `Weight`; the shape is without E.
+    sizes: rows of each group, [E] or [P, E], as in `grouped_linear`.
+    rows: M; activations are [..., D] of M rows in the order of the groups.
+
+  Example:
+    >>> w = Grouped(jnp.array([[[1.0]], [[10.0]]]), jnp.array([1, 2]), 3)
+    >>> w.shape, w.matmul(jnp.ones((3, 1))).tolist()
+    ((1, 1), [[1.0], [10.0], [10.0]])
+  """
+
+  base: PyTree
+  sizes: PyTree
+  rows: int
+
+  def check(self) -> None:
+    if len(self.base.shape) not in (2, 3):
+      given = f"Grouped: base has shape {tuple(self.base.shape)}"
+      raise ValueError(f"{given}; allowed: vectors [E, F] and matrices [E, D, F]")
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.base.shape[1:])
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.base.dtype
+
+  def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+    return self._affine(x, None)
+
+  def affine(self, x: Float[Array, "... D"], bias: Any) -> Float[Array, "... F"]:
+    return self._affine(x, bias.base) if isinstance(bias, Grouped) else super().affine(x, bias)
+
+  def along(self, x: Float[Array, "... F"]) -> Float[Array, "... F"]:
+    self._check_rows(x)
+    sizes = self.sizes.reshape(-1, self.sizes.shape[-1])
+    group = jax.vmap(lambda each: group_of_row(each, self.rows // sizes.shape[0]))
+    of_row = lambda sizes, base: jnp.take(base, group(sizes).reshape(-1), axis=0, mode="clip")
+    return spmd.map_rows(of_row, sizes, self.base).reshape(*x.shape[:-1], *self.shape)
+
+  @property
+  def T(self) -> "Grouped":
+    return Grouped(transpose(self.base), self.sizes, self.rows)
+
+  def materialize(self) -> Array:
+    raise ValueError(
+      f"{self!r} is another array for each row; allowed: linear(x, w, bias) and along(vector, x)"
+    )
+
+  def _affine(self, x: Array, bias: PyTree) -> Array:
+    self._check_rows(x)
+    rows = x.reshape(self.rows, x.shape[-1])
+    return grouped_linear(rows, self.base, self.sizes, bias).reshape(*x.shape[:-1], -1)
+
+  def _check_rows(self, x: Array) -> None:
+    if x.size != self.rows * x.shape[-1]:
+      given = f"activations {x.shape} against {self!r}"
+      raise ValueError(f"{given}; allowed: {self.rows} rows, as many as were sorted by group")
