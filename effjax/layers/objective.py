@@ -2,13 +2,12 @@
 
 A loss is a mean over something, and `metrics["weight"]` says over how much (tokens, pairs): by it
 a training step averages microbatches, so that the mean is that of the whole batch. Without it
-microbatches count alike. An objective for a state with something `extra` takes that as its fourth
-argument.
+microbatches count alike. Where a training state has something `extra`, an objective takes that as
+its fourth argument.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -24,7 +23,13 @@ Objective = Callable[..., tuple[Array, dict[str, Array]]]
 TokenLoss = Callable[..., tuple[Float[Array, "B T"], dict[str, Float[Array, "B T"]]]]
 
 
-def per_token(module: nn.Module, loss: TokenLoss) -> Objective:
+def per_token(
+  module: nn.Module,
+  loss: TokenLoss,
+  *,
+  reads: Sequence[str] = ("targets",),
+  reads_extra: bool = False,
+) -> Objective:
   """Σ w·loss(token) / Σ w, plus what the layers sow under "losses".
 
   The batch has tokens [B, T] and what `loss` reads; optional are weights [B, T] (0: not counted)
@@ -33,9 +38,11 @@ def per_token(module: nn.Module, loss: TokenLoss) -> Objective:
 
   Args:
     module: tokens → output, logits most often.
-    loss: (output, batch[, extra]) → values [B, T], and by name more values [B, T] that are only
-      reported. Arrays that it holds should be a `jax.tree_util.Partial`'s: they are then arguments
-      of a jitted step and not constants in it.
+    loss: (output, batch) → values [B, T], and by name more values [B, T] that are only reported.
+      Arrays that it holds should be a `jax.tree_util.Partial`'s: they are then arguments of a
+      jitted step and not constants in it.
+    reads: entries of the batch that `loss` reads.
+    reads_extra: whether `loss` takes the `extra` of a training state as its third argument.
 
   Returns:
     An objective. Metrics: the weighted mean of what `loss` reports, "weight" (Σ w), and what
@@ -49,14 +56,21 @@ def per_token(module: nn.Module, loss: TokenLoss) -> Objective:
     1.0
   """
   loss = loss if isinstance(loss, Partial) else Partial(loss)
-  return Partial(functools.partial(_per_token, module), loss)
+  return Partial(functools.partial(_per_token, module, tuple(reads), reads_extra), loss)
 
 
 def _per_token(
-  module: nn.Module, loss: Partial, params: Params, batch: Batch, rng: Key | None, *extra: PyTree
+  module: nn.Module,
+  reads: tuple[str, ...],
+  reads_extra: bool,
+  loss: Partial,
+  params: Params,
+  batch: Batch,
+  rng: Key | None,
+  *extra: PyTree,
 ) -> tuple[Array, dict[str, Array]]:
-  output, sown = forward(module, params, batch, rng)
-  values, reported = loss(output, batch, *extra)
+  output, sown = forward(module, params, batch, rng, read=(*reads, "weights"))
+  values, reported = loss(output, batch, *(extra if reads_extra else ()))
   weights = batch.get("weights", jnp.ones(values.shape, values.dtype))
   metrics = {name: weighted_mean(x, weights) for name, x in reported.items()}
   added = layer_means(sown.get("losses", {})).values()
@@ -64,7 +78,9 @@ def _per_token(
   return total, {**sown_values(sown), **metrics, "weight": weights.sum()}
 
 
-def through(objective: Objective, view: Callable[..., PyTree]) -> Objective:
+def through(
+  objective: Objective, view: Callable[..., PyTree], *, reads_extra: bool = False
+) -> Objective:
   """The objective of view(params): what trains is one tree, what computes another.
 
   Factors that layers share, masks over weights, learned mixtures of adapters and low-precision
@@ -72,7 +88,8 @@ def through(objective: Objective, view: Callable[..., PyTree]) -> Objective:
 
   Args:
     objective: of the model's parameters.
-    view: trained parameters → the model's; with an `extra` it gets that as its second argument.
+    view: trained parameters → the model's.
+    reads_extra: whether `view` takes the `extra` of a training state as its second argument.
 
   Example:
     >>> objective = lambda params, batch, rng: (params["w"].sum(), {})
@@ -82,8 +99,8 @@ def through(objective: Objective, view: Callable[..., PyTree]) -> Objective:
   """
   objective = objective if isinstance(objective, Partial) else Partial(objective)
   view = view if isinstance(view, Partial) else Partial(view)
-  return Partial(_through, objective, view)
+  return Partial(functools.partial(_through, reads_extra), objective, view)
 
 
-def _through(objective, view, params, batch, rng, *extra: Any):
-  return objective(view(params, *extra), batch, rng, *extra)
+def _through(reads_extra: bool, objective, view, params, batch, rng, *extra: PyTree):
+  return objective(view(params, *(extra if reads_extra else ())), batch, rng, *extra)

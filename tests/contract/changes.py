@@ -1,4 +1,4 @@
-"""Transforms, objectives and placements: what they are and what they promise."""
+"""Transforms, objectives, routers and placements: what they are and what they promise."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from effjax import moe, peft, quant
 from effjax.attention import longformer
 from effjax.distill import kd_objective
+from effjax.layers import Router
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models import Transformer
@@ -113,6 +114,28 @@ def elsewhere(batch: dict) -> dict:
   masked = batch["weights"] == 0
   other = lambda x: jnp.where(masked, (x + 7) % V, x)
   return batch | {"tokens": other(batch["tokens"]), "targets": other(batch["targets"])}
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterRow:
+  """A router.
+
+  Attributes:
+    name: what the table calls it.
+    router: the module.
+    sums: what the gates of a token sum to; None promises nothing.
+  """
+
+  name: str
+  router: Router
+  sums: float | None = None
+
+
+ROUTERS = [
+  RouterRow("top 1", moe.TopK(4, 1, renormalize=False)),
+  RouterRow("top 2", moe.TopK(4, 2), sums=1.0),
+  RouterRow("all", moe.TopK(4, 4, renormalize=False), sums=1.0),
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Transforms, objectives and placements, through the same tests."""
+"""Transforms, objectives, routers and placements, through the same tests."""
 
 import chex
 import jax
@@ -8,12 +8,21 @@ import optax
 import pytest
 
 from effjax.core import trees
+from effjax.layers import Context, Router
 from effjax.layers.stack import join, split
 from effjax.models import Transformer
 from effjax.parallel import Placement
 from effjax.train import init_state, make_train_step, next_token
-from tests.contract.changes import BATCH, DENSE, OBJECTIVES, PLACEMENTS, TRANSFORMS, elsewhere
-from tests.contract.layers import KEY, TOKENS
+from tests.contract.changes import (
+  BATCH,
+  DENSE,
+  OBJECTIVES,
+  PLACEMENTS,
+  ROUTERS,
+  TRANSFORMS,
+  elsewhere,
+)
+from tests.contract.layers import KEY, TOKENS, B, D, T, X
 
 each = lambda name, rows: pytest.mark.parametrize(name, rows, ids=lambda row: row.name)
 fresh = jax.jit(lambda: Transformer(DENSE).init(KEY, TOKENS)["params"])
@@ -78,6 +87,42 @@ def test_microbatches_are_the_batch(row):
   (one, first), (two, second) = found
   chex.assert_trees_all_close(one.params, two.params, atol=1e-6)
   np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-5)
+
+
+def routed(row, rows, mask):
+  """The decision for `rows`, what was sown, and gradients of both by the rows."""
+  params = row.router.init(KEY, rows, Context(), mask)["params"]
+  apply = lambda rows: row.router.apply(
+    {"params": params}, rows, Context(), mask, mutable=["losses", "metrics"]
+  )
+
+  def total(rows):
+    routing, sown = apply(rows)
+    kept = jnp.where(mask[:, None], routing.gates, 0)
+    return kept.sum() + sum(map(jnp.sum, jax.tree.leaves(sown["losses"])))
+
+  return *jax.jit(apply)(rows), jax.jit(jax.grad(total))(rows)
+
+
+@each("row", ROUTERS)
+def test_a_router_decides_for_each_token_and_padding_has_no_influence(row):
+  assert isinstance(row.router, Router)
+  rows, mask = X.reshape(-1, D), jnp.arange(B * T) % 3 > 0
+  routing, sown, grads = routed(row, rows, mask)
+  k = routing.experts.shape[1]
+  assert routing.experts.shape == routing.gates.shape == (B * T, k) and row.router.used <= k
+  assert ((routing.experts >= 0) & (routing.experts < row.router.experts)).all()
+  assert all(len(set(each)) == k for each in routing.experts.tolist())
+  if row.sums is not None:
+    np.testing.assert_allclose(routing.gates.sum(1), row.sums, rtol=1e-5)
+  poisoned = jnp.where(mask[:, None], rows, jnp.nan)
+  other, other_sown, other_grads = routed(row, poisoned, mask)
+  real = np.asarray(mask)
+  np.testing.assert_array_equal(other.experts[real], routing.experts[real])
+  np.testing.assert_array_equal(other.gates[real], routing.gates[real])
+  chex.assert_trees_all_close(other_sown, sown, rtol=1e-6)
+  np.testing.assert_allclose(other_grads[real], grads[real], rtol=1e-5, atol=1e-7)
+  assert row.router.flops(D, T) >= 0 and set(row.router.axes) == {"kernel"}
 
 
 @each("row", PLACEMENTS)

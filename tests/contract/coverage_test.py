@@ -77,6 +77,7 @@ def covered() -> set[Any]:
     found |= inside(row.module)
   for row in weights.ROWS:
     found |= weights.classes(row.of(weights.D, weights.F))
+  found |= {type(row.router) for row in changes.ROUTERS}
   for row in (*changes.TRANSFORMS, *changes.OBJECTIVES):
     found |= set(row.of)
   return found

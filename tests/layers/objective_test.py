@@ -56,9 +56,9 @@ def test_scalars_are_averaged_and_statistics_kept_by_path():
 
 def test_an_objective_is_assembled_from_a_loss_of_each_token():
   weights = jnp.array([[1.0, 0.0, 2.0], [0.0, 0.0, 1.0]])
-  batch = {"tokens": TOKENS, "positions": TOKENS, "weights": weights}
+  batch = {"tokens": TOKENS, "positions": TOKENS, "weights": weights, "domain": TOKENS}
   loss = lambda held, output, batch: (output * held, {"output": output})
-  objective = per_token(Facts(), Partial(loss, jnp.float32(3.0)))
+  objective = per_token(Facts(), Partial(loss, jnp.float32(3.0)), reads=("domain",))
   assert jax.tree.leaves(objective) == [3.0]
   value, metrics = objective(PARAMS, batch, None)
   mean = 2 * (0 * 1 + 2 * 2 + 5 * 1) / 4
@@ -70,13 +70,25 @@ def test_an_objective_is_assembled_from_a_loss_of_each_token():
 
 def test_an_objective_is_taken_through_a_view():
   batch = {"tokens": TOKENS, "positions": TOKENS}
-  objective = per_token(Facts(), lambda output, batch, *extra: (output + sum(extra), {}))
-  shared = through(objective, lambda trained, *extra: {"scale": trained["root"] ** 2})
+  objective = per_token(Facts(), lambda output, batch, *extra: (output + sum(extra), {}),
+                        reads_extra=True)  # fmt: skip
+  view = lambda trained: {"scale": trained["root"] ** 2}
+  shared = through(objective, view)
   value, grads = jax.value_and_grad(lambda p: shared(p, batch, None)[0])({"root": jnp.float32(3.0)})
   assert float(value) == pytest.approx(9 * 2.5 + 0.5)
   assert float(grads["root"]) == pytest.approx(2 * 3 * 2.5)
   extra = shared({"root": jnp.float32(3.0)}, batch, None, jnp.float32(1.0))[0]
   assert float(extra) == pytest.approx(float(value) + 1)
+  scaled = through(objective, lambda trained, extra: view(trained) | {}, reads_extra=True)
+  both = scaled({"root": jnp.float32(3.0)}, batch, None, jnp.float32(1.0))[0]
+  assert float(both) == float(extra)
+
+
+def test_what_does_not_read_an_extra_is_not_given_it():
+  batch = {"tokens": TOKENS, "positions": TOKENS}
+  objective = through(per_token(Facts(), lambda output, batch: (output, {})), lambda params: params)
+  with_extra, _ = objective(PARAMS, batch, None, jnp.float32(7.0))
+  assert float(with_extra) == float(objective(PARAMS, batch, None)[0])
 
 
 def test_every_fact_of_a_context_can_be_a_batch_entry():
