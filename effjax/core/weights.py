@@ -16,7 +16,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +24,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from effjax.core import numerics
+from effjax.core.register import register
 from effjax.core.typing import Array, Float, Int, PyTree
-
-T = TypeVar("T")
-
-KINDS = {
-  "matrix": "another form of a matrix, trained with everything else",
-  "quantised": "stands for a matrix that no longer trains; `quant.dequantize` undoes it",
-  "adapter": "trained beside a frozen base; where there is one, adapters alone train",
-  "wrapper": "made for the moment of a product and never stored",
-}
-REPRESENTATIONS: dict[str, type["Weight"]] = {}
 
 
 class Weight(abc.ABC):
@@ -157,59 +148,6 @@ class Weight(abc.ABC):
       return f"{name}[{', '.join(map(str, self.shape))}] {jnp.dtype(self.dtype).name}{over}"
     except (AttributeError, TypeError):  # what tree maps have put in place of the arrays
       return f"{name}(…){over}"
-
-
-@dataclass_transform(frozen_default=True)
-def register(
-  *, static: tuple[str, ...] = (), trains: tuple[str, ...] | None = None, kind: str = "matrix"
-) -> Callable[[type[T]], type[T]]:
-  """Class decorator: a frozen dataclass and pytree, known to `REPRESENTATIONS` by its name.
-
-  Fields are arrays, or weights, but for `static` ones. Annotate them as `PyTree`: tree maps put
-  shapes, shardings and None in their place. Fields are checked when a weight is made by its
-  constructor, not when a tree map makes one.
-
-  Args:
-    static: fields that are no arrays; hashable.
-    trains: fields that receive gradients where nothing else is asked for (`trees.trained`); None
-      is all of them, and none of a "quantised" one.
-    kind: one of `KINDS`.
-
-  Raises:
-    ValueError: for a field or a kind that there is none of.
-  """
-  if kind not in KINDS:
-    raise ValueError(f"register: kind={kind!r}; allowed: {', '.join(KINDS)}")
-
-  def wrap(cls: type[T]) -> type[T]:
-    cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    if unknown := {*static, *(trains or ())} - set(names):
-      raise ValueError(f"register: {cls.__name__} has no field {sorted(unknown)}; allowed: {names}")
-    arrays = [name for name in names if name not in static]
-    default = () if kind == "quantised" else tuple(arrays)
-    cls.static, cls.trains, cls.kind = static, default if trains is None else trains, kind
-    _register_pytree(cls, arrays, static)
-    REPRESENTATIONS[cls.__name__] = cls
-    return cls
-
-  return wrap
-
-
-def _register_pytree(cls: type, arrays: Sequence[str], static: tuple[str, ...]) -> None:
-  keys = [jax.tree_util.GetAttrKey(name) for name in arrays]
-  values = lambda w: [getattr(w, name) for name in arrays]
-  constants = lambda w: tuple(getattr(w, name) for name in static)
-
-  def unflatten(constants, children):
-    new = object.__new__(cls)
-    for name, value in (*zip(arrays, children, strict=True), *zip(static, constants, strict=True)):
-      object.__setattr__(new, name, value)
-    return new
-
-  with_keys = lambda w: (list(zip(keys, values(w), strict=True)), constants(w))
-  flatten = lambda w: (values(w), constants(w))
-  jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten, flatten)
 
 
 @register(kind="wrapper")

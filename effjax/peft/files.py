@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.flax import save_file
 
 from effjax.core import trees
+from effjax.core.register import REPRESENTATIONS
 from effjax.core.typing import PyTree
-from effjax.core.weights import REPRESENTATIONS, Weight
+from effjax.core.weights import Weight
 from effjax.peft.trainable import is_adapter
 
 FILE = "adapters.safetensors"

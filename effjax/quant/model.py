@@ -3,9 +3,10 @@
 import jax
 
 from effjax.core import trees
+from effjax.core.register import REPRESENTATIONS
 from effjax.core.trees import Chooser
 from effjax.core.typing import PyTree
-from effjax.core.weights import REPRESENTATIONS, Weight, is_weight
+from effjax.core.weights import Weight, is_weight
 
 TARGETS = r"^(?!.*(router|conv)).*\b(kernel|embedding)$"
 

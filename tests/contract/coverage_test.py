@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import pytest
 
 import effjax
+from effjax.core.register import REPRESENTATIONS, register
 from effjax.core.typing import PyTree
-from effjax.core.weights import REPRESENTATIONS, Weight, register
+from effjax.core.weights import Weight
 from effjax.layers import Linear
 from effjax.parallel import Placement
 from tests.contract import changes, layers_test, weights, weights_test

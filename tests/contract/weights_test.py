@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 from effjax.core import linear, trees
-from effjax.core.weights import REPRESENTATIONS, Weight
+from effjax.core.register import REPRESENTATIONS
+from effjax.core.weights import Weight
 from effjax.parallel import make_mesh
 from effjax.train import Checkpoints
 from tests.contract import weights as table
