@@ -35,6 +35,10 @@ class Longformer(Attention):
   positions: int | tuple[int, ...] | None = None
   causal: bool = False
 
+  @property
+  def reads(self) -> tuple[str, ...]:
+    return super().reads + (("global_positions",) if self.positions is None else ())
+
   def _mask(self, context, length):
     seen = self.mask | masks.Global(self._positions(context))
     return seen & masks.Causal() if self.causal else seen

@@ -13,6 +13,7 @@ from flax import struct
 
 from effjax.attention import masks
 from effjax.attention.multi_head import Attention, KVCache
+from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, DTypeLike, Float, Int
 from effjax.layers import Context, Linear, Rope
 from effjax.layers.axes import linear_axes, renamed, under
@@ -62,7 +63,7 @@ def convolve(
   def read(x, j):
     if segment_ids is None:
       return shift(x, j)
-    return _zero_unless((shift(ids, j) == segment_ids) & (segment_ids >= 0), shift(x, j))
+    return zero_unless((shift(ids, j) == segment_ids) & (segment_ids >= 0), shift(x, j))
 
   # Without recomputation the backward pass would keep W shifted copies of x.
   return jax.checkpoint(lambda x, taps: _weighted(lambda j: read(x, j), taps))(pad(x, 0), taps)
@@ -76,7 +77,7 @@ def convolve_cached(
   def read(j):
     at = positions - (taps.shape[-1] - 1) + j
     x = jnp.take_along_axis(inputs, jnp.maximum(at, 0)[..., None], axis=1, mode="clip")
-    return _zero_unless(at >= 0, x)
+    return zero_unless(at >= 0, x)
 
   return _weighted(read, taps)
 
@@ -86,10 +87,6 @@ def check_width(width: int, causal: bool) -> None:
   if width < 1 or (not causal and width % 2 == 0):
     allowed = "from 1" if causal else "odd numbers, the convolution being centred"
     raise ValueError(f"convolution: kernel={width} with causal={causal}; allowed: {allowed}")
-
-
-def _zero_unless(kept: Array, x: Array) -> Array:
-  return jnp.where(kept[..., None], x, jnp.zeros((), x.dtype))
 
 
 def _weighted(read, taps: Array) -> Array:

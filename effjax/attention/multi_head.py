@@ -77,6 +77,10 @@ class Attention(nn.Module):
     source = x if not self.cross else context.memory
     if source is None:
       raise ValueError("Attention: cross=True needs context.memory [B, S, D], and it is None")
+    if self.cross and self.rope is not None:
+      raise ValueError(
+        "Attention: cross=True with rope; allowed: rope=None, memory has no positions"
+      )
 
     source = source.astype(x.dtype)
     positions = context.positions_for(x)
@@ -89,6 +93,11 @@ class Attention(nn.Module):
     out, cache = self._attend(x, query, key, value, positions, context, cache)
     out = out.reshape(*out.shape[:-2], self.heads * width)
     return Linear(x.shape[-1], self.out_bias, name="out")(out), cache
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    """The fields of `Context` that it reads besides segments and positions."""
+    return ("memory", "memory_segment_ids") if self.cross else ()
 
   def _project(self, name: str, x: Array, heads: int, width: int) -> Array:
     y = Linear(heads * width, self.use_bias, name=name)(x)

@@ -14,6 +14,19 @@ def expand(x: Array | np.ndarray, ndim: int) -> Array | np.ndarray:
   return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
+def zero_unless(mask: Array | None, x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """`x`, with zeros where `mask`, over its leading axes, is False; None keeps all.
+
+  Example:
+    >>> zero_unless(jnp.array([True, False]), jnp.array([[1.0], [jnp.nan]])).tolist()
+    [[1.0], [0.0]]
+  """
+  if mask is None:
+    return x
+  kept = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+  return jnp.where(kept, x, jnp.zeros((), x.dtype))
+
+
 def matmul(x: Float[Array, "... D"], w: Array) -> Array:
   """x @ w in the type of `x`.
 

@@ -34,16 +34,22 @@ def register(
     kind: one of `KINDS`.
 
   Raises:
-    ValueError: for a field or a kind that there is none of.
+    ValueError: for a field or a kind that there is none of, and for a name of the library's.
   """
   if kind not in KINDS:
     raise ValueError(f"register: kind={kind!r}; allowed: {', '.join(KINDS)}")
+  for argument, value in (("static", static), ("trains", trains or ())):
+    if not isinstance(value, tuple):
+      raise ValueError(f"register: {argument}={value!r}; allowed: a tuple of names of fields")
 
   def wrap(cls: type[T]) -> type[T]:
     cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     if unknown := {*static, *(trains or ())} - set(names):
       raise ValueError(f"register: {cls.__name__} has no field {sorted(unknown)}; allowed: {names}")
+    if both := sorted({*static} & {*(trains or ())}):
+      raise ValueError(f"register: {cls.__name__} trains {both}, which are static; allowed: arrays")
+    _refuse_other(cls)
     arrays = [name for name in names if name not in static]
     default = () if kind == "quantised" else tuple(arrays)
     cls.static, cls.trains, cls.kind = static, default if trains is None else trains, kind
@@ -52,6 +58,16 @@ def register(
     return cls
 
   return wrap
+
+
+def _refuse_other(cls: type) -> None:
+  """Raises ValueError where the library knows another class by the name of `cls`."""
+  known = REPRESENTATIONS.get(cls.__name__, cls)
+  if known.__module__.startswith("effjax.") and known.__module__ != cls.__module__:
+    raise ValueError(
+      f"register: {known.__module__} has a representation called {cls.__name__}; allowed: a name "
+      "of its own, by which files and `quant.quantize` know it"
+    )
 
 
 def _register_pytree(cls: type, arrays: Sequence[str], static: tuple[str, ...]) -> None:

@@ -101,7 +101,8 @@ def partition(params: PyTree, pattern: Chooser) -> tuple[PyTree, PyTree]:
   """
   paths = jax.tree_util.tree_leaves_with_path(params)
   if not any(chooses(pattern, path_string(p), x) for p, x in paths):
-    raise ValueError(f"pattern {pattern!r} matches no parameter; paths: {_some(items(params))}")
+    arrays = _some(path_string(path) for path, _ in paths)
+    raise ValueError(f"pattern {pattern!r} matches no parameter; paths: {arrays}")
 
   def keep(wanted):
     return lambda path, x: x if chooses(pattern, path_string(path), x) == wanted else None

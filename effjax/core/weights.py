@@ -126,6 +126,9 @@ class Weight(abc.ABC):
         )
 
   def __post_init__(self):
+    for name, value in _arrays(self):
+      if isinstance(value, int | float | complex):
+        raise ValueError(f"{type(self).__name__}: {name}={value!r}; allowed: arrays")
     if all(_is_array(value) for _, value in _arrays(self)):
       self.check()
 
@@ -133,13 +136,19 @@ class Weight(abc.ABC):
     return np.asarray(self.materialize(), dtype)
 
   def __rmatmul__(self, x: Any) -> Array:
-    """x @ W for an array [..., D]."""
-    return linear(jnp.asarray(x), self)
+    """x @ W for an array [..., D], in the type that both are promoted to."""
+    return linear(self._promoted(x), self)
 
   def __matmul__(self, x: Any) -> Array:
-    """W @ x for an array [F] or [F, M]."""
-    x = jnp.asarray(x)
+    """W @ x for an array [F] or [F, M], in the type that both are promoted to."""
+    x = self._promoted(x)
+    if x.ndim not in (1, 2):
+      raise ValueError(f"{self!r} @ {x.shape}; allowed: vectors [F] and matrices [F, M]")
     return linear(x.T, self.T).T
+
+  def _promoted(self, x: Any) -> Array:
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, self.dtype))
 
   def __repr__(self) -> str:
     name, base = type(self).__name__, getattr(self, "base", None)
@@ -178,6 +187,10 @@ class Transposed(Weight):
 
   def materialize(self) -> Array:
     return jnp.matrix_transpose(self.base.materialize())
+
+  def specs(self, axes: Sequence[Any]) -> "Transposed":
+    *batch, outputs, inputs = axes
+    return Transposed(_specs(self.base, self.base.shape, (*batch, inputs, outputs)))
 
   def matmul(self, x: Float[Array, "... F"]) -> Float[Array, "... D"]:
     anywhere = jnp.zeros((*x.shape[:-1], self.shape[-1]), x.dtype)
@@ -248,6 +261,11 @@ def materialize(w) -> Array:
   return w.materialize() if isinstance(w, Weight) else w
 
 
+def specs(w: Any, axes: Sequence[Any]) -> Any:
+  """How an array or the fields of a `Weight` are split when the matrix is split over `axes`."""
+  return w.specs(axes) if isinstance(w, Weight) else PartitionSpec(*axes)
+
+
 def is_weight(node) -> bool:
   """Whether `node` is a `Weight`: the `is_leaf` of trees that treat weights as leaves."""
   return isinstance(node, Weight)
@@ -270,5 +288,5 @@ def _is_array(value: Any) -> bool:
 
 
 def _specs(value: Any, shape: tuple[int, ...], axes: Sequence[Any]) -> Any:
-  like = lambda x: [a if n == m else None for n, m, a in zip(x.shape, shape, axes, strict=True)]
-  return value.specs(like(value)) if isinstance(value, Weight) else PartitionSpec(*like(value))
+  sizes = zip(value.shape, shape, axes, strict=True)
+  return specs(value, [axis if size == whole else None for size, whole, axis in sizes])

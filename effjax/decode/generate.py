@@ -98,7 +98,7 @@ def generate(
   tokens, counts = _padded(prompts, lengths, padding)
   _check(module.config, tokens, counts, max_new_tokens)
   sampling.check_sampling(temperature, top_k, top_p)
-  _check_pad(pad_id)
+  _check_integer("pad_id", pad_id, np.iinfo(np.int32).min)
   greedy = sampling.is_greedy(temperature)
   if not greedy and key is None:
     raise ValueError(f"key is None with temperature {temperature}; allowed: a jax.random key")
@@ -183,9 +183,15 @@ def _padded(prompts, lengths, padding: str) -> tuple[np.ndarray, np.ndarray]:
       raise ValueError(
         "lengths or padding given with a list of prompts; allowed: with an array [B, T]"
       )
-    lengths = [len(row) for row in prompts]
+    rows_given = [np.asarray(row) for row in prompts]
+    for row in rows_given:
+      if row.ndim != 1 or (len(row) and not np.issubdtype(row.dtype, np.integer)):
+        raise ValueError(
+          f"prompts: one is {row.dtype}{list(row.shape)}; allowed: integers [T] each"
+        )
+    lengths = [len(row) for row in rows_given]
     rows = np.zeros((len(lengths), max(lengths, default=0)), np.int64)
-    for i, row in enumerate(prompts):
+    for i, row in enumerate(rows_given):
       rows[i, : lengths[i]] = row
     prompts = rows
   tokens = np.asarray(prompts)
@@ -206,8 +212,9 @@ def _padded(prompts, lengths, padding: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check(config, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int) -> None:
-  if max_new_tokens < 1:
-    raise ValueError(f"max_new_tokens {max_new_tokens}; allowed: from 1")
+  _check_integer("max_new_tokens", max_new_tokens, 1)
+  if config.head is None:
+    raise ValueError("module: its config has head=None; allowed: a model that gives logits")
   real = np.arange(tokens.shape[1])[None] < counts[:, None]
   outside = np.argwhere(real & ((tokens < 0) | (tokens >= config.vocab_size)))
   if len(outside):
@@ -224,10 +231,10 @@ def _check(config, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int) 
     )
 
 
-def _check_pad(pad_id: int) -> None:
-  limits = np.iinfo(np.int32)
-  if not limits.min <= pad_id <= limits.max:
-    raise ValueError(f"pad_id {pad_id}; allowed: {limits.min} … {limits.max}")
+def _check_integer(name: str, value: int, least: int) -> None:
+  most = np.iinfo(np.int32).max
+  if not isinstance(value, int | np.integer) or not least <= value <= most:
+    raise ValueError(f"{name} {value}; allowed: integers, {least} … {most}")
 
 
 def _ends(eos_id, vocab_size: int) -> np.ndarray:

@@ -29,8 +29,7 @@ def forward(
   """The module's output on a batch, and what its layers sowed under `collections`.
 
   Args:
-    module: called with the tokens, and by keyword with every other field of `Context` that the
-      batch holds.
+    module: called with the tokens, and by keyword with whatever else in the batch it reads.
     params: its parameters.
     batch: tokens [B, T], and whatever else.
     rng: key of all randomness in layers; None switches it off.
@@ -45,17 +44,28 @@ def forward(
     >>> forward(module, {"embedding": jnp.ones((3, 2))}, {"tokens": jnp.array([[0]])})[0].tolist()
     [[[1.0, 1.0]]]
   """
-  taken = _facts_of(module)
+  taken = taken_by(module)
   if unread := sorted(set(batch) - taken - {"tokens", *read}):
     raise ValueError(
       f"batch: nobody reads {', '.join(unread)}; allowed for {type(module).__name__}: "
       f"{', '.join(sorted(taken | {'tokens', *read}))}"
     )
-  facts, rngs = {name: batch[name] for name in taken if name in batch}, {}
+  given: dict[str, Any] = {name: batch[name] for name in taken if name in batch}
+  first = () if "tokens" in given else (batch["tokens"],)
   if rng is not None:
-    rngs = dict(zip(RNG_STREAMS, jax.random.split(rng, len(RNG_STREAMS)), strict=True))
-  arguments = {**facts, "rngs": rngs, "mutable": list(collections)}
-  return module.apply({"params": params}, batch["tokens"], **arguments)
+    keys = jax.random.split(rng, len(RNG_STREAMS))
+    given["rngs"] = dict(zip(RNG_STREAMS, keys, strict=True))
+  return module.apply({"params": params}, *first, **given, mutable=list(collections))
+
+
+def taken_by(module: nn.Module) -> set[str]:
+  """The entries of a batch that the module reads: what its `reads` says, or what its call takes."""
+  if hasattr(module, "reads"):
+    return {"tokens", *module.reads}
+  parameters = inspect.signature(type(module).__call__).parameters
+  if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    return set(FACTS)
+  return set(parameters) - {"self", "cache"}
 
 
 def sown_values(sown: Mapping) -> dict[str, Array]:
@@ -94,10 +104,3 @@ def _named(sown: Mapping) -> list[tuple[str, Array]]:
   leaves = jax.tree_util.tree_leaves_with_path(sown)
   names = lambda path: [key for key in path if isinstance(key, jax.tree_util.DictKey)]
   return [(path_string(names(path)), leaf) for path, leaf in leaves]
-
-
-def _facts_of(module: nn.Module) -> set[str]:
-  """The fields of `Context` that the module's call takes."""
-  parameters = inspect.signature(type(module).__call__).parameters
-  anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-  return {name for name in FACTS if anything or name in parameters}

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from effjax.core.typing import Array, Bool, Float, PyTree
+from effjax.core.numerics import zero_unless
+from effjax.core.typing import Array, Float, PyTree
 
 
 class Reduction(NamedTuple):
@@ -40,15 +41,8 @@ class _Kept:
     return _Kept(jnp.concatenate([self.values, other.values], self.axis), self.axis)
 
 
-def _masked(x: Array, mask: Bool[Array, "..."] | None) -> Array:
-  """`x` with zeros where `mask`, over its leading axes, is False."""
-  if mask is None:
-    return x
-  return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, jnp.zeros_like(x))
-
-
 def _rows(x: Array, mask: Array | None) -> Float[Array, "M D"]:
-  return _masked(x, mask).astype(jnp.float32).reshape(-1, x.shape[-1])
+  return zero_unless(mask, x).astype(jnp.float32).reshape(-1, x.shape[-1])
 
 
 def _gram(x: Array, mask: Array | None) -> Float[Array, "D D"]:
@@ -92,7 +86,7 @@ mean = Reduction(
 """Σ x / Σ 1 by channel, [D]; NaN without tokens."""
 
 keep = Reduction(
-  lambda x, mask: _Kept(_masked(x, mask), -x.ndim), _Kept.joined, lambda kept: kept.values
+  lambda x, mask: _Kept(zero_unless(mask, x), -x.ndim), _Kept.joined, lambda kept: kept.values
 )
 """The values in their own type, batches one after the other on the batch axis; padding is zero."""
 

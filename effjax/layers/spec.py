@@ -59,7 +59,7 @@ class Mixer(Protocol):
 class FeedForward(Protocol):
   """What acts on each position: a module for the place `ffn` of a layer.
 
-  One whose tokens use a part of its parameters each says how many, `active(params) -> int`.
+  One whose tokens use a part of its parameters each says which, `share(path) -> float`.
   """
 
   def __call__(
@@ -190,6 +190,19 @@ def stated(config: TransformerConfig, name: str) -> list[dict[str, Any]]:
     {place: ask(module, name, f"layer {index}: {place}") for place, module in spec.modules.items()}
     for index, spec in enumerate(config.layers)
   ]
+
+
+def facts(config: TransformerConfig) -> set[str]:
+  """The fields of `Context` that the model reads: segments and positions, and what modules say.
+
+  A module that reads another field says so by `reads`, a tuple of names.
+
+  Example:
+    >>> sorted(facts(TransformerConfig(8, 4, ())))
+    ['positions', 'segment_ids']
+  """
+  modules = [module for spec in config.layers for module in spec.modules.values()]
+  return {"segment_ids", "positions"}.union(*(getattr(module, "reads", ()) for module in modules))
 
 
 def ask(module: nn.Module, name: str, where: str) -> Any:

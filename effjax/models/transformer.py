@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from effjax.core.numerics import softcap
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Embed, Linear, sinusoidal_positions
-from effjax.layers.spec import LayerSpec, TransformerConfig, ask
+from effjax.layers.spec import LayerSpec, TransformerConfig, ask, facts
 from effjax.layers.stack import Segment, segments
 
 RNG_STREAMS = ("params", "dropout", "router", "mask")
@@ -137,6 +137,11 @@ class Transformer(nn.Module):
       x = config.norm.copy(name="final_norm")(x)
     x = x if config.head is None else self._logits(embed, x)
     return x if cache is None else (x, tuple(caches))
+
+  @property
+  def reads(self) -> set[str]:
+    """The fields of `Context` that some layer reads."""
+    return facts(self.config)
 
   def _segment(self, segment: Segment, cached: bool):
     body = nn.remat(Pattern, prevent_cse=segment.repeats == 1) if self.remat else Pattern

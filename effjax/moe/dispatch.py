@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import spmd
+from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, Bool, Float, Int
 
 
@@ -57,15 +58,15 @@ def _send(x: Array, experts: Array, count: int) -> tuple[Array, Array, Array, Ar
   tokens, k = experts.shape
   order, sizes = sort_by_expert(experts.reshape(-1), count)
   place = jnp.argsort(order)
-  copies = jnp.broadcast_to(x[:, None], (tokens, k, x.shape[1])).reshape(tokens * k, -1)
+  copies = jnp.broadcast_to(x[:, None], (tokens, k, x.shape[1])).reshape(tokens * k, x.shape[1])
   return _permute(copies, order, place), sizes[None], order, place
 
 
 def _combine(outputs: Array, gates: Array, chosen: Array, order: Array, place: Array) -> Array:
   """Σ over the chosen experts of gate · output, for tokens in their own order, in float32."""
-  outputs = _permute(outputs, place, order).reshape(*gates.shape, -1).astype(jnp.float32)
-  known = lambda x: jnp.where(chosen[..., None], x, 0.0)
-  return (known(outputs) * known(gates[..., None])).sum(axis=1)
+  outputs = _permute(outputs, place, order).astype(jnp.float32)
+  outputs = zero_unless(chosen, outputs.reshape(*gates.shape, outputs.shape[-1]))
+  return (outputs * zero_unless(chosen, gates)[..., None]).sum(axis=1)
 
 
 def sort_by_expert(

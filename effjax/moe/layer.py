@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from flax.errors import ScopeParamShapeError
 
+from effjax.core import spmd
+from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, Float, Int, Params, PyTree
 from effjax.core.weights import is_weight
 from effjax.kernels.grouped_matmul import Grouped
@@ -21,7 +23,7 @@ class MoE(nn.Module):
   by `layers.weight`. It is called once, on the rows of all experts, with parameters that are
   another array for each row (`Grouped`). Every token reaches all its experts (dropless). Padding,
   where `context.segment_ids` is negative, gives zero, whatever was in it, and counts in no loss.
-  With one expert and renormalised gates this is that expert.
+  With one expert and renormalised gates this is that expert. It has derivatives in reverse mode.
 
   Parameters: "router", the router's; "experts", the expert's, each with a leading axis E, drawn for
   each expert by itself; "shared". What an expert sows or draws at random, it does once for all
@@ -46,7 +48,7 @@ class MoE(nn.Module):
     self, x: Float[Array, "B T D"], context: Context = Context()
   ) -> Float[Array, "B T D"]:
     mask = context.is_token(x)
-    x = _zero_unless(mask, x)
+    x = zero_unless(mask, x)
     rows, row_mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
     with taps.tokens(None if row_mask is None else row_mask.astype(jnp.int32) - 1):
       routing = self.router(rows, context, row_mask)
@@ -58,7 +60,7 @@ class MoE(nn.Module):
       count=self.router.experts,
       mask=row_mask,
     ).reshape(x.shape)
-    return y if self.shared is None else y + _zero_unless(mask, self.shared(x, context))
+    return y if self.shared is None else y + zero_unless(mask, self.shared(x, context))
 
   def _experts(
     self, rows: Float[Array, "M D"], sizes: Int[Array, "E"] | Int[Array, "P E"]
@@ -82,8 +84,13 @@ class MoE(nn.Module):
   def _init_experts(self, width: int) -> Params:
     """Parameters with a leading axis E, each expert's drawn by itself."""
     expert = self.expert.clone(parent=None, name=None)
-    init = lambda key: expert.init(key, jnp.zeros((1, 1, width)), Context())["params"]
+    init = lambda key: expert.init(key, jnp.zeros((1, 1, width)), Context()).get("params", {})
     return jax.vmap(init)(jax.random.split(self.make_rng("params"), self.router.experts))
+
+  @property
+  def reads(self) -> set[str]:
+    """The fields of `Context` that its parts read."""
+    return {name for part in (self.router, self.shared) for name in getattr(part, "reads", ())}
 
   def flops(self, width: int, length: int, queries: int | None = None) -> float:
     """Matrix-product FLOPs a token, forward: router, the experts it uses, the shared one."""
@@ -108,10 +115,11 @@ class MoE(nn.Module):
 
 def _ids(sizes: Array, rows: int) -> Int[Array, "1 M"]:
   """0 for rows that an expert has, −1 for those past the last expert's."""
-  held = sizes.reshape(-1, sizes.shape[-1]).sum(axis=1, keepdims=True)
-  column = jnp.arange(rows // held.shape[0])[None]
-  return jnp.where(column < held, 0, -1).reshape(1, rows)
+  parts = sizes.reshape(-1, sizes.shape[-1])
+  each = rows // parts.shape[0]
 
+  def held(parts: Array, _) -> Array:
+    inside = jnp.arange(each)[None] < parts.sum(axis=1, keepdims=True)
+    return jnp.where(inside, 0, -1).reshape(-1)
 
-def _zero_unless(mask: Array | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-  return x if mask is None else jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
+  return spmd.map_rows(held, parts, ())[None]

@@ -7,7 +7,7 @@ libraries do: there one layer's surplus would cancel another's shortage.
 import jax
 import jax.numpy as jnp
 
-from effjax.core.numerics import weighted_mean
+from effjax.core.numerics import weighted_mean, zero_unless
 from effjax.core.typing import Array, Bool, Float, Int
 
 NORMALIZATIONS = ("deepseek", "switch", "gshard")
@@ -87,16 +87,10 @@ def z_loss(
     >>> float(z_loss(jnp.array([[0.0, -jnp.inf], [1.0, -jnp.inf]])))
     0.5
   """
-  squares = jax.nn.logsumexp(_zero_unless(mask, logits), axis=-1) ** 2
+  squares = jax.nn.logsumexp(zero_unless(mask, logits.astype(jnp.float32)), axis=-1) ** 2
   return weighted_mean(squares, None if mask is None else mask.astype(jnp.float32))
 
 
 def _token_mean(values: Float[Array, "... E"], mask: Array | None) -> Float[Array, "E"]:
-  values = _zero_unless(mask, values).reshape(-1, values.shape[-1])
+  values = zero_unless(mask, values.astype(jnp.float32)).reshape(-1, values.shape[-1])
   return values.mean(axis=0) if mask is None else values.sum(axis=0) / jnp.maximum(mask.sum(), 1.0)
-
-
-def _zero_unless(mask: Array | None, values: Float[Array, "... E"]) -> Float[Array, "... E"]:
-  """`values` in float32, zero where `mask` is False, whatever was there."""
-  values = values.astype(jnp.float32)
-  return values if mask is None else jnp.where(mask[..., None], values, 0.0)

@@ -45,6 +45,10 @@ class Gathered(weights.Weight):
   def parameters(self) -> int:
     return self.base.parameters if weights.is_weight(self.base) else super().parameters
 
+  @property
+  def flops(self) -> float:
+    return self.base.flops if weights.is_weight(self.base) else super().flops
+
   def materialize(self) -> Array:
     return weights.materialize(gather(self.base, self.zero))
 

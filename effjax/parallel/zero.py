@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from effjax.core import spmd, trees
 from effjax.core.typing import Params, PyTree
@@ -44,6 +44,12 @@ class Zero:
       raise ValueError(f"zero={self.stage!r}; allowed: 0, 1, 2, 3")
     if self.axis not in self.mesh.shape:
       raise ValueError(f"mesh has axes {tuple(self.mesh.shape)}; ZeRO needs {self.axis!r}")
+    kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+    if kinds[self.axis] != AxisType.Auto:
+      raise ValueError(
+        f"mesh: its axis {self.axis!r} is {kinds[self.axis]}; allowed: AxisType.Auto, as "
+        "`parallel.make_mesh` makes it"
+      )
 
   @property
   def replicated(self) -> NamedSharding:

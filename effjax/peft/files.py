@@ -45,12 +45,17 @@ def attach(params: PyTree, adapters: Mapping[str, Weight]) -> PyTree:
   """`params` with the adapters at their paths: the inverse of `detach`, over this base or another.
 
   Raises:
-    ValueError: when there is no parameter at a path, or an adapter does not fit it.
+    ValueError: when there is no parameter at a path, an adapter is there, or one does not fit it.
   """
   leaves = trees.items(params)
   for path in adapters:
     if path not in leaves:
       raise ValueError(f"adapters: params has nothing at {path!r}; allowed: {_some(leaves)}")
+
+    if is_adapter(leaves[path]):
+      raise ValueError(
+        f"adapters: {path!r} has one already; allowed: after merging or detaching it"
+      )
 
   def put(path: str, leaf: Any) -> Weight:
     try:

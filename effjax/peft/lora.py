@@ -6,7 +6,8 @@ over a quantised one this is QLoRA (Dettmers et al., arXiv 2305.14314), with not
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,18 @@ class LoRA(Weight):
       given = tuple(getattr(self, name).shape)
       if given != (*batch, *allowed):
         raise ValueError(f"LoRA: {name} has shape {given}; allowed: {(*batch, *allowed)}")
+
+  def specs(self, axes: Sequence[Any]) -> "LoRA":
+    *batch, inputs, outputs = axes
+    base, a, b = (
+      weights.specs(x, along)
+      for x, along in (
+        (self.base, axes),
+        (self.a, (*batch, inputs, None)),
+        (self.b, (*batch, None, outputs)),
+      )
+    )
+    return LoRA(base, a, b, weights.specs(self.scale, (*batch, None, None)))
 
   def delta(self) -> Float[Array, "..."]:
     """s·A B, [..., D, F] in float32."""

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from effjax.core.numerics import vary_alike
 from effjax.core.typing import Array, Float, Int
 
 FEW_ROWS = 4
@@ -33,7 +34,7 @@ def _whole(x, q):
 def _in_blocks(x, q):
   rows, columns = q.shape
   flat = x.reshape(-1, rows).astype(jnp.float32)
-  out = jnp.zeros((flat.shape[0], columns), jnp.float32)
+  out = vary_alike(jnp.zeros((flat.shape[0], columns), jnp.float32), flat, q)
   # A wide matrix is mostly the transposed token table, whose columns are contiguous.
   step = _by_columns if columns > 4 * rows else _by_rows
   return step(flat, q, out).reshape(*x.shape[:-1], columns)

@@ -2,7 +2,7 @@
 
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.loop import LoopConfig, fit
-from effjax.train.objectives import next_token, perplexity
+from effjax.train.objectives import next_token, per_token, perplexity, through
 from effjax.train.optimizer import OptimizerConfig, make_optimizer
 from effjax.train.state import TrainState, init_state
 from effjax.train.step import make_train_step
@@ -17,5 +17,7 @@ __all__ = [
   "make_optimizer",
   "make_train_step",
   "next_token",
+  "per_token",
   "perplexity",
+  "through",
 ]

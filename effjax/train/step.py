@@ -33,6 +33,10 @@ class Step:
   program: Any
   objective: Partial
 
+  def __repr__(self) -> str:
+    held = sum(x.size for x in jax.tree.leaves(self.objective))
+    return f"Step(state, batch, rng) → (state, metrics), its objective holding {held:,} numbers"
+
   def __call__(
     self, state: TrainState, batch: Batch, rng: Key
   ) -> tuple[TrainState, dict[str, Array]]:
@@ -52,6 +56,9 @@ def make_train_step(
   after: After | None = None,
 ) -> Step:
   """A jitted step(state, batch, rng) -> (state, metrics); it consumes the state it is given.
+
+  Consumed are all arrays of the state, those that do not train too: of parameters that are needed
+  afterwards, start from a copy.
 
   The batch is cut into `microbatches` that are gone through in turn; loss and gradients are
   Σ w_i g_i / Σ w_i with the objective's weights, those of the whole batch. The step draws its

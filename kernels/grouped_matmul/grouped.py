@@ -72,7 +72,7 @@ class Grouped(Weight):
   def _affine(self, x: Array, bias: PyTree) -> Array:
     self._check_rows(x)
     rows = x.reshape(self.rows, x.shape[-1])
-    return grouped_linear(rows, self.base, self.sizes, bias).reshape(*x.shape[:-1], -1)
+    return grouped_linear(rows, self.base, self.sizes, bias).reshape(*x.shape[:-1], self.shape[-1])
 
   def _check_rows(self, x: Array) -> None:
     if x.size != self.rows * x.shape[-1]:

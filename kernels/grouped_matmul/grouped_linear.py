@@ -27,7 +27,8 @@ def grouped_linear(
 
   Rows are sorted by group: group 0 holds the first group_sizes[0] rows, and so on. Rows past the
   last group give zero, and zero gradient, whatever is in them; so does a group without rows. The
-  work is that of a dense product of the same M, whatever E. Computed in the type of `x`.
+  work is that of a dense product of the same M, whatever E. Computed in the type of `x`;
+  derivatives are those of reverse mode.
 
   Args:
     x: [M, D], sorted by group.

@@ -10,6 +10,8 @@ from effjax.core import Weight, linear, weights
 from effjax.core.typing import PyTree
 from effjax.layers import Linear
 from effjax.parallel.mesh import make_mesh
+from effjax.peft import lora
+from effjax.quant import Int8
 
 
 @weights.register(static=("power",))
@@ -179,3 +181,32 @@ def test_fields_are_split_as_the_matrix_is():
   specs = scaled((3, 4, 5)).specs((None, "x", "y"))
   assert specs.matrix == PartitionSpec(None, "x", "y")
   assert specs.factor == PartitionSpec(None, None, None)
+
+
+def test_at_promotes_as_arrays_do():
+  w = Int8.quantize(jnp.array([[0.3, 0.4], [0.5, 0.25]]))
+  for x in (np.array([[0, 1]]), jnp.array([[True, False]]), jnp.ones((1, 2), jnp.bfloat16)):
+    for weight in (w, w.T, lora.init(w, jax.random.key(0), rank=1, scale=1.0)):
+      y = x @ weight
+      assert y.dtype == jnp.float32
+      np.testing.assert_allclose(y, np.asarray(x, np.float32) @ np.asarray(weight), rtol=1e-5)
+  with pytest.raises(ValueError, match="allowed: vectors"):
+    w @ jnp.ones((2, 2, 2))
+
+
+def test_square_weights_are_split_along_the_right_axis():
+  w = Int8.quantize(jnp.ones((8, 8)))
+  assert w.T.specs((None, "t")).q == PartitionSpec(None, "t")
+  assert weights.Transposed(w).specs((None, "t")).base.q == PartitionSpec("t", None)
+  factors = lora.init(jnp.ones((8, 16)), jax.random.key(0), rank=8, scale=1.0).specs(("t", None))
+  assert factors.a == PartitionSpec("t", None) and factors.b == PartitionSpec(None, None)
+
+
+def test_numbers_and_names_that_are_taken_are_refused():
+  base, a, b = jnp.ones((4, 4)), jnp.ones((4, 2)), jnp.ones((2, 4))
+  with pytest.raises(ValueError, match=r"scale=2\.0; allowed: arrays"):
+    lora.LoRA(base, a, b, 2.0)
+  with pytest.raises(ValueError, match="a representation called Int8"):
+    weights.register()(type("Int8", (Scaled,), {}))
+  with pytest.raises(ValueError, match="which are static"):
+    weights.register(static=("power",), trains=("power",))(type("Other", (Scaled,), {}))

@@ -279,3 +279,10 @@ def test_smollm2_speaks():
   module, params = unrolled(model.module, model.params)
   out = generate(module, params, [prompt], max_new_tokens=5)
   assert "Paris" in model.tokenizer.decode(out.tokens[0].tolist())
+
+
+def test_a_model_without_logits_is_refused(model):
+  module, params = model
+  headless = module.clone(config=dataclasses.replace(module.config, head=None))
+  with pytest.raises(ValueError, match="head=None"):
+    generate(headless, params, [[1]], max_new_tokens=2)

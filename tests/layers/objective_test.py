@@ -1,13 +1,19 @@
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.tree_util import Partial
 
-from effjax.layers import Context
-from effjax.layers.forward import forward, sown_values
+from effjax.attention import Attention, Longformer, masks
+from effjax.layers import MLP, Context, LayerSpec, TransformerConfig
+from effjax.layers.forward import forward, sown_values, taken_by
 from effjax.layers.objective import per_token, through
+from effjax.models.transformer import EncoderDecoder, Transformer
+from effjax.train import next_token
 
 TOKENS = jnp.arange(6).reshape(2, 3)
 
@@ -95,3 +101,35 @@ def test_every_fact_of_a_context_can_be_a_batch_entry():
   from effjax.layers.forward import FACTS
 
   assert {*FACTS, "tokens"} == set(Context.__dataclass_fields__)
+
+
+CONFIG = TransformerConfig(8, 4, (LayerSpec(None, MLP(4)),), context=8)
+
+
+@pytest.mark.parametrize("name", ["memory", "attributes", "global_positions", "previous"])
+def test_a_fact_that_no_layer_reads_is_refused(name):
+  batch = {"tokens": TOKENS, "targets": TOKENS, name: jnp.zeros((2, 3, 4))}
+  with pytest.raises(ValueError, match=f"nobody reads {name}"):
+    next_token(Transformer(CONFIG))({}, batch, None)
+
+
+def test_layers_say_what_they_read():
+  cross = dataclasses.replace(
+    CONFIG, layers=(LayerSpec(Attention(2), None, Attention(2, cross=True)),)
+  )
+  longformer = dataclasses.replace(CONFIG, layers=(LayerSpec(Longformer(2), None),))
+  plain = {"tokens", "segment_ids", "positions"}
+  assert taken_by(Transformer(CONFIG)) == plain
+  assert taken_by(Transformer(cross)) == plain | {"memory", "memory_segment_ids"}
+  assert taken_by(Transformer(longformer)) == plain | {"global_positions"}
+
+
+def test_an_encoder_and_decoder_read_two_sequences():
+  encoder = dataclasses.replace(CONFIG, head=None)
+  spec = LayerSpec(Attention(2), None, Attention(2, mask=masks.Full(), cross=True))
+  module = EncoderDecoder(encoder, dataclasses.replace(CONFIG, layers=(spec,)))
+  params = module.init(jax.random.key(0), TOKENS, TOKENS)["params"]
+  batch = {"source": TOKENS + 1, "tokens": TOKENS, "targets": TOKENS}
+  logits = module.apply({"params": params}, batch["source"], TOKENS)
+  expected = optax.softmax_cross_entropy_with_integer_labels(logits, TOKENS).mean()
+  assert float(next_token(module)(params, batch, None)[0]) == pytest.approx(float(expected), 1e-5)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effjax.attention import Attention
+from effjax.core.register import register
 from effjax.layers import MLP, LayerSpec, TransformerConfig, stack
 from effjax.models import Transformer
 from effjax.peft import lora
@@ -77,12 +78,9 @@ def adapted(rank):
   return {"ffn": {"up": {"kernel": lora.init(w, jax.random.key(0), rank=rank, scale=1.0)}}}
 
 
-@dataclasses.dataclass(frozen=True)
+@register(static=("bits",))
 class Rounded(Int8):
   bits: int = 8
-
-
-jax.tree_util.register_dataclass(Rounded, data_fields=["q", "scale"], meta_fields=["bits"])
 
 
 def rounded(bits):

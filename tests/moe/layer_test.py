@@ -378,3 +378,26 @@ def test_taps_see_what_routers_and_experts_are_given():
   np.testing.assert_allclose(found["layer/experts/up"], K * real, rtol=1e-5)
   assert found["layer/experts/down"].shape == (F,)
   assert np.isfinite(found["layer/experts/down"]).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, D), (2, 0, D)])
+def test_no_tokens_at_all(x, shape):
+  params = params_of(LAYER, x)
+  run = jax.jit(
+    jax.value_and_grad(lambda params: LAYER.apply({"params": params}, jnp.ones(shape)).sum())
+  )
+  value, grads = run(params)
+  assert float(value) == 0 and not any(g.any() for g in jax.tree.leaves(grads["experts"]))
+
+
+def test_on_the_default_mesh_which_is_explicit(x):
+  mesh = jax.make_mesh((2,), ("data",))
+  assert mesh.axis_types == (AxisType.Explicit,)
+  params = params_of(LAYER, x)
+  apply = jax.jit(lambda params, x: LAYER.apply({"params": params}, x))
+  expected = apply(params, x)
+  put = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))
+  with jax.set_mesh(mesh):
+    y = apply(put(params, PartitionSpec()), put(x, PartitionSpec("data")))
+  assert y.sharding.spec[0] == "data"
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)

@@ -15,6 +15,7 @@ from effjax.models import Transformer
 from effjax.moe import MoE, TopK
 from effjax.parallel import Zero, make_mesh, place
 from effjax.peft import lora
+from effjax.quant import quantize
 from effjax.train import init_state, make_train_step, next_token
 
 B, T, K = 16, 3, 2
@@ -35,13 +36,10 @@ def draw():
   }
 
 
-def train(zero, adapters=False):
+def train(zero, change=lambda params: params):
   """(metrics, parameters after a step, compiled text); on one device for `zero` None."""
   batch = draw()
-  params = jax.jit(MODULE.init)(jax.random.key(0), batch["tokens"])["params"]
-  if adapters:
-    params = lora.add(params, jax.random.key(1), rank=2, targets="experts/.*kernel")
-    params = trees.update(params, "experts/.*kernel", trained_for_a_while)
+  params = change(jax.jit(MODULE.init)(jax.random.key(0), batch["tokens"])["params"])
   state, placement = init_state(params, OPTIMIZER), None
   if zero is not None:
     placement = Zero(make_mesh(data=8), zero)
@@ -51,6 +49,11 @@ def train(zero, adapters=False):
   text = step.lower(state, batch, jax.random.key(1)).compile().as_text()
   state, metrics = step(state, batch, jax.random.key(1))
   return metrics, state.params, text
+
+
+def adapted(params):
+  params = lora.add(params, jax.random.key(1), rank=2, targets="experts/.*kernel")
+  return trees.update(params, "experts/.*kernel", trained_for_a_while)
 
 
 def trained_for_a_while(path, w):
@@ -80,4 +83,10 @@ def test_eight_devices_train_as_one_does_and_compute_their_own_rows(alone, zero)
 
 
 def test_adapters_over_experts_that_are_gathered():
-  assert_same(train(3, adapters=True), train(None, adapters=True))
+  assert_same(train(3, adapted), train(None, adapted))
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_experts_in_int8_and_adapters_over_them(zero):
+  change = lambda params: adapted(quantize(params, targets="experts/.*kernel"))
+  assert_same(train(zero, change), train(None, change))
