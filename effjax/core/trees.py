@@ -8,7 +8,7 @@ two factors of a LoRA weight and leave its base alone: ".../kernel/a".
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ def select(params: PyTree, pattern: Chooser) -> dict[str, Any]:
   """
   chosen = {path: leaf for path, leaf in items(params).items() if chooses(pattern, path, leaf)}
   if not chosen:
-    raise ValueError(f"pattern {pattern!r} matches no parameter; paths: {_some(items(params))}")
+    raise ValueError(f"pattern {pattern!r} matches no parameter; paths: {some(items(params))}")
   return chosen
 
 
@@ -81,11 +81,11 @@ def matrices(params: PyTree, targets: Chooser, exclude: Chooser | None = None) -
   chosen = select(params, targets)
   kept = {p: x for p, x in chosen.items() if exclude is None or not chooses(exclude, p, x)}
   if not kept:
-    raise ValueError(f"exclude {exclude!r} leaves nothing of {_some(chosen)}")
+    raise ValueError(f"exclude {exclude!r} leaves nothing of {some(chosen)}")
   found = {p: x for p, x in kept.items() if _is_matrix(p, x)}
   if not found:
     shapes = (f"{path} {tuple(leaf.shape)}" for path, leaf in kept.items())
-    raise ValueError(f"targets {targets!r} selects no matrix [..., D, F], but {_some(shapes)}")
+    raise ValueError(f"targets {targets!r} selects no matrix [..., D, F], but {some(shapes)}")
   return found
 
 
@@ -101,7 +101,7 @@ def partition(params: PyTree, pattern: Chooser) -> tuple[PyTree, PyTree]:
   """
   paths = jax.tree_util.tree_leaves_with_path(params)
   if not any(chooses(pattern, path_string(p), x) for p, x in paths):
-    arrays = _some(path_string(path) for path, _ in paths)
+    arrays = some(path_string(path) for path, _ in paths)
     raise ValueError(f"pattern {pattern!r} matches no parameter; paths: {arrays}")
 
   def keep(wanted):
@@ -174,6 +174,12 @@ def _is_matrix(path: str, leaf) -> bool:
   return isinstance(leaf, Weight) or (len(leaf.shape) >= 2 and not vector)
 
 
-def _some(paths, limit: int = 8) -> str:
-  names = list(paths)
+def some(names: Iterable[str], limit: int = 8) -> str:
+  """The first `limit` names and how many there are, for messages.
+
+  Example:
+    >>> some(["a", "b", "c"], 2)
+    'a, b, … (3 in all)'
+  """
+  names = list(names)
   return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")

@@ -166,7 +166,7 @@ def _check(checkpoint: Checkpoint, plan: Mapping[str, list[Piece]], shapes: Mapp
       wanted[piece.tensor] = piece.entry.tensor_shape(shape), parameter
   missing = [name for name in wanted if name not in stored]
   if missing:
-    raise ValueError(f"{path}: missing tensors: {_some(missing)}")
+    raise ValueError(f"{path}: missing tensors: {trees.some(missing)}")
   for name, (shape, parameter) in wanted.items():
     if source.shape(stored[name]) != shape:
       raise ValueError(
@@ -177,7 +177,7 @@ def _check(checkpoint: Checkpoint, plan: Mapping[str, list[Piece]], shapes: Mapp
   known = lambda name: name in wanted or any(re.fullmatch(rule, name) for rule in ignored)
   unexpected = [stored[name] for name in stored if not known(name)]
   if unexpected:
-    raise ValueError(f"{path}: unexpected tensors: {_some(unexpected)}")
+    raise ValueError(f"{path}: unexpected tensors: {trees.some(unexpected)}")
 
 
 def _filled(source: TensorSource, names: Mapping, pieces: list[Piece], shape: tuple, dtype):
@@ -205,7 +205,3 @@ def _placement(sharding: Sharding | None, shapes: PyTree) -> Callable:
     raise ValueError("sharding: a tree unlike the parameters; allowed: one Sharding a parameter")
   by_path = trees.items(sharding)
   return lambda path, shape: by_path[path]
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-  return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")

@@ -50,7 +50,7 @@ def attach(params: PyTree, adapters: Mapping[str, Weight]) -> PyTree:
   leaves = trees.items(params)
   for path in adapters:
     if path not in leaves:
-      raise ValueError(f"adapters: params has nothing at {path!r}; allowed: {_some(leaves)}")
+      raise ValueError(f"adapters: params has nothing at {path!r}; allowed: {trees.some(leaves)}")
 
     if is_adapter(leaves[path]):
       raise ValueError(
@@ -150,8 +150,3 @@ def _build(described: Mapping[str, Any] | None, place: str, arrays: Mapping[str,
   own = {name: arrays[f"{place}/{name}"] for name in fields if f"{place}/{name}" in arrays}
   base = _build(described["base"], f"{place}/base", arrays)
   return cls(**own, **described["static"], base=base)
-
-
-def _some(paths: Mapping[str, Any], limit: int = 8) -> str:
-  names = list(paths)
-  return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
