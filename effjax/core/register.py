@@ -21,7 +21,7 @@ REPRESENTATIONS: dict[str, type] = {}
 def register(
   *, static: tuple[str, ...] = (), trains: tuple[str, ...] | None = None, kind: str = "matrix"
 ) -> Callable[[type[T]], type[T]]:
-  """Class decorator: a frozen dataclass and pytree, known to `REPRESENTATIONS` by its name.
+  """Class decorator: a frozen dataclass and pytree, known to `REPRESENTATIONS` unless a "wrapper".
 
   Fields are arrays, or weights, but for `static` ones. Annotate them as `PyTree`: tree maps put
   shapes, shardings and None in their place. Fields are checked when a weight is made by its
@@ -49,12 +49,13 @@ def register(
       raise ValueError(f"register: {cls.__name__} has no field {sorted(unknown)}; allowed: {names}")
     if both := sorted({*static} & {*(trains or ())}):
       raise ValueError(f"register: {cls.__name__} trains {both}, which are static; allowed: arrays")
-    _refuse_other(cls)
     arrays = [name for name in names if name not in static]
     default = () if kind == "quantised" else tuple(arrays)
     cls.static, cls.trains, cls.kind = static, default if trains is None else trains, kind
     _register_pytree(cls, arrays, static)
-    REPRESENTATIONS[cls.__name__] = cls
+    if kind != "wrapper":
+      _refuse_other(cls)
+      REPRESENTATIONS[cls.__name__] = cls
     return cls
 
   return wrap

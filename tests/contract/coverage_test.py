@@ -68,7 +68,7 @@ def techniques() -> dict[str, Any]:
       if is_layer(value) or is_transform(value) or objective:
         found[name] = value
   own = {n: cls for n, cls in REPRESENTATIONS.items() if cls.__module__.startswith("effjax.")}
-  return found | {name: cls for name, cls in own.items() if cls.kind != "wrapper"}
+  return found | own
 
 
 def covered() -> set[Any]:
