@@ -51,11 +51,8 @@ def attach(params: PyTree, adapters: Mapping[str, Weight]) -> PyTree:
   for path in adapters:
     if path not in leaves:
       raise ValueError(f"adapters: params has nothing at {path!r}; allowed: {trees.some(leaves)}")
-
     if is_adapter(leaves[path]):
-      raise ValueError(
-        f"adapters: {path!r} has one already; allowed: after merging or detaching it"
-      )
+      raise ValueError(f"adapters: {path!r} has one already; merge or detach it first")
 
   def put(path: str, leaf: Any) -> Weight:
     try:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from effjax.attention import Attention, masks
-from effjax.layers import Context
+from effjax.layers import Context, Rope
 
 
 @pytest.fixture
@@ -97,3 +97,10 @@ def test_a_cache_holds_no_token_that_is_not_there(x, key):
   for row, there in ((0, slice(3)), (1, slice(2, 7))):
     alone, _ = module.apply(params, x[row : row + 1, there])
     np.testing.assert_allclose(y[row, there], alone[0], atol=1e-6)
+
+
+def test_memory_has_no_positions_to_rotate_by():
+  x = jnp.ones((1, 3, 8))
+  module = Attention(2, cross=True, rope=Rope())
+  with pytest.raises(ValueError, match="cross=True with rope"):
+    module.init(jax.random.key(0), x, Context(memory=x))

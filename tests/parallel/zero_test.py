@@ -108,3 +108,8 @@ def test_wrong_arguments_are_named():
     Zero(make_mesh(model=N), 3)
   with pytest.raises(ValueError, match=r"batch of 12 rows; allowed: multiples of data=8"):
     Zero(make_mesh(data=N), 0).batch({"tokens": np.zeros((12, 4))})
+
+
+def test_a_mesh_of_explicit_axes_is_refused_by_name():
+  with pytest.raises(ValueError, match=r"its axis 'data' is .*; allowed: AxisType\.Auto"):
+    Zero(jax.make_mesh((2,), ("data",)))

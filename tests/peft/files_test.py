@@ -54,6 +54,8 @@ def test_what_does_not_fit_is_named(tmp_path):
     peft.load(other, tmp_path)
   with pytest.raises(FileNotFoundError, match=r"allowed: a folder that peft\.save wrote"):
     peft.load(BASE, tmp_path / "nowhere")
+  with pytest.raises(ValueError, match="kernel' has one already"):
+    peft.load(trained(BASE), tmp_path)
   with pytest.raises(ValueError, match="no adapter"):
     peft.save(BASE, tmp_path / "new")
 
