@@ -1,1 +1,1 @@
-"""One question per script: `scripts/run NAME` or `python -m experiments.NAME`."""
+"""One question a script, a folder a room: `scripts/run NAME`."""

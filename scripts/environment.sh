@@ -2,7 +2,8 @@
 #
 #   use_environment EXTRAS PACKAGE...   makes or updates the environment; sets PY to its interpreter
 #   extra_of_device                     "cuda" or "tpu" where there is such a device, else "dev"
-#   require_name KIND FOLDER NAME       ends with the names there are when FOLDER/NAME.py is none
+#   find_script KIND FOLDER NAME        sets MODULE to NAME.py's somewhere in FOLDER, or ends with the
+#                                       names there are
 #
 # PYTHON names the interpreter (default python3), as in `PYTHON=python3.12 scripts/test`.
 
@@ -81,9 +82,9 @@ extra_of_device() {
   fi
 }
 
-require_name() {
-  local kind=$1 folder=$2 name=$3 names
-  names=$(grep -l '^if __name__ == "__main__"' "$folder"/*.py 2>/dev/null |
-    xargs -r -n1 basename -s .py | paste -sd ' ') || true
-  [[ " $names " == *" $name "* ]] || fail "unknown $kind '$name'; allowed: $names"
+find_script() {
+  local kind=$1 folder=$2 name=$3 scripts
+  scripts=$(grep -rl --include='*.py' '^if __name__ == "__main__"' "$folder") || true
+  MODULE=$(grep "/$name\.py$" <<<"$scripts" | tr / . | sed 's/\.py$//') ||
+    fail "unknown $kind '$name'; allowed: $(xargs -n1 basename -s .py <<<"$scripts" | sort | paste -sd ' ')"
 }

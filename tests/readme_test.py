@@ -73,7 +73,7 @@ def test_rooms_named_are_rooms_that_exist():
 def test_experiments_and_benchmarks_named_exist():
   experiments = re.search(r"scripts/run (\w+)`, (.*?) \|", README)
   named = [experiments[1], *re.findall(r"`(\w+)`", experiments[2])]
-  assert all((ROOT / "experiments" / f"{name}.py").exists() for name in named)
+  assert all([*(ROOT / "experiments").glob(f"*/{name}.py")] for name in named)
   benchmarks = re.search(r"scripts/bench NAME` \| (.*?), against", README)[1]
   for name in re.findall(r"`(\w+)`", benchmarks):
     assert (ROOT / "scripts" / "benchmarks" / f"{name}.py").exists(), name

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 
 from effjax.attention import masks, parts
 from effjax.core.typing import Array, Float, Int
-from effjax.kernels.flash_attention import cudnn, fused, gpu, reference, tpu, xla
+from effjax.kernels.flash_attention import reference
+from effjax.kernels.flash_attention.fused import attention as fused
+from effjax.kernels.flash_attention.fused import cudnn, gpu, tpu
+from effjax.kernels.flash_attention.tiled import xla
 
 _FEW = 16  # fewer queries than this, as in decoding, are not worth laying the keys out for
 _EVERYWHERE = {

@@ -16,8 +16,8 @@ from effjax.attention import masks, parts
 from effjax.attention.attend import check_arrays, check_places
 from effjax.core import numerics
 from effjax.core.typing import Array, Float, Int, PyTree
-from effjax.kernels.flash_attention import xla
-from effjax.kernels.flash_attention.spans import Grid
+from effjax.kernels.flash_attention.tile_map.spans import Grid
+from effjax.kernels.flash_attention.tiled import xla
 
 
 @typing.no_type_check  # the checks below name what is wrong

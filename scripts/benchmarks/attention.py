@@ -26,7 +26,7 @@ from effjax import cost
 from effjax.attention import attend
 from effjax.attention.masks import Causal, Full, Mask, SlidingWindow, bigbird
 from effjax.cost.timing import interleaved, medians
-from effjax.kernels.flash_attention.tiles import choose
+from effjax.kernels.flash_attention.tiled.tiles import choose
 
 LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "8192"], "Sequence lengths.")
 HEADS = flags.DEFINE_integer("heads", 8, "Heads.")

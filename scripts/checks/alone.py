@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from effjax.attention.masks import Causal, Documents, Full
-from effjax.kernels.flash_attention import fused, gpu, tpu
-from effjax.kernels.flash_attention.fused import Job, Kernels
-from effjax.kernels.flash_attention.sizes import Size, Sizes, choose
+from effjax.kernels.flash_attention.fused import attention as fused
+from effjax.kernels.flash_attention.fused import gpu, tpu
+from effjax.kernels.flash_attention.fused.attention import Job, Kernels
+from effjax.kernels.flash_attention.fused.sizes import Size, Sizes, choose
 
 KERNELS = ("forward", "queries", "keys", "bias")
 MASKS = {"full": lambda ids: Full(), "causal": lambda ids: Causal(), "documents": Documents}

@@ -12,11 +12,15 @@ named by a seed that draws it again.
 import json
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from scripts.checks import cases
+from effjax.attention import masks
+from effjax.kernels.flash_attention import cases
+from effjax.kernels.flash_attention.fused.sizes import Size, Sizes
+from effjax.kernels.flash_attention.tiled.tiles import Tiles
 
 CASES = flags.DEFINE_integer("cases", 200, "Cases.", lower_bound=1)
 DRAWS = flags.DEFINE_integer("draws", 10, "Cases to a structure.", lower_bound=1)
@@ -31,7 +35,7 @@ def fuzz(number: int, draws: int, seed: int) -> tuple[dict[str, float], list[str
   with tqdm(total=number, unit="case") as bar:
     for n in range(seed, seed + -(-number // draws)):
       rng = np.random.default_rng(n)
-      problem = cases.structure(rng)
+      problem = structure(rng)
       exact = cases.exact(**problem.options)
       programs = cases.programs(problem, PLATFORMS, interpret=True)
       for _ in range(min(draws, number - bar.n)):
@@ -45,6 +49,81 @@ def fuzz(number: int, draws: int, seed: int) -> tuple[dict[str, float], list[str
             failures.append(f"seed {n}, {label}: {errors}; {problem}")
         bar.update()
   return worst, failures
+
+
+def structure(rng: np.random.Generator) -> cases.Structure:
+  """A random one."""
+  pick = lambda *options: options[rng.integers(len(options))]
+  B, K, G = (int(rng.integers(1, n + 1)) for n in (2, 2, 3))
+  S = int(rng.integers(1, 70))
+  T = pick(S, int(rng.integers(1, S + 1)), int(rng.integers(1, 70)))
+  positions = bool(rng.random() < 0.15)
+  whole = (B, K * G, T, S)
+  side = lambda: pick(16, 32, 64)
+  size = lambda: Size(side(), side())
+  divisor = lambda n: pick(*(d for d in range(1, n + 1) if n % d == 0))
+  heads = divisor(K)
+  return cases.Structure(
+    shape=(B, T, S, K, G, pick(4, 8, 16, 24), pick(4, 8, 16)),
+    dtype=pick("float32", "float32", "bfloat16", "float16"),
+    scale=pick(0.25, 0.4),
+    softcap=pick(None, None, 1.5, 20.0),
+    bias=None if rng.random() < 0.5 else tuple(pick(1, n) for n in whole),
+    mask=_mask(rng, whole, positions, depth=2),
+    segments=bool(rng.random() < 0.3),
+    positions=positions,
+    tiles=Tiles(
+      divisor(B) if heads == K else 1, heads, pick(8, 16, 32), pick(8, 16, 32), pick(False, True)
+    ),
+    sizes=Sizes(size(), size(), size()),
+  )
+
+
+def _mask(
+  rng: np.random.Generator, whole: tuple[int, ...], positions: bool, depth: int
+) -> cases.Draw:
+  """A mask of one kind, or two of them joined."""
+  inner = lambda: _mask(rng, whole, positions, depth - 1)
+  kind = rng.integers(5) if depth else 0
+  if kind < 2:
+    leaves = _leaves(rng, whole, positions)
+    return leaves[rng.integers(len(leaves))]
+  if kind == 2:
+    negated = inner()
+    return lambda r: ~negated(r)
+  first, second = inner(), inner()
+  return (lambda r: first(r) & second(r)) if kind == 3 else (lambda r: first(r) | second(r))
+
+
+def _leaves(rng: np.random.Generator, whole: tuple[int, ...], positions: bool) -> list[cases.Draw]:
+  """One draw for each kind of mask that goes with the sizes."""
+  B, N, T, S = whole
+  number = lambda least, most: int(rng.integers(least, most + 1))
+  window = masks.SlidingWindow(number(0, 40), number(0, 20))
+  dilated = masks.Dilated(number(1, 6), number(2, 5))
+  block = number(1, 20)
+  fixed = (
+    masks.Full(),
+    masks.Causal(),
+    window,
+    dilated,
+    masks.BlockWindow(number(0, 2), number(0, 2), block),
+    masks.Global(number(0, min(S, 5))),
+    masks.Global(tuple(number(0, S - 1) for _ in range(2))),
+    masks.Prefix(number(0, S)),
+    masks.Predicate(lambda q, k: (q * 3 + k) % 5 != 0),
+    masks.PerHead((window, dilated), tuple(number(0, 1) for _ in range(N))),
+  )
+  draws: list[cases.Draw] = [lambda r, mask=mask: mask for mask in fixed]
+  draws.append(lambda r: masks.Prefix(jnp.asarray(r.integers(0, S + 1, B), jnp.int32)))
+  if T <= S:
+    blocks, heads, per_row = -(-S // block), (1, N)[number(0, 1)], number(1, 2)
+    table = lambda r: jnp.asarray(r.integers(-1, blocks, (1, heads, blocks, per_row)), jnp.int32)
+    draws.append(lambda r: masks.RandomBlocks(table(r), block))
+    draws.append(lambda r: masks.Global(jnp.asarray(r.integers(-1, S, (B, 2)), jnp.int32)))
+    ids = lambda r: jnp.asarray(np.sort(r.integers(-1, 4, (B, S)), axis=1), jnp.int32)
+    draws.append(lambda r: masks.Documents(ids(r)))
+  return draws
 
 
 def main(_):

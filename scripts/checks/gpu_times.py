@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.attention import attend, masks
-from effjax.kernels.flash_attention.sizes import choose
+from effjax.kernels.flash_attention.fused.sizes import choose
 
 Row = dict[str, Any]
 Contender = tuple[Callable[[], Any], Callable[[Any], Any]]  # starts work; waits for what it gave

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.attention import masks
-from effjax.kernels.flash_attention import cudnn
-from effjax.kernels.flash_attention.sizes import choose
-from effjax.kernels.flash_attention.tiles import Tiles
-from scripts.checks import cases
+from effjax.kernels.flash_attention import cases
+from effjax.kernels.flash_attention.fused import cudnn
+from effjax.kernels.flash_attention.fused.sizes import choose
+from effjax.kernels.flash_attention.tiled.tiles import Tiles
 
 Row = dict[str, Any]
 

@@ -5,7 +5,7 @@
 One row for each kernel: seconds to compile (with tracing and the reports); on GPUs registers of a
 thread, bytes it spills, shared memory of a block; on TPUs bundles of the static schedule, the share
 of them with a matrix operation ("MATMUL"), VMEM and the part of it that is spilled registers. The
-tiles are those of `effjax.kernels.flash_attention.sizes`. The last line is one JSON object.
+tiles are those of `effjax.kernels.flash_attention.fused.sizes`. The last line is one JSON object.
 
 Fails if a kernel does not compile; if one spills on an H100; and if fewer than 55 % of the forward
 kernel's bundles on a v5e hold a matrix operation at heads of 128 without a mask.

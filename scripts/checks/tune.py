@@ -3,8 +3,8 @@
     python -m scripts.checks.tune --case=bfloat16-128-causal
 
 Each kernel runs alone. A size that does not compile, or needs more memory than there is, is left
-out. The last line is a row for the table in `effjax.kernels.flash_attention.sizes`. `--interpret`
-tries one small size on any machine.
+out. The last line is a row for the table of `flash_attention.fused.sizes`. `--interpret` tries one
+small size on any machine.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from effjax.kernels.flash_attention.sizes import Size, Sizes
+from effjax.kernels.flash_attention.fused.sizes import Size, Sizes
 from scripts.checks.alone import KERNELS, LENGTH, Case, program
 from scripts.checks.gpu_times import medians
 from scripts.checks.interpret import INTERPRET

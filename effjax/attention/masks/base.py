@@ -5,7 +5,7 @@
   * `predicate(q, k, q_features, k_features)`: does query q see key k, evaluated on blocks inside
     the kernels, for which the features are cut into the same blocks;
   * `spans(grid, q_features, k_features)`: which tiles of the score matrix have something to compute
-    and which need no predicate, worked out from intervals (`effjax.kernels.flash_attention.spans`).
+    and which need no predicate, worked out from intervals (`tile_map.spans` of the kernels).
 
 The tile map follows FlexAttention (arXiv 2412.05496, section 4) with its map in closed form.
 """
@@ -20,8 +20,8 @@ import numpy as np
 
 from effjax.core import numerics
 from effjax.core.typing import Array, Bool
-from effjax.kernels.flash_attention import blocks
-from effjax.kernels.flash_attention.spans import Grid, Spans
+from effjax.kernels.flash_attention.tile_map import blocks
+from effjax.kernels.flash_attention.tile_map.spans import Grid, Spans
 
 FAR = 2**30  # beyond any position
 Index = Any  # integers, an array of them on numpy or jax, broadcast one against the other

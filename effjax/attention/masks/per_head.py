@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from effjax.attention.masks.base import Mask
-from effjax.kernels.flash_attention.spans import stack
+from effjax.kernels.flash_attention.tile_map.spans import stack
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["masks"], meta_fields=["index"])

@@ -11,7 +11,7 @@ import numpy as np
 
 from effjax.attention.masks.base import FAR, Mask, at_least, namespace
 from effjax.core.typing import Array
-from effjax.kernels.flash_attention.spans import union
+from effjax.kernels.flash_attention.tile_map.spans import union
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["block"])

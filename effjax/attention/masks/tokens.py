@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.attention.masks.base import Index, Mask, at_least, namespace
-from effjax.kernels.flash_attention.spans import Grid, Spans, equal_ids, union
+from effjax.kernels.flash_attention.tile_map.spans import Grid, Spans, equal_ids, union
 
 
 class _Given(Mask):

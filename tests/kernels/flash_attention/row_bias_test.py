@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from effjax.attention.masks import Causal, SlidingWindow
-from effjax.kernels.flash_attention import gpu, reference, row_bias, tpu, xla
-from scripts.checks import cases
+from effjax.kernels.flash_attention import cases, reference, row_bias
+from effjax.kernels.flash_attention.fused import gpu, tpu
+from effjax.kernels.flash_attention.tiled import xla
 
 B, T, S, N = 2, 20, 13, 4
 PLATFORMS = {

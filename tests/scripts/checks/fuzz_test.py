@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from scripts.checks import cases, fuzz
+from effjax.kernels.flash_attention import cases
+from scripts.checks import fuzz
 
 
 @pytest.mark.parametrize("seed", [2, 10])
@@ -27,7 +28,7 @@ def test_errors_are_relative_and_strict_about_infinities():
 
 
 def test_the_first_seeds_draw_every_kind_of_mask_and_option():
-  drawn = [cases.structure(np.random.default_rng(seed)) for seed in range(40)]
+  drawn = [fuzz.structure(np.random.default_rng(seed)) for seed in range(40)]
   for one_of in ("dtype", "softcap", "segments", "positions"):
     assert len({getattr(problem, one_of) for problem in drawn}) > 1
   text = " ".join(repr(p.draw(np.random.default_rng(0))[1]["mask"]) for p in drawn)

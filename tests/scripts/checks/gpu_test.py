@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from effjax.attention import attend, masks
-from scripts.checks import cases, gpu, gpu_times, gpu_values
+from effjax.kernels.flash_attention import cases
+from scripts.checks import gpu, gpu_times, gpu_values
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 
-from effjax.kernels.flash_attention.sizes import Size
+from effjax.kernels.flash_attention.fused.sizes import Size
 from scripts.checks import tune
 from scripts.checks.alone import Case
 

@@ -1,0 +1,1 @@
+"""Attention: what patterns save, move, reach and cost."""

@@ -1,0 +1,1 @@
+"""The lab: where small models are trained for a verdict."""

@@ -1,0 +1,1 @@
+"""What devices hold and send."""

@@ -1,0 +1,1 @@
+"""Every technique, one model, one text, one table."""

@@ -1,0 +1,131 @@
+"""Attention problems, and how far an implementation is from the same in float64.
+
+A structure fixes what a compiled program depends on: sizes, types, masks and options. Its draws are
+cases: they differ in every array, among them segment ids, positions, global tokens and blocks.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.kernels.flash_attention import reference
+from effjax.kernels.flash_attention.fused import gpu, tpu
+from effjax.kernels.flash_attention.fused.sizes import Sizes
+from effjax.kernels.flash_attention.tiled import xla
+from effjax.kernels.flash_attention.tiled.tiles import Tiles
+
+Draw = Callable[[np.random.Generator], Any]
+NAMES = ("out", "lse", "d_query", "d_key", "d_value", "d_bias")
+LEAST = 0.1
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+  """One compiled program's worth of problems.
+
+  Attributes:
+    shape: B, T, S, K, G, H, Hv.
+    bias: its shape, or None.
+    mask: draws a mask, of the same kind each time.
+    segments, positions: whether segment ids, and positions of the queries, are given.
+    tiles, sizes: those of the XLA and of the fused implementations.
+  """
+
+  shape: tuple[int, ...]
+  dtype: str
+  scale: float
+  softcap: float | None
+  bias: tuple[int, ...] | None
+  mask: Draw
+  segments: bool
+  positions: bool
+  tiles: Tiles
+  sizes: Sizes
+
+  @property
+  def options(self) -> dict[str, Any]:
+    return {"scale": self.scale, "logit_softcap": self.softcap}
+
+  def draw(self, rng: np.random.Generator) -> tuple[Any, Any]:
+    """Arrays (query, key, value, bias, d_out, d_lse), and who sees whom."""
+    B, T, S, K, G, H, Hv = self.shape
+    N = K * G
+    arrays = operands(B, T, S, N, K, H, Hv, self.bias, self.dtype, rng)
+    if arrays[3] is not None:
+      arrays[3] = jnp.where(rng.random(arrays[3].shape) < 0.1, -jnp.inf, arrays[3])
+    ids = lambda length: jnp.asarray(np.sort(rng.integers(-1, 3, (B, length)), axis=1), jnp.int32)
+    where = {
+      "mask": self.mask(rng),
+      "segment_ids": (ids(T), ids(S)) if self.segments else None,
+      "query_positions": (
+        jnp.asarray(rng.integers(0, S, (B, T)), jnp.int32) if self.positions else None
+      ),
+    }
+    return arrays, where
+
+
+def operands(B, T, S, N, K, H, Hv, bias=None, dtype="float32", rng=0) -> list[Any]:
+  """Random query, key, value, bias of the shape `bias`, and cotangents of out and lse."""
+  shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, Hv), bias, (B, T, N, Hv), (B, T, N)]
+  rng = np.random.default_rng(rng)
+  return [None if s is None else jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+
+
+def evaluate(attention: Callable, arrays: Any, where: Any) -> tuple[Any, ...]:
+  """out, lse and the gradients of query, key, value and bias."""
+  *inputs, d_out, d_lse = arrays
+  (out, lse), backward = jax.vjp(lambda q, k, v, b: attention(q, k, v, bias=b, **where), *inputs)
+  d_lse = jnp.where(jnp.isfinite(lse), d_lse.astype(lse.dtype), 0)
+  return out, lse, *jax.tree.leaves(backward((d_out.astype(out.dtype), d_lse)))
+
+
+def programs(
+  problem: Structure, platforms: tuple[str, ...], interpret: bool
+) -> dict[str, Callable]:
+  """A compiled `evaluate` for each of the platforms "xla", "gpu", "tpu"."""
+  options = problem.options
+  fused = {"sizes": problem.sizes, "interpret": interpret}
+  attention = {
+    "xla": functools.partial(xla.attention, tiles=problem.tiles, **options),
+    "gpu": functools.partial(gpu.attention, **fused, **options),
+    "tpu": functools.partial(tpu.attention, **fused, **options),
+  }
+  return {name: jax.jit(functools.partial(evaluate, attention[name])) for name in platforms}
+
+
+def exact(**options: Any) -> Callable:
+  """`evaluate` of attention written out, with these options, in float64."""
+  run = jax.jit(functools.partial(evaluate, functools.partial(reference.attention, **options)))
+
+  def wide(arrays, where):
+    with jax.enable_x64(True):
+      arrays = [None if x is None else jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
+      return jax.tree.map(np.asarray, run(arrays, where))
+
+  return wide
+
+
+def errors(got: tuple[Any, ...], want: tuple[Any, ...]) -> dict[str, float]:
+  """‖got − want‖ / ‖want‖ of each result; infinite where one of the two alone is not finite.
+
+  The elements of `want` count as at least `LEAST` on average, for gradients that cancel to nothing;
+  those of a bias shared along keys, which sum what all its queries' log-sum-exps ask for, as at
+  least what so many terms of `LEAST` add up to by chance.
+  """
+  found = {}
+  for name, x, y in zip(NAMES, got, want, strict=False):
+    x, finite = np.asarray(x, np.float64), np.isfinite(y)
+    if (np.isfinite(x) != finite).any() or (x[~finite] != y[~finite]).any():
+      found[name] = np.inf
+      continue
+    terms = np.size(want[1]) / y.size if name == "d_bias" and y.shape[3] == 1 else 1.0
+    x, y = x[finite], y[finite]
+    size = max(np.linalg.norm(y), LEAST * (x.size * terms) ** 0.5)
+    found[name] = float(np.linalg.norm(x - y) / size) if x.size else 0.0
+  return found

@@ -1,0 +1,286 @@
+"""Fused attention on NVIDIA GPUs, in Triton through Pallas.
+
+A program takes one tile of queries (for dK and dV one of keys), goes through its list of tiles,
+first those that need no mask, and keeps what it sums in registers.
+"""
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from effjax.core.typing import Array, Float
+from effjax.kernels.flash_attention import row_bias
+from effjax.kernels.flash_attention.fused import attention as fused
+from effjax.kernels.flash_attention.fused import folding, steps
+from effjax.kernels.flash_attention.fused.attention import Job
+from effjax.kernels.flash_attention.fused.places import Place
+from effjax.kernels.flash_attention.fused.sizes import Sizes
+
+
+def _forward(job: Job) -> tuple[Array, Array]:
+  size, splits = job.size, job.settings.splits
+
+  def kernel(x, out, lse):
+    rows = jax.tree.map(lambda ref: ref[...][:, None], x.queries)
+
+    def tile(j, masked, carry):
+      here = pl.ds(j * size.keys, size.keys)
+      seen = _seen(job, rows, _across(x.keys, here), j, 1) if masked else None
+      bias = None if x.bias is None else x.bias[:, here]
+      logits, _ = job.scores(x.query[...], x.key[here, :], bias, seen)
+      return steps.accumulate(carry, logits, x.value[here, :])
+
+    row, part = lax.div(pl.program_id(0), splits), lax.rem(pl.program_id(0), splits)
+    start = steps.start(size.queries, job.value.shape[-1])
+    carry = _visit(job, x.lists, (), row, tile, start, (part, splits))
+    result, log_sum = steps.finish(*carry)
+    out[...] = result.astype(out.dtype)
+    lse[...] = log_sum[:, 0]
+
+  B, T, N, _ = job.query.shape
+  kind = job.query.dtype if splits == 1 else jnp.float32
+  out = jax.ShapeDtypeStruct((splits, B, T, N, job.value.shape[-1]), kind)
+  lse = jax.ShapeDtypeStruct((splits, B, N, T), jnp.float32)
+  return _call(job, kernel, _by_rows(job, splits), ("pbqnh", out), ("pbnq", lse))
+
+
+def _queries(job: Job) -> Array:
+  size = job.size
+
+  def kernel(x, d_query):
+    rows = jax.tree.map(lambda ref: ref[...][:, None], x.queries)
+    lse, delta = x.lse[...][:, None], x.delta[...][:, None]
+
+    def tile(j, masked, carry):
+      here = pl.ds(j * size.keys, size.keys)
+      seen = _seen(job, rows, _across(x.keys, here), j, 1) if masked else None
+      bias = None if x.bias is None else x.bias[:, here]
+      k = x.key[here, :]
+      logits, slope = job.scores(x.query[...], k, bias, seen)
+      d_weights = steps.dot(x.d_out[...], x.value[here, :], (1, 1))
+      gradient = steps.score_gradient(jnp.exp2(logits - lse), d_weights, delta)
+      return carry + steps.dot(steps.times(gradient, slope), k)
+
+    start = jnp.zeros((size.queries, job.query.shape[-1]), jnp.float32)
+    total = _visit(job, x.lists, (), pl.program_id(0), tile, start)
+    d_query[...] = (total * job.settings.scale).astype(d_query.dtype)
+
+  return _call(job, kernel, _by_rows(job), ("bqnh", job.query))[0]
+
+
+def _keys(job: Job) -> tuple[Array, Array]:
+  size = job.size
+
+  def kernel(x, d_key, d_value):
+    j, k, v = pl.program_id(0), x.key[...], x.value[...]
+
+    def head(g, carry):
+      of_head = lambda ref: g if ref.shape[0] > 1 else 0
+      columns = jax.tree.map(lambda ref: ref[of_head(ref), :][:, None], x.keys)
+
+      def tile(i, masked, carry):
+        d_k, d_v = carry
+        here = pl.ds(i * size.queries, size.queries)
+        rows = jax.tree.map(lambda ref: ref[of_head(ref), here][None, :], x.queries)
+        seen = _seen(job, rows, columns, j, 0) if masked else None
+        bias = None if x.bias is None else x.bias[of_head(x.bias), here, :].T
+        q, d_out = x.query[here, g, :], x.d_out[here, g, :]
+        logits, slope = job.scores(k, q, bias, seen)
+        weights = jnp.exp2(logits - x.lse[g, here][None, :])
+        d_weights = steps.dot(v, d_out, (1, 1))
+        gradient = steps.score_gradient(weights, d_weights, x.delta[g, here][None, :])
+        d_v = d_v + steps.dot(weights, d_out)
+        return d_k + steps.dot(steps.times(gradient, slope), q), d_v
+
+      return _visit(job, x.lists, (of_head(x.lists.offset),), j, tile, carry)
+
+    start = tuple(jnp.zeros((size.keys, a.shape[-1]), jnp.float32) for a in (k, v))
+    d_k, d_v = lax.fori_loop(0, job.group, head, start)
+    d_key[...] = (d_k * job.settings.scale).astype(d_key.dtype)
+    d_value[...] = d_v.astype(d_value.dtype)
+
+  return _call(job, kernel, _by_columns(job), ("bkmh", job.key), ("bkmh", job.value))
+
+
+def _bias(job: Job) -> Array:
+  """Sums over the batch rows and heads that the bias is shared by; visits every tile."""
+  size, heads = job.size, job.query.shape[2]
+
+  def kernel(x, d_bias):
+    j = pl.program_id(1)
+    batch, shared = x.query.shape[0], x.query.shape[2]
+
+    def add(n, total):
+      b, g = lax.div(n, shared), lax.rem(n, shared)
+      kv = lax.div(g, job.group) if shared == heads else 0
+      of = lambda ref: (b if ref.shape[0] > 1 else 0, g if ref.shape[1] > 1 else 0)
+      rows = jax.tree.map(lambda ref: ref[(*of(ref), slice(None))][:, None], x.queries)
+      columns = jax.tree.map(lambda ref: ref[(*of(ref), slice(None))][None, :], x.keys)
+      seen = _seen(job, rows, columns, j, 1)
+      q, k = x.query[b, :, g, :], x.key[b, :, kv, :]
+      logits, _ = job.scores(q, k, x.bias[0, 0], seen)
+      d_weights = steps.dot(x.d_out[b, :, g, :], x.value[b, :, kv, :], (1, 1))
+      weights = jnp.exp2(logits - x.lse[b, g, :][:, None])
+      return total + steps.score_gradient(weights, d_weights, x.delta[b, g, :][:, None])
+
+    start = jnp.zeros((size.queries, size.keys), jnp.float32)
+    d_bias[0, 0] = lax.fori_loop(0, batch * shared, add, start).astype(d_bias.dtype)
+
+  return _call(job, kernel, _by_bias(job), ("bnqk", job.bias))[0]
+
+
+def _visit(
+  job: Job,
+  lists: Any,
+  head: tuple[Any, ...],
+  i: Array,
+  tile: Any,
+  carry: Any,
+  part: tuple[Any, int] = (0, 1),
+) -> Any:
+  """Folds `tile(j, masked, carry)` over the list of tile i, or over part (p, of P) of it.
+
+  The full tiles come first, then the partial ones.
+  """
+  begin, middle, end = lists.offset[*head, i], lists.partial[*head, i], lists.offset[*head, i + 1]
+  which, parts = part
+  if parts > 1:
+    share = lax.div(end - begin + parts - 1, parts)
+    begin = jnp.minimum(begin + which * share, end)
+    end = jnp.minimum(begin + share, end)
+    middle = jnp.clip(middle, begin, end)
+  step = lambda masked: lambda n, carry: tile(lists.index[*head, n], masked, carry)
+  if job.any_full:
+    carry = lax.fori_loop(begin, middle, step(False), carry)
+  return lax.fori_loop(middle, end, step(True), carry) if job.any_partial else carry
+
+
+def _across(keys: Any, here: Any) -> Any:
+  return jax.tree.map(lambda ref: ref[here][None, :], keys)
+
+
+def _seen(job: Job, queries: Any, keys: Any, j: Array, axis: int) -> Array:
+  """The predicate on a tile whose keys, those of tile j, lie along `axis`."""
+  n = job.size.keys
+  at = j * n + lax.broadcasted_iota(jnp.int32, (1, n) if axis else (n, 1), axis)
+  return job.seen(queries, keys, at)
+
+
+_OPERANDS = {
+  "lists": "bn.",
+  "queries": "bnq",
+  "keys": "bnk",
+  "query": "bqnh",
+  "key": "bkmh",
+  "value": "bkmh",
+  "bias": "bnqk",
+  "d_out": "bqnh",
+  "lse": "bnq",
+  "delta": "bnq",
+}
+
+
+def _by_rows(job: Job, splits: int = 1) -> Place:
+  """A program for each tile of queries (and part of its list), query head and batch row."""
+  B, _, N, _ = job.query.shape
+  axes = {
+    "p": (None, lambda i, n, b: lax.rem(i, splits)),
+    "b": (None, lambda i, n, b: b),
+    "n": (None, lambda i, n, b: n),
+    "m": (None, lambda i, n, b: lax.div(n, job.group)),
+    "q": (job.size.queries, lambda i, n, b: lax.div(i, splits)),
+  }
+  return Place((job.tiles[0] * splits, N, B), axes)
+
+
+def _by_columns(job: Job) -> Place:
+  """A program for each tile of keys, key-value head and batch row."""
+  B, _, K, _ = job.key.shape
+  axes = {
+    "b": (None, lambda j, m, b: b),
+    "n": (job.group, lambda j, m, b: m),
+    "m": (None, lambda j, m, b: m),
+    "k": (job.size.keys, lambda j, m, b: j),
+  }
+  return Place((job.tiles[1], K, B), axes)
+
+
+def _by_bias(job: Job) -> Place:
+  """A program for each tile of the bias."""
+  (B, _, N, _), K = job.query.shape, job.key.shape[2]
+  b, n = job.bias.shape[:2]
+  axes = {
+    "b": (B // b, lambda i, j, c: lax.div(c, n)),
+    "n": (N // n, lambda i, j, c: lax.rem(c, n)),
+    "m": (K, lambda i, j, c: 0)
+    if n == 1
+    else (1, lambda i, j, c: lax.div(lax.rem(c, n), job.group)),
+    "q": (job.size.queries, lambda i, j, c: i),
+    "k": (job.size.keys, lambda i, j, c: j),
+  }
+  return Place((*job.tiles, b * n), axes)
+
+
+def _call(job: Job, kernel: Any, place: Place, *results: tuple[str, Any]) -> tuple[Array, ...]:
+  """Runs `kernel(operands, *results)` over the grid; an operand there is not is None."""
+  operands = {name: getattr(job, name) for name in _OPERANDS}
+  spec = lambda name: jax.tree.map(lambda x: place.spec(x.shape, _OPERANDS[name]), operands[name])
+  return pl.pallas_call(
+    lambda refs, *outputs: kernel(SimpleNamespace(**refs), *outputs),
+    grid=place.grid,
+    in_specs=[{name: spec(name) for name in operands}],
+    out_specs=[place.spec(like.shape, kinds) for kinds, like in results],
+    out_shape=[job.result(like.shape, like.dtype) for _, like in results],
+    name=kernel.__qualname__.split(".")[0].lstrip("_"),
+    compiler_params=plgpu.CompilerParams(num_warps=job.size.warps, num_stages=job.size.stages),
+    interpret=job.settings.interpret,
+  )(operands)
+
+
+_PROGRAMS = 256  # about as many as fill a device
+_LEAST = 256  # keys for which a part is worth its own program
+_FEW = 64  # queries that one tile holds
+
+KERNELS = fused.Kernels(_forward, _queries, _keys, _bias, "gpu", pl.next_power_of_2)
+
+
+@row_bias.outside
+def attention(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K Hv"],
+  *,
+  sizes: Sizes | None = None,
+  splits: int | None = None,
+  interpret: bool = False,
+  **arguments: Any,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+  """Attention and its log-sum-exp; arguments and results as of `xla.attention`.
+
+  A few queries against a cache would leave most of a GPU idle: the heads that share keys then count
+  as queries (`folding`), and the keys are worked on in parts, joined by their log-sum-exps.
+
+  Args:
+    sizes: of the tiles, powers of two from 16; from the device's table when None.
+    splits: parts of the keys; as many as fill the device when None.
+    interpret: run on any device, to check the kernels.
+
+  Raises:
+    ValueError: for heads wider than 256, or types other than float32, bfloat16 and float16.
+  """
+  (B, T, N, _), (S, K) = query.shape, key.shape[1:3]
+  folded = folding.fits(query, key, **arguments)
+  if splits is None:
+    programs = B * (K if folded else N)
+    splits = max(1, min(_PROGRAMS // programs, S // _LEAST)) if T <= _FEW else 1
+  options = {"sizes": sizes, "splits": splits, "interpret": interpret}
+  run = functools.partial(fused.attention, KERNELS, **options)
+  if folded:
+    run = functools.partial(folding.attention, run)
+  return run(query, key, value, **arguments)

@@ -1,0 +1,329 @@
+"""Fused attention on TPUs, in Mosaic through Pallas.
+
+The grid's last axis goes through the listed tiles of all rows (for dK and dV columns) one after the
+other, so that the next tile's keys and values arrive while this one is worked on, whatever the mask
+leaves out. What a row sums stays in VMEM from its first tile to its last.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from effjax.core.typing import Array, Float
+from effjax.kernels.flash_attention import row_bias
+from effjax.kernels.flash_attention.fused import attention as fused
+from effjax.kernels.flash_attention.fused import steps, walks
+from effjax.kernels.flash_attention.fused.attention import Job
+from effjax.kernels.flash_attention.fused.places import Place
+from effjax.kernels.flash_attention.fused.sizes import Sizes
+
+_LANES = 128
+
+
+def _forward(job: Job) -> tuple[Array, Array]:
+  B, T, N, _ = job.query.shape
+  Hv, rows = job.value.shape[-1], job.size.queries
+
+  def kernel(step, x, out, lse, *state):
+    @pl.when(step.first)
+    def _():
+      _put(state, steps.start(rows, Hv))
+
+    def tile(masked):
+      logits, _ = job.scores(x.query[...], x.key[...], _read(x.bias), step.seen(x, masked))
+      _put(state, steps.accumulate(tuple(ref[...] for ref in state), logits, x.value[...]))
+
+    step.visit(tile)
+
+    @pl.when(step.last)
+    def _():
+      result, log_sum = steps.finish(*(ref[...] for ref in state))
+      out[...] = result.astype(out.dtype)
+      lse[...] = _turned(log_sum)
+
+  results = ("bnqh", (B, N, T, Hv), job.query.dtype), ("bn1q", (B, N, 1, T), jnp.float32)
+  scratch = [(rows, 1), (rows, 1), (rows, Hv)]
+  out, lse = _call(job, kernel, _by_rows(job), results, scratch)
+  return jnp.swapaxes(out, 1, 2)[None], lse[None, :, :, 0]
+
+
+def _queries(job: Job) -> Array:
+  B, T, N, H = job.query.shape
+  rows = job.size.queries
+
+  def kernel(step, x, d_query, total, lse, delta):
+    @pl.when(step.first)
+    def _():
+      values = jnp.zeros((rows, H), jnp.float32), _turned(x.lse[...]), _turned(x.delta[...])
+      _put((total, lse, delta), values)
+
+    def tile(masked):
+      k = x.key[...]
+      logits, slope = job.scores(x.query[...], k, _read(x.bias), step.seen(x, masked))
+      d_weights = steps.dot(x.d_out[...], x.value[...], (1, 1))
+      gradient = steps.score_gradient(jnp.exp2(logits - lse[...]), d_weights, delta[...])
+      total[...] += steps.dot(steps.times(gradient, slope), k)
+
+    step.visit(tile)
+
+    @pl.when(step.last)
+    def _():
+      d_query[...] = (total[...] * job.settings.scale).astype(d_query.dtype)
+
+  results = (("bnqh", (B, N, T, H), job.query.dtype),)
+  (d_query,) = _call(job, kernel, _by_rows(job), results, [(rows, H), (rows, 1), (rows, 1)])
+  return jnp.swapaxes(d_query, 1, 2)
+
+
+def _keys(job: Job) -> tuple[Array, Array]:
+  B, S, K, H = job.key.shape
+  Hv, rows = job.value.shape[-1], job.size.keys
+
+  def kernel(step, x, d_key, d_value, *sums):
+    @pl.when(step.first)
+    def _():
+      _put(sums, (jnp.zeros((rows, width), jnp.float32) for width in (H, Hv)))
+
+    def tile(masked):
+      q, d_out = x.query[...], x.d_out[...]
+      bias = None if x.bias is None else x.bias[...].astype(jnp.float32).T
+      logits, slope = job.scores(x.key[...], q, bias, step.seen(x, masked))
+      weights = jnp.exp2(logits - x.lse[...])
+      d_weights = steps.dot(x.value[...], d_out, (1, 1))
+      gradient = steps.score_gradient(weights, d_weights, x.delta[...])
+      sums[0][...] += steps.dot(steps.times(gradient, slope), q)
+      sums[1][...] += steps.dot(weights, d_out)
+
+    step.visit(tile)
+
+    @pl.when(step.last)
+    def _():
+      d_key[...] = (sums[0][...] * job.settings.scale).astype(d_key.dtype)
+      d_value[...] = sums[1][...].astype(d_value.dtype)
+
+  place = _by_columns(job)
+  heads = place.grid[1]
+  kinds = (job.key.dtype, job.value.dtype) if heads == K else (jnp.float32,) * 2
+  results = ("bxkh", (B, heads, S, H), kinds[0]), ("bxkh", (B, heads, S, Hv), kinds[1])
+  d_key, d_value = _call(job, kernel, place, results, [(rows, H), (rows, Hv)])
+  like = lambda d, x: d.reshape(B, K, -1, *d.shape[2:]).sum(2).swapaxes(1, 2).astype(x.dtype)
+  return like(d_key, job.key), like(d_value, job.value)
+
+
+def _bias(job: Job) -> Array:
+  """Sums over the batch rows and heads that the bias is shared by; visits every tile."""
+  size = job.size
+
+  def kernel(step, x, d_bias, total):
+    @pl.when(step.first)
+    def _():
+      total[...] = jnp.zeros_like(total)
+
+    logits, _ = job.scores(x.query[...], x.key[...], x.bias[...], step.seen(x, True))
+    d_weights = steps.dot(x.d_out[...], x.value[...], (1, 1))
+    weights = jnp.exp2(logits - _turned(x.lse[...]))
+    total[...] += steps.score_gradient(weights, d_weights, _turned(x.delta[...]))
+
+    @pl.when(step.last)
+    def _():
+      d_bias[...] = total[...].astype(d_bias.dtype)
+
+  results = (("yzqk", job.bias.shape, job.bias.dtype),)
+  return _call(job, kernel, _by_bias(job), results, [(size.queries, size.keys)])[0]
+
+
+def _put(refs: Any, values: Any) -> None:
+  for ref, value in zip(refs, values, strict=True):
+    ref[...] = value
+
+
+def _read(ref: Any) -> Array | None:
+  return None if ref is None else ref[...]
+
+
+def _turned(x: Array) -> Array:
+  """[1, n] as [n, 1] and the reverse, by transposing whole registers."""
+  if x.shape[0] == 1:
+    return jnp.broadcast_to(x, (_LANES, x.shape[1])).T[:, :1]
+  return jnp.broadcast_to(x, (x.shape[0], _LANES)).T[:1, :]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Route(Place):
+  """A place whose blocks follow a walk.
+
+  Attributes:
+    walk: of the lists; None visits every tile, as a partial one.
+    entry: where a program's step is in the walk's arrays, from the program's indices.
+    repeats: how many programs in a row, by their last index, work on one step.
+    keys_across: whether keys lie along the last axis of a tile.
+  """
+
+  walk: walks.Walk | None
+  entry: Any
+  repeats: int
+  keys_across: bool
+
+
+def _by_rows(job: Job) -> _Route:
+  """The tiles of each row of tiles, for each query head and batch row."""
+  B, _, N, _ = job.query.shape
+  walk = walks.Walk.of(job.lists, job.tiles[1])
+  axes = {
+    "b": (None, lambda b, n, s, *lists: b),
+    "n": (None, lambda b, n, s, *lists: n),
+    "m": (None, lambda b, n, s, *lists: lax.div(n, job.group)),
+    "q": (job.size.queries, lambda b, n, s, row, tile, kind: row[walk.entry(b, n, s)]),
+    "k": (job.size.keys, lambda b, n, s, row, tile, kind: tile[walk.entry(b, n, s)]),
+  }
+  return _Route((B, N, walk.used), axes, walk, walk.entry, 1, True)
+
+
+def _by_columns(job: Job) -> _Route:
+  """The tiles of each column, for key-value heads where the lists are one for all query heads."""
+  B, _, N, _ = job.query.shape
+  walk = walks.Walk.of(job.lists, job.tiles[0])
+  repeats = job.group if walk.heads == 1 else 1
+  query_head = lambda x, g: x * repeats + g
+  entry = lambda b, x, s, g: walk.entry(b, query_head(x, g), s)
+  axes = {
+    "b": (None, lambda b, x, s, g, *lists: b),
+    "x": (None, lambda b, x, s, g, *lists: x),
+    "n": (None, lambda b, x, s, g, *lists: query_head(x, g)),
+    "m": (None, lambda b, x, s, g, *lists: lax.div(query_head(x, g), job.group)),
+    "q": (job.size.queries, lambda b, x, s, g, row, tile, kind: tile[entry(b, x, s, g)]),
+    "k": (job.size.keys, lambda b, x, s, g, row, tile, kind: row[entry(b, x, s, g)]),
+  }
+  return _Route((B, N // repeats, walk.used, repeats), axes, walk, entry, repeats, False)
+
+
+def _by_bias(job: Job) -> _Route:
+  """The tiles of the bias, and for each the batch rows and heads that share it."""
+  B, _, N, _ = job.query.shape
+  b, n = job.bias.shape[:2]
+  shared = N // n
+  axes = {
+    "y": (None, lambda y, z, i, j, r: y),
+    "z": (None, lambda y, z, i, j, r: z),
+    "b": (None, lambda y, z, i, j, r: y + lax.div(r, shared)),
+    "n": (None, lambda y, z, i, j, r: z + lax.rem(r, shared)),
+    "m": (None, lambda y, z, i, j, r: lax.div(z + lax.rem(r, shared), job.group)),
+    "q": (job.size.queries, lambda y, z, i, j, r: i),
+    "k": (job.size.keys, lambda y, z, i, j, r: j),
+  }
+  repeats = B // b * shared
+  return _Route((b, n, *job.tiles, repeats), axes, None, None, repeats, True)
+
+
+class _Step:
+  """What a program has to do."""
+
+  def __init__(self, job: Job, route: _Route, lists: tuple[Any, ...]):
+    self.job, self.route = job, route
+    ids = tuple(pl.program_id(axis) for axis in range(len(route.grid)))
+    repeat = ids[-1] if route.repeats > 1 or route.walk is None else 0
+    self.kind = lists[2][route.entry(*ids)] if lists else walks.PARTIAL | walks.FIRST | walks.LAST
+    self.first = (self.kind & walks.FIRST != 0) & (repeat == 0)
+    self.last = (self.kind & walks.LAST != 0) & (repeat == route.repeats - 1)
+    self.key_tile = route.axes["k"][1](*ids, *lists)
+
+  def visit(self, tile: Any) -> None:
+    """Runs `tile(masked)` if there is a tile to visit."""
+    for flag, present in ((walks.FULL, self.job.any_full), (walks.PARTIAL, self.job.any_partial)):
+      if present:
+        pl.when(self.kind & flag != 0)(lambda masked=flag == walks.PARTIAL: tile(masked))
+
+  def seen(self, x: Any, masked: bool) -> Array | None:
+    """The predicate on the tile."""
+    if not masked:
+      return None
+    size, axis = self.job.size, int(self.route.keys_across)
+    shape = (size.queries, size.keys) if axis else (size.keys, size.queries)
+    at = self.key_tile * size.keys + lax.broadcasted_iota(jnp.int32, shape, axis)
+    whole = lambda tree: jax.tree.map(lambda ref: jnp.broadcast_to(ref[...], shape), tree)
+    return self.job.seen(whole(x.queries), whole(x.keys), at)
+
+
+def _call(
+  job: Job,
+  kernel: Any,
+  route: _Route,
+  results: tuple[tuple[str, tuple[int, ...], Any], ...],
+  scratch: list[tuple[int, int]],
+) -> tuple[Array, ...]:
+  """Runs `kernel(step, operands, *results, *scratch)`; an operand there is not is None."""
+  operands, kinds = _operands(job, route.keys_across)
+  spec = lambda name: jax.tree.map(lambda x: route.spec(x.shape, kinds[name]), operands[name])
+  lists = () if route.walk is None else route.walk.arrays
+
+  def body(*refs):
+    x, *rest = refs[len(lists) :]
+    kernel(_Step(job, route, refs[: len(lists)]), SimpleNamespace(**x), *rest)
+
+  last = len(route.grid) - 2
+  return pl.pallas_call(
+    body,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(lists),
+      grid=route.grid,
+      in_specs=[{name: spec(name) for name in operands}],
+      out_specs=[route.spec(shape, kinds) for kinds, shape, _ in results],
+      scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+    ),
+    out_shape=[job.result(shape, dtype) for _, shape, dtype in results],
+    name=kernel.__qualname__.split(".")[0].lstrip("_"),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel",) * 2 + ("arbitrary",) * last
+    ),
+    interpret=job.settings.interpret,
+  )(*lists, operands)
+
+
+def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, str]]:
+  """Arrays with heads before lengths, and lines laid along or across a tile; and their kinds."""
+  heads_first = dict.fromkeys(("query", "d_out"), "bnqh")
+  heads_first |= dict.fromkeys(("key", "value"), "bmkh")
+  along, across = np.s_[..., None], np.s_[:, :, None]
+  queries, keys = (along, across) if keys_across else (across, along)
+  place = lambda tree, at: jax.tree.map(lambda x: x[at], tree)
+  operands = {"bias": job.bias}
+  operands |= {
+    name: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), getattr(job, name)) for name in heads_first
+  }
+  operands |= {name: place(getattr(job, name), across) for name in ("lse", "delta")}
+  operands |= {"queries": place(job.queries, queries), "keys": place(job.keys, keys)}
+  lines = {"lse": "bn1q", "delta": "bn1q"}
+  lines |= {"queries": "bnq1" if keys_across else "bn1q", "keys": "bn1k" if keys_across else "bnk1"}
+  return operands, heads_first | lines | {"bias": "bnqk"}
+
+
+KERNELS = fused.Kernels(_forward, _queries, _keys, _bias, "tpu", lambda width: width)
+
+
+@row_bias.outside
+def attention(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K Hv"],
+  *,
+  sizes: Sizes | None = None,
+  interpret: bool = False,
+  **arguments: Any,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+  """Attention and its log-sum-exp; arguments and results as of `xla.attention`.
+
+  Args:
+    sizes: of the tiles, multiples of 128; from the device's table when None.
+    interpret: run on any device, to check the kernels.
+
+  Raises:
+    ValueError: for heads wider than 256, or types other than float32, bfloat16 and float16.
+  """
+  return fused.attention(KERNELS, query, key, value, sizes=sizes, interpret=interpret, **arguments)

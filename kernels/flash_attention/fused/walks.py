@@ -1,0 +1,69 @@
+"""Tile lists as one sequence of steps, for a grid that goes through the rows in order."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.core.typing import Array
+from effjax.kernels.flash_attention.tile_map.blocks import TileList
+
+EMPTY, FULL, PARTIAL, FIRST, LAST = 0, 1, 2, 4, 8  # flags of a step
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+  """The tiles of all rows one after the other, for each of the batch rows and heads of the lists.
+
+  The arrays are int32 [b · h · steps]: the row, the tile of the other axis, and flags. A row with
+  an empty list has one step, which does nothing but begin and end it.
+
+  Attributes:
+    steps: steps kept for a batch row and head.
+    used: how many of them the longest walk takes, traced where the mask is.
+    batch, heads: of the lists, each 1 or all.
+  """
+
+  steps: int
+  used: Any
+  batch: int
+  heads: int
+  arrays: tuple[Array, Array, Array]
+
+  @classmethod
+  def of(cls, lists: TileList, columns: int) -> "Walk":
+    batch, heads, rows = lists.partial.shape
+    known = isinstance(lists.offset, np.ndarray)
+    xp = np if known else jnp
+    lengths = xp.maximum(xp.diff(lists.offset, axis=-1), 1).sum(-1)
+    used = lengths.max()
+    most = int(used) if known else rows * columns
+    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
+      flat = jax.tree.map(lambda x: jnp.asarray(x).reshape(batch * heads, -1), lists)
+      arrays = jax.vmap(lambda each: _walk(each, most))(flat)
+    return cls(most, most if known else used, batch, heads, tuple(x.ravel() for x in arrays))
+
+  def entry(self, b: Array, n: Array, s: Array) -> Array:
+    """Where step s of batch row b and query head n is in the arrays."""
+    b, n = (i if count > 1 else 0 for i, count in ((b, self.batch), (n, self.heads)))
+    return (b * self.heads + n) * self.steps + s
+
+
+def _walk(lists: TileList, most: int) -> tuple[Array, Array, Array]:
+  counts = jnp.diff(lists.offset)
+  lengths = jnp.maximum(counts, 1)
+  end = jnp.cumsum(lengths)
+  s = jnp.arange(most)
+  row = jnp.minimum(jnp.searchsorted(end, s, side="right"), len(counts) - 1)
+  n = s - (end - lengths)[row]
+  inside = s < end[-1]
+  at = lists.offset[row] + jnp.clip(n, 0, jnp.maximum(counts[row] - 1, 0))
+  kind = jnp.where(at < lists.partial[row], FULL, PARTIAL)
+  kind = jnp.where(inside & (n < counts[row]), kind, EMPTY)
+  kind += jnp.where(inside & (n == 0), FIRST, 0)
+  kind += jnp.where(inside & (n == lengths[row] - 1), LAST, 0)
+  tile = jnp.pad(lists.index, (0, 1))[at]
+  return tuple(x.astype(jnp.int32) for x in (row, tile, kind))

@@ -1,0 +1,1 @@
+"""Attention in tiles in plain XLA, for every backend."""

@@ -1,0 +1,125 @@
+"""The fused kernels, interpreted, against the same thing written out in float64."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from effjax.attention.masks import Causal, Full, Global, SlidingWindow, longformer
+from effjax.kernels.flash_attention import cases
+from effjax.kernels.flash_attention.fused import gpu, tpu
+from effjax.kernels.flash_attention.fused.sizes import Size, Sizes, choose
+from effjax.kernels.flash_attention.tile_map.blocks import tile_lists
+from effjax.kernels.flash_attention.tile_map.sight import Sight, Where
+
+PLATFORMS = pytest.mark.parametrize("platform", [gpu, tpu], ids=["gpu", "tpu"])
+SMALL = Sizes(Size(16, 32), Size(32, 16), Size(16, 16))
+MASKS = {
+  "causal": Causal(),
+  "longformer": longformer(2, (0, 33), dilation=(1, 3) * 2, causal=True),
+  "global": Global(jnp.array([[3, 44], [-1, 20]])) | SlidingWindow(4, 0),
+}
+
+
+def problem(B=2, T=37, S=45, N=4, K=2, H=8, Hv=16, bias=None):
+  return cases.operands(B, T, S, N, K, H, Hv, bias)
+
+
+def check(platform, arrays, where, **options):
+  """Values and all gradients to 2e-6."""
+  run = functools.partial(platform.attention, sizes=SMALL, interpret=True, **options)
+  got = jax.jit(functools.partial(cases.evaluate, run))(arrays, where)
+  options.pop("splits", None)
+  want = cases.exact(**options)(arrays, where)
+  for name, error in cases.errors(got, want).items():
+    assert error < 2e-6, name
+
+
+@PLATFORMS
+@pytest.mark.parametrize("mask", MASKS)
+def test_values_and_gradients(platform, mask):
+  """Of heads and of data; widths and lengths no multiple of a tile's; bias and soft cap."""
+  arrays = problem(bias=(1, 4, 37, 45) if mask == "causal" else None)
+  softcap = 1.5 if mask == "causal" else None
+  check(platform, arrays, {"mask": MASKS[mask]}, scale=0.4, logit_softcap=softcap)
+
+
+@PLATFORMS
+def test_bias_shared_by_batch_heads_and_queries(platform):
+  ids = jnp.array([[0] * 20 + [1] * 13 + [-1] * 7, [-1] * 5 + [3] * 30 + [-1] * 5])
+  where = {"mask": Full(), "segment_ids": (ids, ids)}
+  check(platform, problem(T=40, S=40, bias=(2, 1, 1, 40)), where, scale=0.3)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_decoding_folds_heads_and_joins_parts_of_the_keys(splits):
+  positions = jnp.array([[3, 9, 30], [0, 44, 2]])
+  where = {"mask": Causal() & SlidingWindow(25, 0), "query_positions": positions}
+  check(gpu, problem(T=3), where, scale=0.4, splits=splits)
+
+
+def test_parts_of_the_keys_where_a_query_sees_nothing():
+  ids = jnp.array([[-1] * 5 + [0] * 40] * 2)
+  where = {"mask": Causal(), "segment_ids": (ids[:, :37], ids)}
+  check(gpu, problem(), where, scale=0.4, splits=4)
+
+
+@PLATFORMS
+def test_a_mask_that_shows_nothing(platform):
+  check(platform, problem(B=1, T=20, S=20), {"mask": ~Full()}, scale=0.4)
+
+
+@PLATFORMS
+def test_maps_over_rows_and_shards_over_batch_and_heads(platform):
+  q, k, v, *_ = problem(T=40, S=40)
+  run = lambda q, k, v: platform.attention(
+    q, k, v, mask=Causal(), scale=0.4, sizes=SMALL, interpret=True
+  )[0]
+  gradients = lambda run: jax.jit(jax.grad(lambda *x: (run(*x) ** 2).sum(), (0, 1, 2)))(q, k, v)
+  mapped = jax.vmap(lambda *x: run(*(y[None] for y in x))[0])
+  mesh = jax.make_mesh((2, 2), ("b", "h"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  spec = P("b", None, "h")
+  sharded = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+  for function in (mapped, sharded):
+    chex.assert_trees_all_close(gradients(function), gradients(run), atol=1e-5)
+
+
+def listed(lists) -> list[tuple[set[int], set[int]]]:
+  """Full and partial tiles of each row of batch row 0, head 0."""
+  offset, partial, index = (np.asarray(x)[0, 0] for x in (lists.offset, lists.partial, lists.index))
+  return [
+    (set(index[a:b]), set(index[b:c]))
+    for a, b, c in zip(offset[:-1], partial, offset[1:], strict=True)
+  ]
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("mask", [Causal(), longformer(9, (0, 33)), SlidingWindow(0, 3)])
+def test_lists_are_the_same_whether_known_when_tracing_or_not(mask, by_columns):
+  def lists(positions):
+    sight = Sight.of(Where(mask, None, positions), 37, 45, 8, 4)
+    return tile_lists(sight, 5, 12, by_columns=by_columns)
+
+  at = jnp.arange(8, 45, dtype=jnp.int32)[None]
+  known, traced = lists(np.asarray(at)), jax.jit(lists)(at)
+  assert isinstance(known.offset, np.ndarray)
+  assert listed(known) == listed(traced)
+  assert 0 < known.offset[0, 0, -1] < 60
+
+
+@PLATFORMS
+def test_what_the_kernels_cannot_take_is_named(platform):
+  wide = jnp.ones((1, 16, 1, 300))
+  with pytest.raises(ValueError, match="head width 300; fused kernels take up to 256"):
+    platform.attention(wide, wide, wide, mask=Full(), scale=1.0, interpret=True)
+
+
+def test_sizes_are_no_larger_than_the_call():
+  large, small = choose("gpu", jnp.bfloat16, 64, 4096, 4096), choose("gpu", jnp.bfloat16, 64, 1, 40)
+  assert large.forward.queries >= 64
+  assert (small.forward.queries, small.forward.keys) == (16, 64)
+  assert choose("tpu", jnp.float32, 256, 100, 100).forward.keys == 128
