@@ -11,8 +11,8 @@ are there. Stopped in any way and run again with the same flags, it goes on wher
 as if it had never stopped. It has learnt something when held-out text costs it fewer nats a token
 than the frequencies of single tokens in the training text do.
 
-Measured: 869,504 parameters, 614,400 tokens: held-out text costs 4.02 nats a token, and
-token frequencies 5.91.
+Measured: 869,504 parameters, 614,400 tokens: held-out text costs 4.58 nats a token, and
+token frequencies 5.97.
 """
 
 import dataclasses
