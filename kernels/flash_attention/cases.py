@@ -58,7 +58,8 @@ class Structure:
     N = K * G
     arrays = operands(B, T, S, N, K, H, Hv, self.bias, self.dtype, rng)
     if arrays[3] is not None:
-      arrays[3] = jnp.where(rng.random(arrays[3].shape) < 0.1, -jnp.inf, arrays[3])
+      hidden = rng.random(arrays[3].shape) < 0.1
+      arrays[3] = jnp.asarray(np.where(hidden, -np.inf, np.asarray(arrays[3])), self.dtype)
     ids = lambda length: jnp.asarray(np.sort(rng.integers(-1, 3, (B, length)), axis=1), jnp.int32)
     where = {
       "mask": self.mask(rng),
@@ -99,6 +100,7 @@ def programs(
   return {name: jax.jit(functools.partial(evaluate, attention[name])) for name in platforms}
 
 
+@functools.cache
 def exact(**options: Any) -> Callable:
   """`evaluate` of attention written out, with these options, in float64."""
   run = jax.jit(functools.partial(evaluate, functools.partial(reference.attention, **options)))

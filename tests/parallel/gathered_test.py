@@ -45,6 +45,7 @@ def test_it_is_the_weight_it_gathers(pair):
   assert (gathered.shape, gathered.dtype, gathered.parameters) == ((16, 24), jnp.float32, 384)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_gradients_are_those_of_the_weight_and_stay_split(pair):
   plain, gathered = pair
   x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 16)), jnp.float32)

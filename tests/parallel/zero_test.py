@@ -40,12 +40,12 @@ def _train(training, stage, microbatches=1, steps=2):
     state = place(state, placement.mesh, zero=stage)
     batch = jax.device_put(batch, placement.batch(batch))
   step = make_train_step(objective, optimizer, microbatches=microbatches, placement=placement)
-  text = step.lower(state, batch, jax.random.key(1)).compile().as_text()
+  program = step.lower(state, batch, jax.random.key(1)).compile()
   losses = []
   for _ in range(steps):
-    state, metrics = step(state, batch, jax.random.key(1))
+    state, metrics = program(step.objective, state, batch, jax.random.key(1))
     losses.append(float(metrics["loss"]))
-  return state, losses, text
+  return state, losses, program.as_text()
 
 
 @pytest.fixture(scope="module")
