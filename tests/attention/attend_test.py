@@ -17,7 +17,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "xla",
 def qkv(B=2, T=24, S=24, N=4, K=2, H=8, Hv=8):
   shapes = (B, T, N, H), (B, S, K, H), (B, S, K, Hv)
   rng = np.random.default_rng(0)
-  return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+  return [jax.device_put(rng.normal(size=shape).astype(jnp.float32)) for shape in shapes]
 
 
 def jitted(**arguments):
@@ -27,7 +27,7 @@ def jitted(**arguments):
 @IMPLEMENTATIONS
 def test_equals_jax_nn(implementation):
   q, k, v = qkv()
-  bias = jnp.asarray(np.random.default_rng(5).normal(size=(2, 4, 24, 24)), jnp.float32)
+  bias = jax.device_put(np.random.default_rng(5).normal(size=(2, 4, 24, 24)).astype(jnp.float32))
   got = jitted(mask=Causal(), implementation=implementation)(q, k, v, bias=bias)
   peer = jax.jit(functools.partial(jax.nn.dot_product_attention, is_causal=True))
   want = peer(q, k, v, bias=bias)

@@ -13,7 +13,7 @@ from effjax.attention.decompose import select_heads, split_heads
 from effjax.attention.longlora import ShiftedSparseAttention
 from effjax.layers import Context, Rope
 
-X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 12)), jnp.float32)
+X = jax.device_put(np.random.default_rng(1).normal(size=(2, 5, 12)).astype(jnp.float32))
 BIASES = {"use_bias": True, "out_bias": True}
 FORMS = {
   "MHA": Attention(6, mask=masks.Full(), **BIASES),
@@ -28,7 +28,9 @@ def random_params(module):
   """Parameters with biases that are not zero."""
   params = jax.eval_shape(module.init, jax.random.key(0), X)["params"]
   rng = np.random.default_rng(0)
-  return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 3, x.dtype), params)
+  return jax.tree.map(
+    lambda x: jax.device_put((rng.normal(size=x.shape) / 3).astype(x.dtype)), params
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -17,7 +17,7 @@ attention = jax.jit(linear_attention, static_argnames=("causal", "chunk"))
 @pytest.fixture
 def arrays():
   drawn = np.random.default_rng(0).normal(size=(3, B, T, N, H))
-  return [jnp.asarray(x, jnp.float32) for x in drawn]
+  return [jax.device_put(x.astype(jnp.float32)) for x in drawn]
 
 
 def dense(q, k, v, causal=True, ids=None):

@@ -22,7 +22,7 @@ def arrays():
   """q, k, v [B, T, N, H] and E, F [M, R]."""
   rng = np.random.default_rng(0)
   shapes = [(B, T, N, H)] * 3 + [(M, R)] * 2
-  return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+  return tuple(jax.device_put(rng.normal(size=shape).astype(jnp.float32)) for shape in shapes)
 
 
 def formula(q, k, v, e, f):
@@ -79,9 +79,9 @@ def test_sharing_leaves_one_projection(key):
 def test_maps_along_the_length_may_be_weights_of_any_representation(key):
   x = jax.random.normal(key, (2, 5, 8))
   module = Linformer(2, length=6, rank=3)
-  params = quantize(jax.jit(module.init)(key, x)["params"])
-  params = lora.add(params, key, rank=2, targets="kernel$")
-  plain = dequantize(lora.merge(params))
+  changed = lambda params: lora.add(quantize(params), key, rank=2, targets="kernel$")
+  params = jax.jit(lambda: changed(module.init(key, x)["params"]))()
+  plain = jax.jit(lambda params: dequantize(lora.merge(params)))(params)
   assert type(params["key_length"]["kernel"]).__name__ == "LoRA"
   value = jax.jit(lambda params: module.apply({"params": params}, x)[0])
   np.testing.assert_allclose(value(params), value(plain), atol=1e-5)

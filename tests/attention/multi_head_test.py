@@ -19,7 +19,9 @@ def test_equals_torch_multi_head_attention(x, key):
   module = Attention(4, mask=masks.Full(), use_bias=True, out_bias=True)
   shapes = jax.eval_shape(module.init, key, x)["params"]
   rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / 4, p.dtype), shapes)
+  params = jax.tree.map(
+    lambda p: jax.device_put((rng.normal(size=p.shape) / 4).astype(p.dtype)), shapes
+  )
   peer = torch.nn.MultiheadAttention(16, 4, batch_first=True)
   tensor = lambda a: torch.tensor(np.array(a))
   names = ("query", "key", "value")

@@ -21,7 +21,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "xla"]
 
 def draw(*shapes, dtype="float32"):
   rng = np.random.default_rng(0)
-  return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+  return [jax.device_put(rng.normal(size=shape).astype(dtype)) for shape in shapes]
 
 
 def problem(dtype="float32"):
@@ -50,7 +50,7 @@ def evaluate(function, query, key, value, d_out, d_lse, sinks=SINKS):
 
 def exact(seen, arrays):
   with jax.enable_x64(True):
-    arrays = [jnp.asarray(np.asarray(x, np.float64)) for x in (*arrays, SINKS)]
+    arrays = [jax.device_put(np.asarray(x, np.float64)) for x in (*arrays, SINKS)]
     function = functools.partial(written_out, seen=np.asarray(seen)[None, None])
     return jax.tree.map(np.asarray, jax.jit(functools.partial(evaluate, function))(*arrays))
 

@@ -30,10 +30,10 @@ def draw():
   ids = np.zeros((B, T), int)
   ids[3, 1:] = -1
   return {
-    "tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
-    "targets": jnp.asarray(tokens[:, 1:], jnp.int32),
-    "segment_ids": jnp.asarray(ids, jnp.int32),
-    "weights": jnp.asarray(ids == 0, jnp.float32),
+    "tokens": jax.device_put(tokens[:, :-1].astype(jnp.int32)),
+    "targets": jax.device_put(tokens[:, 1:].astype(jnp.int32)),
+    "segment_ids": jax.device_put(ids.astype(jnp.int32)),
+    "weights": jax.device_put((ids == 0).astype(jnp.float32)),
   }
 
 

@@ -23,8 +23,8 @@ def training():
   """(objective, optimizer, params, batch) of a small scanned Transformer."""
   module = Transformer(CONFIG)
   draw = np.random.default_rng(0)
-  tokens = jnp.asarray(draw.integers(0, 64, (16, 9)), jnp.int32)
-  weights = jnp.asarray(draw.integers(0, 2, (16, 8)), jnp.float32)
+  tokens = jax.device_put(draw.integers(0, 64, (16, 9)).astype(jnp.int32))
+  weights = jax.device_put(draw.integers(0, 2, (16, 8)).astype(jnp.float32))
   batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
   params = jax.jit(module.init)(jax.random.key(0), batch["tokens"])["params"]
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -33,7 +33,7 @@ def training():
 
 def _train(training, stage, microbatches=1, steps=2):
   objective, optimizer, params, batch = training
-  state = init_state(jax.tree.map(jnp.asarray, params), optimizer)
+  state = init_state(jax.device_put(params), optimizer)
   placement = None
   if stage is not None:
     placement = Zero(make_mesh(data=N), stage)

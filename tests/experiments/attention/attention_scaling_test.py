@@ -20,7 +20,7 @@ MASKED = ("dense", "flash", "window", "dilated", "longformer", "bigbird")
 @pytest.fixture
 def arrays():
   drawn = np.random.default_rng(0).normal(size=(4, 1, 96, 1, 8))
-  return [jnp.asarray(x, jnp.float32) for x in drawn]
+  return [jax.device_put(x.astype(jnp.float32)) for x in drawn]
 
 
 @pytest.mark.parametrize("name", MASKED)

@@ -25,8 +25,8 @@ def operands(sizes=SIZES, spare=5, D=6, F=4, dtype=np.float32):
   rng = np.random.default_rng(0)
   M, E = sum(sizes) + spare, len(sizes)
   shapes = ((M, D), (E, D, F), (E, F), (M, F))
-  x, w, bias, dy = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
-  return x, w, jnp.asarray(sizes, jnp.int32), bias, dy
+  x, w, bias, dy = (jax.device_put(rng.normal(size=shape).astype(dtype)) for shape in shapes)
+  return x, w, jax.device_put(np.asarray(sizes, np.int32)), bias, dy
 
 
 def dense(x, w, sizes, bias, dy):
@@ -73,9 +73,9 @@ def test_empty_groups_and_spare_rows_have_exactly_zero_gradient(implementation):
 )
 def test_any_group_sizes(sizes, seed):
   rng = np.random.default_rng(seed)
-  x = jnp.asarray(rng.integers(-4, 5, (80, 3)), jnp.float32)
-  w = jnp.asarray(rng.integers(-4, 5, (4, 3, 2)), jnp.float32)
-  got = jax.jit(grouped_linear)(x, w, jnp.asarray(sizes, jnp.int32))
+  x = jax.device_put(rng.integers(-4, 5, (80, 3)).astype(jnp.float32))
+  w = jax.device_put(rng.integers(-4, 5, (4, 3, 2)).astype(jnp.float32))
+  got = jax.jit(grouped_linear)(x, w, jax.device_put(np.asarray(sizes, np.int32)))
   group = np.repeat(np.arange(4), sizes)
   expected = np.zeros((80, 2), np.float32)
   expected[: len(group)] = np.einsum("md,mdf->mf", x[: len(group)], np.asarray(w)[group])
@@ -90,7 +90,9 @@ def weight_of(kind, w):
     return base
   rng = np.random.default_rng(1)
   E, D, F = w.shape
-  a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((E, D, 2), (E, 2, F)))
+  a, b = (
+    jax.device_put(rng.normal(size=shape).astype(jnp.float32)) for shape in ((E, D, 2), (E, 2, F))
+  )
   return LoRA(base, a, b, jnp.full((E, 1, 1), 0.5))
 
 

@@ -222,7 +222,7 @@ def test_tangents(dtype, tolerance):
   tiled = functools.partial(xla.attention, tiles=Tiles(2, 1, 16, 8))
   got = jax.jit(functools.partial(tangents, tiled))(at, to)
   with jax.enable_x64(True):
-    wide = [[jnp.asarray(np.asarray(x, np.float64)) for x in arrays] for arrays in (at, to)]
+    wide = [[jax.device_put(np.asarray(x, np.float64)) for x in arrays] for arrays in (at, to)]
     want = jax.jit(functools.partial(tangents, reference.attention))(*wide)
   assert [x.dtype for x in got] == [dtype, jnp.float32]
   for x, y in zip(got, map(np.asarray, want), strict=True):
