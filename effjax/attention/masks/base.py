@@ -88,8 +88,8 @@ class Mask:
     k_features = jax.tree.map(lambda x: x[..., None, :], k_features)
     q = q_positions[:, None, :, None]
     seen = self.predicate(q, np.arange(S)[None, None, None], q_features, k_features)
-    seen = jnp.broadcast_to(seen, (*seen.shape[:-2], T, S))
-    return seen[0, 0] if plain else seen
+    seen = namespace(seen).broadcast_to(seen, (*seen.shape[:-2], T, S))
+    return jnp.asarray(seen[0, 0] if plain else seen, bool)
 
   def blocks(self, T: int, S: int, block_q: int, block_k: int, *, head: int = 0) -> blocks.Blocks:
     """The tiles to visit, by rows (forward) and by columns (backward), with no T × S array.
@@ -124,7 +124,8 @@ class Mask:
       positions = np.arange(length - queries, length, dtype=np.int32)[None]
       some, _ = self.spans(one_by_one, *self.features(positions, length))
       return float(some.count().mean())
-    return float(self.dense(queries, length).sum(-1).mean())
+    known = jax.tree.map(np.asarray, self)
+    return float(np.asarray(known.dense(queries, length)).sum(-1).mean())
 
   def plot(
     self, T: int, S: int | None = None, *, block_q: int = 1, block_k: int = 1, head: int = 0
