@@ -114,7 +114,8 @@ def _leaves(rng: np.random.Generator, whole: tuple[int, ...], positions: bool) -
     masks.Predicate(lambda q, k: (q * 3 + k) % 5 != 0),
     masks.PerHead((window, dilated), tuple(number(0, 1) for _ in range(N))),
   )
-  draws: list[cases.Draw] = [lambda r, mask=mask: mask for mask in fixed]
+  always = lambda mask: lambda r: mask
+  draws: list[cases.Draw] = [always(mask) for mask in fixed]
   draws.append(lambda r: masks.Prefix(jnp.asarray(r.integers(0, S + 1, B), jnp.int32)))
   if T <= S:
     blocks, heads, per_row = -(-S // block), (1, N)[number(0, 1)], number(1, 2)
