@@ -155,6 +155,7 @@ def test_devices_that_see_nothing_of_the_visitors_compute_nothing():
   assert collections.Counter(steps) == {(i, j): 1 for i in range(DEVICES) for j in range(i + 1)}
 
 
+@pytest.mark.usefixtures("optimized")
 def test_what_a_device_holds_does_not_grow_with_the_ring():
   """Twice the devices with as many tokens each: no more keys are kept, let alone scores."""
 

@@ -73,6 +73,7 @@ def test_wrong_lengths_are_named(text, tmp_path):
     scaling.run(scaling.Config(lengths=text), str(tmp_path))
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_run_measures_and_resumes(tmp_path):
   rows = scaling.run(TINY, str(tmp_path))
   assert [row["name"] for row in rows] == ["dense", "linformer"]
@@ -83,6 +84,7 @@ def test_a_run_measures_and_resumes(tmp_path):
   assert scaling.run(TINY, str(tmp_path)) == rows
 
 
+@pytest.mark.usefixtures("optimized")
 def test_what_would_hold_too_much_is_not_run(tmp_path):
   config = scaling.Config(**{**vars(TINY), "memory": 1000, "names": "dense", "lengths": "64"})
   (row,) = scaling.run(config, str(tmp_path))
