@@ -16,7 +16,7 @@ from effjax.core.typing import Array, Int, Params, PyTree
 from effjax.layers.stack import unscan
 
 SMALLEST_BUCKET = 16
-Model = TypeVar("Model", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def bucket(length: int) -> int:
@@ -93,7 +93,7 @@ def check_padding(padding: str) -> None:
     raise ValueError(f"padding={padding!r}; allowed: 'right' or 'left'")
 
 
-def unrolled(module: Model, params: Params) -> tuple[Model, Params]:
+def unrolled(module: Module, params: Params) -> tuple[Module, Params]:
   """The same model with every layer's parameters in arrays of their own, which decodes faster.
 
   A scan slices the stacked parameters, and on a CPU each slice of a float32 stack is a copy: three
