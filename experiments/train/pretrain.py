@@ -145,8 +145,8 @@ def architecture(config: Config, vocab_size: int) -> TransformerConfig:
       )
     mixer = Attention(config.heads, config.kv_heads, mask=mixers[found[1]], rope=Rope(10_000.0))
     layers += [LayerSpec(mixer, ffns[found[2]])] * int(found[3] or 1)
-  layers = tuple(itertools.islice(itertools.cycle(layers), config.depth))
-  return TransformerConfig(vocab_size, config.width, layers, context=config.length)
+  repeated = tuple(itertools.islice(itertools.cycle(layers), config.depth))
+  return TransformerConfig(vocab_size, config.width, repeated, context=config.length)
 
 
 def unigram_nll(sample, held_out, vocab_size: int) -> float:
@@ -237,8 +237,9 @@ def _tokenizer(config: Config, corpus, folder: Path):
 
 
 def _loader(config: Config, corpus, tokenizer, split: str, seed: int):
-  sizes = {"batch_size": config.batch, "length": config.length}
-  return data.loader(corpus, tokenizer, **sizes, seed=seed, split=split)
+  return data.loader(
+    corpus, tokenizer, batch_size=config.batch, length=config.length, seed=seed, split=split
+  )
 
 
 def _placement(config: Config) -> Zero | None:

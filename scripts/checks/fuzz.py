@@ -113,7 +113,8 @@ def _leaves(rng: np.random.Generator, whole: tuple[int, ...], positions: bool) -
     masks.Predicate(lambda q, k: (q * 3 + k) % 5 != 0),
     masks.PerHead((window, dilated), tuple(number(0, 1) for _ in range(N))),
   )
-  draws: list[cases.Draw] = [lambda r, mask=mask: mask for mask in fixed]
+  always = lambda mask: lambda r: mask
+  draws: list[cases.Draw] = [always(mask) for mask in fixed]
   integers = lambda r, low, high, *shape: r.integers(low, high, shape).astype(np.int32)
   draws.append(lambda r: masks.Prefix(integers(r, 0, S + 1, B)))
   if T <= S:

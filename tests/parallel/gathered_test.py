@@ -30,7 +30,7 @@ def pair(request):
     codes = jax.device_put(draw.integers(-9, 9, (16, 24)).astype(jnp.int8))
     base = Scaled(codes, jax.device_put(draw.normal(size=(1, 24)).astype(jnp.float32)))
   zero = Zero(make_mesh(data=8), 3)
-  return base, Gathered(jax.device_put(base, zero.params(base)), zero)
+  return base, Gathered(jax.device_put(base, zero.params(base)), zero.shards)
 
 
 def test_it_is_the_weight_it_gathers(pair):

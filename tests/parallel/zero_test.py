@@ -97,7 +97,7 @@ def test_gradients_inside_the_step_are_split_from_stage_2(stage, parts):
   [((24, 16), (3, 16)), ((16, 16), (16, 2)), ((3, 8, 5), (3, 1, 5)), ((7, 9), (7, 9)), ((), ())],
 )
 def test_the_longest_axis_that_divides_is_split(shape, shard):
-  split = Zero(make_mesh(data=N), 3).split(np.zeros(shape))
+  split = Zero(make_mesh(data=N), 3).shards.split(np.zeros(shape))
   assert split.shard_shape(shape) == shard
 
 

@@ -39,9 +39,20 @@ class Mask:
            [0, 1, 1]], dtype=int32)
   """
 
-  heads = 1  # how many heads the mask tells apart
-  band: tuple[int | None, int | None] | None = None  # (left, right) of a `SlidingWindow` it equals
-  exact = False  # whether the spans of single queries and keys hold all pairs and no other
+  @property
+  def heads(self) -> int:
+    """How many heads the mask tells apart."""
+    return 1
+
+  @property
+  def band(self) -> tuple[int | None, int | None] | None:
+    """(left, right) of a `SlidingWindow` that it equals; None where there is none."""
+    return None
+
+  @property
+  def exact(self) -> bool:
+    """Whether the spans of single queries and keys hold all pairs and no other."""
+    return False
 
   def features(self, q_positions: Index, length: int) -> tuple[Features, Features]:
     """What the mask has to know of the queries and of the keys.

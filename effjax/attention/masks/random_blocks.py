@@ -29,7 +29,7 @@ class RandomBlocks(Mask):
 
   table: Any  # not checked here: jax rebuilds trees with leaves of other types
   block: int
-  __hash__ = None
+  __hash__ = None  # type: ignore[assignment]  # how Python says that there is none
 
   @classmethod
   def draw(
