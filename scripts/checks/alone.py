@@ -50,9 +50,9 @@ class Case:
     """Those worth compiling: without a mask none has a part that it has not with a causal one."""
     return KERNELS[:1] if self.mask == "full" else KERNELS
 
-  def size(self, kernel: str, platform: str) -> Size:
+  def size(self, kernel: str, platform: str, length: int = LENGTH) -> Size:
     """The table's size of a kernel's tiles."""
-    sizes = choose(platform, self.dtype, self.width, LENGTH, LENGTH)
+    sizes = choose(platform, self.dtype, self.width, length, length)
     return getattr(sizes, kernel) or sizes.queries
 
   def arguments(self, kernel: str, length: int = LENGTH) -> tuple[Any, ...]:
@@ -64,6 +64,18 @@ class Case:
     )
     ids = jax.ShapeDtypeStruct((BATCH, length), jnp.int32)
     return *heads, ids, bias if kernel == "bias" else None
+
+  def draw(self, kernel: str, length: int = LENGTH) -> tuple[Any, ...]:
+    """Random `arguments`; one document."""
+    keys = iter(jax.random.split(jax.random.key(0), 4))
+    return jax.tree.map(
+      lambda x: (
+        jax.random.normal(next(keys), x.shape, x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else jnp.zeros(x.shape, x.dtype)
+      ),
+      self.arguments(kernel, length),
+    )
 
 
 def program(
