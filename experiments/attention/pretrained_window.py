@@ -63,7 +63,7 @@ class Config:
   """
 
   model: str = "smollm2-135m"
-  text: str = "stdlib"
+  text: str = "libraries"
   rows: int = 4
   length: int = 1024
   windows: str = "64,128,256,512"

@@ -50,7 +50,7 @@ class Config:
   """A training run.
 
   Attributes:
-    text: a source of `effjax.data.text`, such as "stdlib" or "path:FOLDER".
+    text: a source of `effjax.data.text`, such as "libraries" or "path:FOLDER".
     tokenizer, vocab: kind and size, see `effjax.data.tokenizers.build`.
     pattern, depth: the layers, see above.
     width, heads, kv_heads, hidden: sizes of a layer.
@@ -66,7 +66,7 @@ class Config:
     evaluate_rows: rows of held-out text of an evaluation.
   """
 
-  text: str = "pydoc"
+  text: str = "libraries"
   tokenizer: str = "bpe"
   vocab: int = 1024
   pattern: str = "attention+mlp"
