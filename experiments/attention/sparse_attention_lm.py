@@ -57,7 +57,7 @@ class Config:
   """
 
   patterns: str = "all"
-  text: str = "embedded"
+  text: str = "libraries"
   seeds: int = 3
   tokens_per_parameter: float = 0.5
   minutes: float = 1.5

@@ -50,7 +50,7 @@ class Config:
   rates: str = "2e-3,4e-3,8e-3,16e-3,32e-3"
   seeds: int = 2
   tokens_per_parameter: float = 5.0
-  text: str = "embedded"
+  text: str = "libraries"
   rows: int = 512
 
 

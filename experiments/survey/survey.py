@@ -52,7 +52,7 @@ class Config:
 
   techniques: str = "all"
   model: str = "smollm2-135m"
-  text: str = "embedded"
+  text: str = "libraries"
   rows: int = 3
   length: int = 512
   decode: int = 8

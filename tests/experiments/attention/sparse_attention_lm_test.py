@@ -25,7 +25,8 @@ def row(pattern, *perplexities, seed=0):
 @pytest.mark.slow
 def test_a_run_reads_the_same_tokens_in_every_context_and_resumes(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(sparse_attention_lm.budget, "largest", lambda *_, **__: RUNG)
-  config = Config(patterns="window", seeds=2, tokens_per_parameter=0.01, window=4, rows=2)
+  sizes = {"seeds": 2, "tokens_per_parameter": 0.01, "window": 4, "rows": 2}
+  config = Config(patterns="window", text="embedded", **sizes)
   rows = sparse_attention_lm.run(config, str(tmp_path))
   assert [r["name"] for r in rows] == ["window seed=0", "window seed=1"]
   for r in rows:

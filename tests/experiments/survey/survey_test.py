@@ -18,7 +18,7 @@ from experiments.survey import survey, table, techniques
 
 RUNG = Rung("tiny", 32, 2, 2, batch=2, learning_rate=1e-2, vocab=300, length=32)
 SMOKE = {"model": "tiny", "rows": 1, "length": 64, "decode": 2, "seeds": 2, "trained_rows": 4}
-SMOKE |= {"tokens_per_parameter": 0.008}
+SMOKE |= {"tokens_per_parameter": 0.008, "text": "embedded"}
 
 
 def smoke(**changes) -> survey.Config:
