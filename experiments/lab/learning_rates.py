@@ -58,7 +58,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   """A row for each rung, rate and seed; writes `metrics.jsonl`, `result.csv`, `plot.png`."""
   chosen = harness.chosen(config.rungs, [rung.name for rung in LADDER], what="rung")
   rates = _rates(config.rates)
-  folder = files.claim(workdir, config, free=("rungs", "tokens_per_parameter"))
+  folder = files.claim(workdir, config, free=("rungs", "rates", "seeds", "tokens_per_parameter"))
   corpus = data.text(config.text)
   source = provenance.write(folder, corpus)
   tasks = {}
