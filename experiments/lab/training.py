@@ -5,6 +5,7 @@ several steps, and is one step of `effjax.train.fit`, which keeps checkpoints an
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,6 @@ from effjax.train import (
 )
 from effjax.train.objectives import Batch, Objective
 from effjax.train.step import Step
-from experiments.lab.subject import keys
 
 PER_CALL = 16  # steps of a call
 PER_CHECKPOINT = 32  # calls between checkpoints
@@ -90,10 +90,9 @@ def train(
   Raises:
     FloatingPointError: when the loss of every seed is not finite.
   """
-  rng = keys(seeds)
   config = LoopConfig(steps=len(orders), checkpoint_every=PER_CHECKPOINT, log_every=8, keep=1)
-  state, step = start(params, rates, orders.steps), program(objective, orders.steps)
-  return fit(step, state, orders, rng, workdir=folder, config=config).extra.params
+  state, step = start(params, rates, orders.steps), program(objective, orders.steps, seeds)
+  return fit(step, state, orders, jax.random.key(0), workdir=folder, config=config).extra.params
 
 
 def start(params: Params, rates: Sequence[float], steps: int) -> TrainState:
@@ -103,7 +102,7 @@ def start(params: Params, rates: Sequence[float], steps: int) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), None, None, extra=states)
 
 
-def program(objective: Objective, steps: int) -> Step:
+def program(objective: Objective, steps: int, seeds: Sequence[int]) -> Step:
   """A call, a step of `fit`: it takes `count` steps of all seeds.
 
   The batch is what `Orders` gives. Metrics: "losses", the mean nll of each seed over the steps of
@@ -113,13 +112,15 @@ def program(objective: Objective, steps: int) -> Step:
   together = jax.vmap(one.program)
 
   def call(objective: Partial, state: TrainState, batch: Batch, rng: Key):
+    keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.asarray(seeds))
+
     def body(i: Array, carry: tuple[PyTree, Array, Array]):
       states, total, finite = carry
       each = jax.tree.map(lambda x: x[i], batch["batches"])
-      states, metrics = together(objective, states, each, rng)
+      states, metrics = together(objective, states, each, keys)
       return states, total + metrics["nll"], finite & metrics["finite"]
 
-    nothing = (jnp.zeros(rng.shape, jnp.float32), jnp.ones(rng.shape, bool))
+    nothing = (jnp.zeros(len(seeds), jnp.float32), jnp.ones(len(seeds), bool))
     carry = (state.extra, *nothing)
     states, total, finite = jax.lax.fori_loop(0, batch["count"], body, carry)
     losses = total / batch["count"]

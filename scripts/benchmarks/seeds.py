@@ -11,6 +11,7 @@ matrix products, forward and backward.
 import json
 import statistics
 
+import jax
 import numpy as np
 from absl import app, flags
 
@@ -19,7 +20,7 @@ from effjax.cost.timing import interleaved
 from effjax.train import next_token
 from experiments.lab import training
 from experiments.lab.sizes import LADDER, Rung
-from experiments.lab.subject import fresh, keys
+from experiments.lab.subject import fresh
 
 RUNG = flags.DEFINE_enum("rung", "0.2M", [rung.name for rung in LADDER], "Size of the model.")
 SEEDS = flags.DEFINE_integer("seeds", 4, "Models that are trained.")
@@ -30,17 +31,16 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of interleaved calls.")
 def call_for(rung: Rung, seeds: list[int]):
   """A function that takes `STEPS` steps with these seeds."""
   subject = fresh(rung.config(), seeds)
-  program = training.program(next_token(subject.module), STEPS.value)
+  program = training.program(next_token(subject.module), STEPS.value, seeds)
   carried = [training.start(subject.params, [1e-3] * len(seeds), STEPS.value)]
   shape = (STEPS.value, len(seeds), rung.batch, rung.length)
   tokens = np.random.default_rng(0).integers(0, rung.vocab, shape, np.int32)
   batches = {"tokens": tokens, "targets": tokens, "weights": np.ones(shape, np.float32)}
   batches |= {"segment_ids": np.zeros(shape, np.int32)}
-  rng = keys(seeds)
 
   def take() -> None:
     batch = {"batches": batches, "count": np.int32(STEPS.value)}
-    carried[0], metrics = program(carried[0], batch, rng)
+    carried[0], metrics = program(carried[0], batch, jax.random.key(0))
     float(metrics["loss"])
 
   return take

@@ -18,7 +18,6 @@ from effjax.train import (
 from experiments.lab import training
 from experiments.lab.sizes import Rung
 from experiments.lab.study import Run, Study
-from experiments.lab.subject import keys
 
 RUNG = Rung("tiny", 16, 1, 2, batch=2, learning_rate=3e-2, vocab=280, length=16)
 WORDS = ["a cat sat on a mat", "the dog ran", "it rains in spring", "birds sing at dawn"]
@@ -111,7 +110,7 @@ def test_rates_are_each_seeds_own(tmp_path):
   objective = lambda params, batch, rng: (params["kernel"].sum(), {"nll": batch["x"].sum()})
   state = training.start(params, [0.1, 0.2], 1)
   batch = {"batches": {"x": jnp.ones((1, 2, 1))}, "count": jnp.int32(1)}
-  state, metrics = training.program(objective, 1)(state, batch, keys(SEEDS))
+  state, metrics = training.program(objective, 1, SEEDS)(state, batch, jax.random.key(0))
   moved = 1 - state.extra.params["kernel"][:, 0, 0]
   # Adam's first step is the sign of the gradient, and a tenth of the matrix decays.
   np.testing.assert_allclose(moved, [0.1 * 1.1, 0.2 * 1.1], rtol=1e-3)
