@@ -32,7 +32,7 @@ from effjax.layers import Rope
 from effjax.models import TransformerConfig
 from effjax.train import workdir as files
 from experiments import harness
-from experiments.lab import budget, provenance
+from experiments.lab import budget, provenance, training
 from experiments.lab.budget import Spending
 from experiments.lab.study import Run, Study
 from experiments.lab.subject import Subject, token_nll
@@ -90,6 +90,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   given = config.tokens_per_parameter
   runs = len(names) * config.seeds
   rung = budget.largest(runs, tokens_per_parameter=given, minutes=config.minutes)
+  training.use_every_core()
   folder = files.claim(workdir, config, free=("patterns",))
   corpus, seeds = data.text(config.text), range(config.seeds)
   provenance.write(folder, corpus)

@@ -17,7 +17,7 @@ import statistics
 from effjax import data
 from effjax.train import workdir as files
 from experiments import harness
-from experiments.lab import provenance
+from experiments.lab import provenance, training
 from experiments.lab.held_out import nats
 from experiments.lab.sizes import LADDER, Rung
 from experiments.lab.study import Run, Study
@@ -58,6 +58,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   """A row for each rung, rate and seed; writes `metrics.jsonl`, `result.csv`, `plot.png`."""
   chosen = harness.chosen(config.rungs, [rung.name for rung in LADDER], what="rung")
   rates = _rates(config.rates)
+  training.use_every_core()
   folder = files.claim(workdir, config, free=("rungs", "rates", "seeds", "tokens_per_parameter"))
   corpus = data.text(config.text)
   source = provenance.write(folder, corpus)

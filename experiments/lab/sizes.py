@@ -40,10 +40,10 @@ class Rung:
 
 
 LADDER = (
-  Rung("0.1M", 48, 4, 3, batch=16, learning_rate=8e-3),
-  Rung("0.2M", 64, 4, 4, batch=16, learning_rate=8e-3),
+  Rung("0.1M", 48, 4, 3, batch=8, learning_rate=8e-3),
+  Rung("0.2M", 64, 4, 4, batch=8, learning_rate=8e-3),
   Rung("0.4M", 96, 4, 4, batch=16, learning_rate=4e-3),
-  Rung("0.8M", 128, 4, 4, batch=32, learning_rate=4e-3),
+  Rung("0.8M", 128, 4, 4, batch=16, learning_rate=4e-3),
   Rung("1.6M", 160, 5, 5, batch=32, learning_rate=4e-3),
   Rung("2.7M", 192, 6, 6, batch=32, learning_rate=4e-3),
 )

@@ -99,7 +99,7 @@ class Study:
     """The models of a run after training, in the folder `trainings/name`."""
     if name not in self._trained:
       objective = run.objective or next_token(run.subject.module)
-      orders = training.Orders(self.loaders(run.order), self.steps(run))
+      orders = training.Orders(self.loaders(run.order), self.seeds, self.steps(run))
       folder = self.folder / "trainings" / name
       params = training.train(objective, run.subject.params, orders, self.rates, self.seeds, folder)
       self._trained[name] = dataclasses.replace(run.subject, params=params)
@@ -131,8 +131,8 @@ class Study:
       batch_size=self.rung.batch,
     )
 
-  def loaders(self, order: int) -> list[data.Loader]:
+  def loaders(self, order: int) -> dict[int, data.Loader]:
     """The batches of each seed, in one of its orders of the training split."""
     sizes = {"batch_size": self.rung.batch, "length": self.rung.length}
-    seeds = (seed + ORDERS * order for seed in self.seeds)
-    return [data.loader(self.corpus, self.tokenizer, **sizes, seed=seed) for seed in seeds]
+    load = lambda seed: data.loader(self.corpus, self.tokenizer, **sizes, seed=seed)
+    return {seed: load(seed + ORDERS * order) for seed in self.seeds}

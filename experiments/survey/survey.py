@@ -22,7 +22,7 @@ from effjax import data
 from effjax.data import Corpus
 from effjax.train import workdir as files
 from experiments import harness
-from experiments.lab import budget, provenance
+from experiments.lab import budget, provenance, training
 from experiments.lab.sizes import Rung
 from experiments.lab.study import Study
 from experiments.survey import table
@@ -70,6 +70,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
     tokens_per_parameter=config.tokens_per_parameter,
     minutes=config.minutes,
   )
+  training.use_every_core()
   folder = files.claim(workdir, config, free=("techniques",))
   corpus = data.text(config.text)
   source = provenance.write(folder, corpus)

@@ -35,11 +35,10 @@ def call_for(rung: Rung, seeds: list[int]):
   carried = [training.start(subject.params, [1e-3] * len(seeds), STEPS.value)]
   shape = (STEPS.value, len(seeds), rung.batch, rung.length)
   tokens = np.random.default_rng(0).integers(0, rung.vocab, shape, np.int32)
-  batches = {"tokens": tokens, "targets": tokens, "weights": np.ones(shape, np.float32)}
-  batches |= {"segment_ids": np.zeros(shape, np.int32)}
+  batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(shape, np.float32)}
+  batch |= {"segment_ids": np.zeros(shape, np.int32), "count": np.array(STEPS.value, np.int32)}
 
   def take() -> None:
-    batch = {"batches": batches, "count": np.int32(STEPS.value)}
     carried[0], metrics = program(carried[0], batch, jax.random.key(0))
     float(metrics["loss"])
 
@@ -47,6 +46,7 @@ def call_for(rung: Rung, seeds: list[int]):
 
 
 def main(_) -> None:
+  training.use_every_core()
   rung = next(rung for rung in LADDER if rung.name == RUNG.value)
   seeds = list(range(SEEDS.value))
   together, alone = call_for(rung, seeds), call_for(rung, seeds[:1])

@@ -52,7 +52,7 @@ def alone(lab: Study, index: int):
   optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-2, warmup=1, steps=STEPS))
   step = make_train_step(next_token(subject.module), optimizer)
   state, losses = init_state(subject.params, optimizer), []
-  batches = lab.loaders(0)[index]
+  batches = lab.loaders(0)[SEEDS[index]]
   for _ in range(STEPS):
     state, metrics = step(state, next(batches), jax.random.key(SEEDS[index]))
     losses.append(float(metrics["nll"]))
@@ -89,19 +89,19 @@ def test_each_seed_has_its_own_start_and_its_own_order(tmp_path):
   lab = study(tmp_path)
   starts = [jax.tree.leaves(lab.fresh(lab.dense).at(i).params)[0] for i in (0, 1)]
   assert not np.allclose(*starts)
-  first, second = (next(loader)["tokens"] for loader in lab.loaders(0))
+  first, second = (next(loader)["tokens"] for loader in lab.loaders(0).values())
   assert not (first == second).all()
   assert not (first == next(lab.loaders(1)[0])["tokens"]).all()
 
 
 def test_orders_end_with_the_steps_that_are_left(tmp_path):
   lab = study(tmp_path)
-  orders = training.Orders(lab.loaders(0), steps=5, per_call=3)
+  orders = training.Orders(lab.loaders(0), SEEDS, steps=5, per_call=3)
   calls = [next(orders) for _ in range(len(orders))]
   assert [int(call["count"]) for call in calls] == [3, 2]
-  assert calls[1]["batches"]["tokens"].shape == (3, len(SEEDS), RUNG.batch, RUNG.length)
-  seen = np.concatenate([call["batches"]["tokens"][: call["count"], 1] for call in calls])
-  loader = lab.loaders(0)[1]
+  assert calls[1]["tokens"].shape == (3, len(SEEDS), RUNG.batch, RUNG.length)
+  seen = np.concatenate([call["tokens"][: call["count"], 1] for call in calls])
+  loader = lab.loaders(0)[SEEDS[1]]
   np.testing.assert_array_equal(seen, [next(loader)["tokens"] for _ in range(5)])
 
 
@@ -109,7 +109,7 @@ def test_rates_are_each_seeds_own(tmp_path):
   params = {"kernel": jnp.ones((2, 3, 3))}
   objective = lambda params, batch, rng: (params["kernel"].sum(), {"nll": batch["x"].sum()})
   state = training.start(params, [0.1, 0.2], 1)
-  batch = {"batches": {"x": jnp.ones((1, 2, 1))}, "count": jnp.int32(1)}
+  batch = {"x": jnp.ones((1, 2, 1)), "count": jnp.int32(1)}
   state, metrics = training.program(objective, 1, SEEDS)(state, batch, jax.random.key(0))
   moved = 1 - state.extra.params["kernel"][:, 0, 0]
   # Adam's first step is the sign of the gradient, and a tenth of the matrix decays.
