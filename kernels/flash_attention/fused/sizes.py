@@ -36,11 +36,12 @@ class Sizes:
   bias: Size | None = None
 
 
+_LARGEST = Size(128, 128, 8, 2)
 # The first row that matches: part of the device's name, bytes of an element, widest head.
 # GPU rows compile for sm_90 without spilling registers; those of two bytes are the largest that do.
 _TABLE = {
   "gpu": [
-    ("", 2, 64, Sizes(*[Size(128, 128, 8, 2)] * 3, bias=Size(128, 64, 8, 2))),
+    ("", 2, 64, Sizes(_LARGEST, _LARGEST, _LARGEST, Size(128, 64, 8, 2))),
     ("", 2, 128, Sizes(Size(128, 64, 8, 2), Size(128, 64, 8, 2), Size(64, 128, 8, 2))),
     ("", 2, 256, Sizes(Size(64, 64, 8, 2), Size(64, 32, 8, 2), Size(32, 64, 8, 2))),
     ("", 4, 64, Sizes(Size(32, 64, 8, 2), Size(32, 32, 4, 2), Size(32, 32, 4, 2))),

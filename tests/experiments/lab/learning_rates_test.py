@@ -54,5 +54,9 @@ def test_rates_that_are_none_are_refused(rates, tmp_path):
 
 
 def test_the_ladder_has_the_rates_that_the_committed_sweep_found():
-  lines = summarize(workdir.read_rows(RESULTS / workdir.METRICS))
-  assert best(lines) == {rung.name: rung.learning_rate for rung in LADDER}
+  swept = best(summarize(workdir.read_rows(RESULTS / workdir.METRICS)))
+  used = {rung.name: rung.learning_rate for rung in LADDER}
+  assert swept == {name: used[name] for name in swept}
+  above = [rung for rung in LADDER if rung.name not in swept]
+  assert list(LADDER[: len(swept)]) == [rung for rung in LADDER if rung.name in swept]
+  assert {rung.learning_rate for rung in above} <= {LADDER[len(swept) - 1].learning_rate}
