@@ -58,7 +58,7 @@ class Config:
 
   patterns: str = "all"
   text: str = "libraries"
-  seeds: int = 3
+  seeds: int = 4
   tokens_per_parameter: float = 0.5
   minutes: float = 1.5
   window: int = 16

@@ -15,7 +15,7 @@ from effjax.models import TransformerConfig
 from experiments.lab.sizes import LADDER, Rung, parameters
 
 COMPUTE_OPTIMAL = 20.0
-SPEED = 40e9  # FLOPs a second of two cores that train seeds together, see `scripts/bench seeds`
+SPEED = 60e9  # FLOPs a second of two cores that train seeds together, see `scripts/bench seeds`
 EQUAL = ("flops", "tokens", "parameters")
 
 

@@ -2,7 +2,8 @@
 
   scripts/run                                          (every technique; 6 minutes on 2 cores)
   scripts/run survey --config.techniques=int8,lora-r8  (some; finished rows are kept)
-  scripts/run survey --config.tokens_per_parameter=20 --config.minutes=45 --workdir=results/survey
+  scripts/run survey --config.tokens_per_parameter=20 --config.seeds=6 \
+      --config.minutes=55 --workdir=results/survey
 
 First SmolLM2-135M on held-out text: each technique that needs no training is applied to it as it
 is. Then a small model, trained from scratch with each technique that needs it, at the FLOPs of one
@@ -56,7 +57,7 @@ class Config:
   rows: int = 3
   length: int = 512
   decode: int = 8
-  seeds: int = 3
+  seeds: int = 4
   tokens_per_parameter: float = 0.5
   minutes: float = 1.5
   trained_rows: int = 512
