@@ -129,7 +129,7 @@ class Kernels(Job):
     B, T, N, H = self.case.arguments("forward", self.length)[0].shape
     products = {"forward": 2, "queries": 3, "keys": 4}
     for name, x in seconds.items():
-      size = self.case.size(name, "gpu", self.length)
+      size = getattr(self.case.sizes("gpu", self.length), name)
       rate = (
         2 * products[name] * B * T * T * N * H * _seen(T, self.case.mask == "causal") / x / 1e12
       )
