@@ -40,7 +40,7 @@ STYLE = {
   "axes.axisbelow": True,
   "axes.titlelocation": "left",
   "axes.titleweight": "bold",
-  "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+  "axes.prop_cycle": plt.cycler(color=COLOURS),
   "legend.frameon": False,
   "savefig.dpi": 160,
 }
@@ -170,7 +170,7 @@ def plot(
   size: tuple[float, float] = (8.0, 4.8),
 ) -> Path:
   """`plot.png`, drawn by `draw(axes, rows)` from the rows of `metrics.jsonl` and nothing else."""
-  with plt.rc_context(STYLE):
+  with plt.style.context(STYLE):
     figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
     draw(axes[0], files.read_rows(folder / files.METRICS))
     image = io.BytesIO()
@@ -212,7 +212,7 @@ def label(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str
       text.remove()
 
 
-def _around(pixel: Sequence[float], reach: float) -> Bbox:
+def _around(pixel: Iterable[float], reach: float) -> Bbox:
   x, y = pixel
   return Bbox.from_extents(x - reach, y - reach, x + reach, y + reach)
 

@@ -3,9 +3,13 @@
 import os
 import pathlib
 
+# Compiling is most of the time of the tests: XLA's older emitters take a third of it, and LLVM half
+# of it when it optimises little. Processes that the tests start inherit both.
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  os.environ.get("XLA_FLAGS", "")
+  + " --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
 )
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("PJRT_NPROC", "64")  # as in effjax.parallel.simulate_devices
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,7 +21,7 @@ import pytest
 
 jaxtyping.install_import_hook("effjax", "beartype.beartype").__enter__()
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compiling is most of the time of the tests; programs seen before are read back.
+# Programs seen before are read back.
 cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / f"jax-{jax.__version__}"
 jax.config.update("jax_compilation_cache_dir", str(cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -27,7 +31,23 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
 
+def pytest_collection_modifyitems(items):
+  """Slow tests come first, so that no worker has a long one left when the others have ended."""
+  items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def key():
   """A fixed PRNG key."""
   return jax.random.key(0)
+
+
+@pytest.fixture
+def optimized(monkeypatch):
+  """What the test compiles first is optimised as for use: for tests of the compiler's results."""
+  option = "jax_disable_most_optimizations"
+  monkeypatch.setenv(option.upper(), "0")
+  before = jax.config.values[option]
+  jax.config.update(option, False)
+  yield
+  jax.config.update(option, before)

@@ -79,7 +79,18 @@ def test_experiments_and_benchmarks_named_exist():
     assert (ROOT / "scripts" / "benchmarks" / f"{name}.py").exists(), name
 
 
-def test_links_lead_somewhere():
-  for document in ("README.md", "BUILD.md"):
-    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text()):
-      assert link.startswith("http") or (ROOT / link).exists(), link
+def anchors(document):
+  """What a link after # may be: headings in small letters, hyphens for blanks."""
+  headings = re.findall(r"^#+ (.*)", document.read_text(), flags=re.MULTILINE)
+  return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", sorted(path.name for path in ROOT.glob("*.md")))
+def test_links_lead_somewhere(document):
+  for link in re.findall(r"\]\(([^)]+)\)", (ROOT / document).read_text()):
+    if link.startswith("https://"):
+      continue
+    path, _, anchor = link.partition("#")
+    target = ROOT / (path or document)
+    assert target.exists(), link
+    assert not anchor or anchor in anchors(target), link

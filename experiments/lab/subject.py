@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from effjax import cost, models
 from effjax.core import trees
-from effjax.core.numerics import cross_entropy
 from effjax.core.typing import Array, Key, Params, PyTree
 from effjax.data.tokenizers import ByteTokenizer, Tokenizer
 from effjax.decode import unrolled
@@ -144,7 +144,9 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def token_nll(module: Transformer, params: Params, batch: dict) -> Array:
   """−log p of each target, [B, T] in nats, whatever its weight."""
   logits, _ = forward(module, params, batch)
-  return cross_entropy(logits, batch["targets"])
+  return optax.softmax_cross_entropy_with_integer_labels(
+    logits.astype(jnp.float32), batch["targets"]
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)

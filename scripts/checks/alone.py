@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from effjax.attention.masks import Causal, Documents, Full
-from effjax.kernels.flash_attention.fused import attention as fused
-from effjax.kernels.flash_attention.fused import gpu, tpu
-from effjax.kernels.flash_attention.fused.attention import Job, Kernels
+from effjax.kernels.flash_attention.fused import frame, gpu, tpu
+from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
 from effjax.kernels.flash_attention.fused.sizes import Sizes, choose
 
 KERNELS = ("forward", "queries", "keys", "bias")
@@ -85,7 +84,7 @@ def program(
   kernels = _alone(_PLATFORMS[platform], kernel)
 
   def run(query, key, value, ids, bias):
-    attention = lambda *arrays: fused.attention(
+    attention = lambda *arrays: frame.attention(
       kernels,
       *arrays[:3],
       bias=arrays[3],
@@ -113,5 +112,7 @@ def _alone(kernels: Kernels, name: str) -> Kernels:
     zeros = lambda x: jnp.zeros(x.shape, x.dtype)
     return lambda job: jax.tree.map(zeros, jax.eval_shape(lambda: run(job)))
 
-  others = {each: silent(getattr(kernels, each)) for each in KERNELS if each != name}
+  others: dict[str, Any] = {
+    each: silent(getattr(kernels, each)) for each in KERNELS if each != name
+  }
   return dataclasses.replace(kernels, **others)

@@ -106,13 +106,15 @@ def _row(name: str, by: str, problem: cases.Structure, errors: dict[str, float])
 
 def _by_cudnn(problem: cases.Structure, arrays: Any, where: Any) -> bool:
   """Whether cuDNN honours the problem."""
-  options = {"scale": problem.scale, "logit_softcap": problem.softcap, "bias": arrays[3]}
-  return cudnn.refusal(*arrays[:3], return_lse=False, **options, **where) is None
+  query, key, value, bias = arrays[:4]
+  options = problem.options | where
+  return cudnn.refusal(query, key, value, return_lse=False, bias=bias, **options) is None
 
 
-def _cudnn(problem: cases.Structure, *arrays: Any, **arguments: Any) -> tuple[Any, Any]:
-  options = {"scale": problem.scale, "logit_softcap": problem.softcap}
-  out, _ = cudnn.attention(*arrays, **options, **arguments)
+def _cudnn(
+  problem: cases.Structure, query: Any, key: Any, value: Any, **arguments: Any
+) -> tuple[Any, Any]:
+  out, _ = cudnn.attention(query, key, value, **problem.options, **arguments)
   return out, jnp.zeros(out.shape[:3], jnp.float32)
 
 

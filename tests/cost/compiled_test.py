@@ -1,7 +1,10 @@
 import jax
 import jax.numpy as jnp
+import pytest
 
 from effjax.cost import compiled
+
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 def test_donated_arguments_are_not_counted_twice():

@@ -31,6 +31,7 @@ def test_layer_specs_agree_with_the_sequence_formula():
   assert published == pytest.approx(3 * forward + discount, rel=1e-6)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_compiler_counts_the_same():
   config = dataclasses.replace(presets.TINY, layers=presets.TINY.layers[:1])
   module, length = Transformer(config), 64

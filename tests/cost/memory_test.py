@@ -68,6 +68,7 @@ def test_activations_of_gpt3_match_the_published_formula():
   assert memory.transformer_activations(1, 2048, 12288, 96, 3, recompute="full") == 6 * element
 
 
+@pytest.mark.usefixtures("optimized")
 def test_residuals_agree_with_what_a_compiled_forward_returns():
   def loss(params, x):
     return jnp.tanh(x @ params["a"]) @ params["b"]

@@ -57,6 +57,7 @@ def test_the_share_of_bundles_with_a_matrix_operation(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
   "target, case, figures",
   [
