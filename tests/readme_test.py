@@ -79,7 +79,27 @@ def test_experiments_and_benchmarks_named_exist():
     assert (ROOT / "scripts" / "benchmarks" / f"{name}.py").exists(), name
 
 
-def test_links_lead_somewhere():
-  for document in ("README.md", "BUILD.md"):
-    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text()):
-      assert link.startswith("http") or (ROOT / link).exists(), link
+def test_the_tables_of_the_survey_are_those_of_its_results():
+  survey = README.partition("\n## The survey\n")[2].partition("\n## ")[0]
+  results = (ROOT / "results" / "survey" / "table.md").read_text()
+  quoted, found = (
+    [line for line in text.splitlines() if line.startswith("|")] for text in (survey, results)
+  )
+  assert quoted == found
+
+
+def anchors(document):
+  """What a link after # may be: headings in small letters, hyphens for blanks."""
+  headings = re.findall(r"^#+ (.*)", document.read_text(), flags=re.MULTILINE)
+  return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", sorted(path.name for path in ROOT.glob("*.md")))
+def test_links_lead_somewhere(document):
+  for link in re.findall(r"\]\(([^)]+)\)", (ROOT / document).read_text()):
+    if link.startswith("https://"):
+      continue
+    path, _, anchor = link.partition("#")
+    target = ROOT / (path or document)
+    assert target.exists(), link
+    assert not anchor or anchor in anchors(target), link

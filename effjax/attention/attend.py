@@ -11,17 +11,16 @@ import jax.numpy as jnp
 from effjax.attention import masks, parts
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import reference
-from effjax.kernels.flash_attention.fused import attention as fused
-from effjax.kernels.flash_attention.fused import cudnn, gpu, tpu
+from effjax.kernels.flash_attention.fused import cudnn, frame, gpu, tpu
 from effjax.kernels.flash_attention.tiled import xla
 
 _FEW = 16  # fewer queries than this, as in decoding, are not worth laying the keys out for
-_EVERYWHERE = {
+_EVERYWHERE: dict[str, Callable] = {
   "reference": reference.attention,
   "xla": xla.attention,
   "interpret": functools.partial(gpu.attention, interpret=True),
 }
-_DEVICES = {
+_DEVICES: dict[str, dict[str, Callable]] = {
   "gpu": {"gpu": gpu.attention, "hopper": gpu.attention, "cudnn": cudnn.attention},
   "tpu": {"tpu": tpu.attention},
 }
@@ -119,7 +118,7 @@ def _pick(implementation: str | None, query: Array, value: Array) -> Callable:
     return reference.attention
   shared = jax.device_count() > 1 and not jax.typeof(query).manual_axis_type.varying
   return (
-    xla.attention if shared or fused.refusal(query, value) else ready.get(backend, xla.attention)
+    xla.attention if shared or frame.refusal(query, value) else ready.get(backend, xla.attention)
   )
 
 

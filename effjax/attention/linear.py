@@ -69,9 +69,10 @@ def linear_attention(
 
   Example:
     >>> x = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
-    >>> whole, _ = linear_attention(x, x, x)
-    >>> _, state = linear_attention(x[:, :5], x[:, :5], x[:, :5])
-    >>> last, _ = linear_attention(x[:, 5:], x[:, 5:], x[:, 5:], state=state)
+    >>> attention = jax.jit(linear_attention)
+    >>> whole, _ = attention(x, x, x)
+    >>> _, state = attention(x[:, :5], x[:, :5], x[:, :5])
+    >>> last, _ = attention(x[:, 5:], x[:, 5:], x[:, 5:], state=state)
     >>> bool(jnp.allclose(last, whole[:, 5:], atol=1e-6))
     True
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from effjax.attention import masks
-from effjax.attention.multi_head import Attention, KVCache
+from effjax.attention.multi_head import Attention
 from effjax.core.numerics import zero_unless
-from effjax.core.typing import Array, DTypeLike, Float, Int
+from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Linear, Rope
 from effjax.layers.axes import linear_axes, renamed, under
 
@@ -93,7 +93,7 @@ def _weighted(read, taps: Array) -> Array:
   """Σ_j softmax(taps)_j read(j), where read(j) is [B, T, D]."""
   heads, width = taps.shape[-2:]
   weights = jax.nn.softmax(taps.astype(jnp.float32), axis=-1)
-  total = 0.0
+  total = jnp.zeros((), jnp.float32)
   for j in range(width):
     x = read(j)
     if x.shape[-1] % heads:
@@ -107,7 +107,7 @@ def _weighted(read, taps: Array) -> Array:
 class LSRACache:
   """The keys and values of one half, and what the other half convolves, by position."""
 
-  attention: KVCache
+  attention: PyTree
   inputs: Float[Array, "... B S C"]
 
 

@@ -32,18 +32,18 @@ def linear_map(
   known, known_tree = jax.tree.flatten(residuals)
   linear, linear_tree = jax.tree.flatten(arguments)
   out, out_tree = jax.tree.flatten(like)
-  count = len(known)
+  unflatten, count = jax.tree.unflatten, len(known)
 
   def forward(*flat: Array) -> list[Array]:
-    given = known_tree.unflatten(flat[:count]), linear_tree.unflatten(flat[count:])
+    given = unflatten(known_tree, flat[:count]), unflatten(linear_tree, flat[count:])
     return jax.tree.leaves(function(*given))
 
   def backward(*flat: Array) -> list[Array]:
-    given = known_tree.unflatten(flat[:count]), out_tree.unflatten(flat[count:])
+    given = unflatten(known_tree, flat[:count]), unflatten(out_tree, flat[count:])
     return jax.tree.leaves(transpose(*given))
 
   functions = {"forward": forward, "backward": backward, "count": count}
-  return out_tree.unflatten(_bind((*known, *linear), map(jax.typeof, out), **functions))
+  return unflatten(out_tree, _bind((*known, *linear), map(jax.typeof, out), **functions))
 
 
 def _bind(flat: Any, types: Any, **functions: Any) -> list[Array]:

@@ -1,15 +1,18 @@
 """Numerical building blocks shared by every room."""
 
 import math
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core.typing import Array, Float, Int, PyTree
+from effjax.core.typing import Array, Float, PyTree
+
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 
-def expand(x: Array | np.ndarray, ndim: int) -> Array | np.ndarray:
+def expand(x: AnyArray, ndim: int) -> AnyArray:
   """`x` with leading axes of size one until it has `ndim` axes."""
   return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
@@ -49,19 +52,6 @@ def weighted_mean(values: Float[Array, "..."], weights: Float[Array, "..."] | No
   if weights is None:
     return values.mean()
   return (values * weights).sum() / jnp.maximum(weights.sum(), 1e-9)
-
-
-def cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Array:
-  """−log softmax(logits)[target], in nats and float32, per position.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]), 4)
-    1.3863
-  """
-  logits = logits.astype(jnp.float32)
-  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 def vary_alike(tree: PyTree, *others: PyTree) -> PyTree:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
@@ -43,20 +43,20 @@ def register(
       raise ValueError(f"register: {argument}={value!r}; allowed: a tuple of names of fields")
 
   def wrap(cls: type[T]) -> type[T]:
-    cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+    made: Any = dataclasses.dataclass(frozen=True, repr=False)(cls)
+    names = [field.name for field in dataclasses.fields(made)]
     if unknown := {*static, *(trains or ())} - set(names):
       raise ValueError(f"register: {cls.__name__} has no field {sorted(unknown)}; allowed: {names}")
     if both := sorted({*static} & {*(trains or ())}):
       raise ValueError(f"register: {cls.__name__} trains {both}, which are static; allowed: arrays")
     arrays = [name for name in names if name not in static]
     default = () if kind == "quantised" else tuple(arrays)
-    cls.static, cls.trains, cls.kind = static, default if trains is None else trains, kind
-    _register_pytree(cls, arrays, static)
+    made.static, made.trains, made.kind = static, default if trains is None else trains, kind
+    _register_pytree(made, arrays, static)
     if kind != "wrapper":
-      _refuse_other(cls)
-      REPRESENTATIONS[cls.__name__] = cls
-    return cls
+      _refuse_other(made)
+      REPRESENTATIONS[made.__name__] = made
+    return made
 
   return wrap
 

@@ -34,7 +34,13 @@ class Weight(abc.ABC):
   static: ClassVar[tuple[str, ...]] = ()
   trains: ClassVar[tuple[str, ...]] = ()
   kind: ClassVar[str] = "matrix"
+  __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of what `register` makes
   __array_ufunc__ = None  # numpy leaves x @ w to `__rmatmul__`
+
+  @classmethod
+  def represent(cls, path: str, w: Float[Array, "... D F"]) -> "Weight":
+    """What stands for the parameter w at `path`; every "quantised" representation has its own."""
+    raise NotImplementedError(f"{cls.__name__} has no represent")
 
   @property
   @abc.abstractmethod
@@ -99,7 +105,7 @@ class Weight(abc.ABC):
       place is split as the matrix is, any other is not.
     """
     fields = [_specs(value, self.shape, axes) for _, value in _arrays(self)]
-    return jax.tree.structure(self, is_leaf=lambda x: x is not self).unflatten(fields)
+    return jax.tree.unflatten(jax.tree.structure(self, is_leaf=lambda x: x is not self), fields)
 
   @property
   def ndim(self) -> int:

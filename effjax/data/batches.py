@@ -187,6 +187,12 @@ def _check_batch(batch_size: int, shard: tuple[int, int]) -> None:
     raise ValueError(f"batch_size is {batch_size}; it must be a multiple of the {count} shards")
 
 
+def _padding(tokenizer: Tokenizer) -> int:
+  if tokenizer.pad_id is None:
+    raise ValueError("the tokenizer has no pad_id; packing needs a token that fills rows")
+  return tokenizer.pad_id
+
+
 def loader(
   corpus: Corpus | str,
   tokenizer: Tokenizer,
@@ -241,7 +247,7 @@ def loader(
     batch_size=batch_size,
     seed=seed,
     shard=shard,
-    pad_id=tokenizer.pad_id,
+    pad_id=_padding(tokenizer),
     identity=f"{vocabulary} {packing}",
   )
 
@@ -270,8 +276,9 @@ def epoch(
   """
   _check_batch(batch_size, (0, 1))
   rows = domain_rows(corpus, tokenizer, length=length, split=split, packing=packing)
+  pad_id = _padding(tokenizer)
   order = [(part, index) for part in rows.values() for index in range(len(part))]
   return (
-    _assemble(order[first : first + batch_size], batch_size, length, tokenizer.pad_id)
+    _assemble(order[first : first + batch_size], batch_size, length, pad_id)
     for first in range(0, len(order), batch_size)
   )

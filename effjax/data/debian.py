@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from effjax.data import cleaning, rdata
-from effjax.data.cache import cache_dir, write_whole
+from effjax.data.cache import cache_dir, fetch, write_whole
 from effjax.data.corpus import Document
 
 CLEANING_VERSION = 1
@@ -155,17 +155,8 @@ def _download(package: str) -> Path:
       f"the Debian package {package} is needed, and apt-get or dpkg-deb is not on this machine; "
       f"use a Debian or Ubuntu machine, {advice}"
     )
-  folder.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=folder) as fresh:
-    command = ["apt-get", "download", package]
-    result = subprocess.run(command, cwd=fresh, capture_output=True, text=True, timeout=900)
-    files = sorted(Path(fresh).glob("*.deb"))
-    if result.returncode or not files:
-      raise FileNotFoundError(
-        f"`{' '.join(command)}` failed: {result.stderr.strip() or 'no file came'}\n"
-        f"check the network, run `apt-get update`, {advice}"
-      )
-    return files[0].rename(folder / files[0].name)
+  advice = f"check the network, run `apt-get update`, {advice}"
+  return fetch(folder, "*.deb", ["apt-get", "download", package], advice)
 
 
 def _unpack_and_read(package: Package, domain: str, part: str) -> list[Document]:

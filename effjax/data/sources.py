@@ -5,6 +5,10 @@
 | `embedded` | 4 MB of `stdlib` and `pydoc` (the default) | this Python |
 | `stdlib` | the standard library's source, a document a file | this Python |
 | `pydoc` | the language reference behind `help()`, a document a topic | this Python |
+| `libraries` | 14 MB of code and documentation: the three below | package index |
+| `networkx` | a library of graphs and their algorithms, a document a file | package index |
+| `nltk` | a library of natural language processing, a document a file | package index |
+| `twisted` | a library of networking, a document a file | package index |
 | `debian-handbook` | a book; `debian-handbook/fr-FR` for a translation | Debian |
 | `python3.11-doc` | the Python documentation | Debian |
 | `manpages` | the Linux manual pages, sections 4, 5 and 7 | Debian |
@@ -15,8 +19,10 @@
 | `wordnet` | glosses of WordNet 3.0, labelled by lexicographer file | Debian |
 | `path:FILE_OR_FOLDER` | your own .txt .md .rst .py .html .htm .jsonl files | disk |
 
-The text of `stdlib` and `pydoc` is that of the Python that runs (the same on every machine with the
-same Python version); optional parts that distributions leave out, tests and tables are not read.
+What comes from the package index is the same text on every machine: its bytes are checked against a
+digest. The text of `stdlib` and `pydoc`, which need nothing, is that of the Python that runs (the
+same on every machine with the same Python version); optional parts that distributions leave out,
+tests and tables are not read.
 """
 
 import json
@@ -28,7 +34,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from effjax.data import cleaning, debian
+from effjax.data import cleaning, debian, wheels
 from effjax.data.corpus import Corpus, Document, combine
 
 EMBEDDED_BYTES = 4_000_000
@@ -128,10 +134,10 @@ def _path(location: str) -> Iterator[Document]:
 def names() -> tuple[str, ...]:
   """The names `text` knows, besides `path:…` and translations such as `debian-handbook/fr-FR`.
 
-  >>> names()[:3]
-  ('embedded', 'stdlib', 'pydoc')
+  >>> names()[:4]
+  ('embedded', 'stdlib', 'pydoc', 'libraries')
   """
-  return ("embedded", "stdlib", "pydoc", *debian.PACKAGES)
+  return ("embedded", "stdlib", "pydoc", "libraries", *wheels.WHEELS, *debian.PACKAGES)
 
 
 def _source(name: str) -> Corpus:
@@ -139,7 +145,11 @@ def _source(name: str) -> Corpus:
     return Corpus(name, tuple(_path(name.removeprefix("path:"))))
   if name.partition("/")[0] in debian.PACKAGES:
     return Corpus(name, tuple(debian.read(name)))
+  if name in wheels.WHEELS:
+    return Corpus(name, tuple(wheels.read(name)))
   match name:
+    case "libraries":
+      return combine(name, map(_source, wheels.WHEELS))
     case "stdlib":
       return Corpus(name, tuple(_stdlib()))
     case "pydoc":

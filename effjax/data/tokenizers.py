@@ -25,13 +25,21 @@ _WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s")
 class Tokenizer(Protocol):
   """What the data pipeline asks of a tokenizer.
 
-  `encode` adds no end token; `decode` leaves special tokens out.
+  `encode` adds no end token; `decode` leaves special tokens out. An id is None where there is no
+  such token; packing needs those that end and that pad.
   """
 
-  vocab_size: int
-  bos_id: int
-  eos_id: int
-  pad_id: int
+  @property
+  def vocab_size(self) -> int: ...
+
+  @property
+  def bos_id(self) -> int | None: ...
+
+  @property
+  def eos_id(self) -> int | None: ...
+
+  @property
+  def pad_id(self) -> int | None: ...
 
   def encode(self, text: str) -> list[int]: ...
 
@@ -214,9 +222,10 @@ def train_bpe(texts: Iterable[str], size: int) -> BPETokenizer:
 
 
 KINDS = ("byte", "char", "word", "bpe")
+Trained = ByteTokenizer | VocabularyTokenizer | BPETokenizer
 
 
-def build(kind: str, texts: Iterable[str], size: int | None = None) -> Tokenizer:
+def build(kind: str, texts: Iterable[str], size: int | None = None) -> Trained:
   """A tokenizer by kind, trained on texts where it needs training.
 
   `size` is the number of ids; "word" and "bpe" need it, "byte" has its own.
@@ -225,28 +234,26 @@ def build(kind: str, texts: Iterable[str], size: int | None = None) -> Tokenizer
   >>> build("byte", []).vocab_size
   259
   """
-  if kind in ("word", "bpe") and size is None:
-    raise ValueError(f"a tokenizer of kind {kind!r} needs a size")
   match kind:
     case "byte":
       return ByteTokenizer()
     case "char":
       return train_char(texts, size)
-    case "word":
-      return train_word(texts, size)
-    case "bpe":
-      return train_bpe(texts, size)
+    case "word" | "bpe":
+      if size is None:
+        raise ValueError(f"a tokenizer of kind {kind!r} needs a size")
+      return train_word(texts, size) if kind == "word" else train_bpe(texts, size)
   raise ValueError(f"tokenizer kind {kind!r} is unknown; allowed: {', '.join(KINDS)}")
 
 
-def save(tokenizer: Tokenizer, path: str | Path) -> None:
+def save(tokenizer: Trained, path: str | Path) -> None:
   """Writes one of this file's tokenizers as JSON; `load` reads it back equal."""
   fields = {field.name: getattr(tokenizer, field.name) for field in dataclasses.fields(tokenizer)}
   content = {"kind": tokenizer.kind, "pieces": fields.get("pieces"), "json": fields.get("json")}
   Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
-def load(path: str | Path) -> Tokenizer:
+def load(path: str | Path) -> Trained:
   """Reads a tokenizer that `save` wrote.
 
   Raises ValueError where the file holds none.

@@ -5,6 +5,7 @@ lengths, padded on either side, leave the caches that each row alone would.
 """
 
 import dataclasses
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ from effjax.core.typing import Array, Int, Params, PyTree
 from effjax.layers.stack import unscan
 
 SMALLEST_BUCKET = 16
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def bucket(length: int) -> int:
@@ -68,8 +70,11 @@ def prefill(
   present = column < lengths if padding == "right" else column >= tokens.shape[1] - lengths
   positions = jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1
   headless = module.clone(config=dataclasses.replace(module.config, head=None))
-  facts = {"positions": positions, "segment_ids": present.astype(jnp.int32) - 1}
-  return headless.apply({"params": params}, tokens, cache=cache, **facts)[1]
+  segment_ids = present.astype(jnp.int32) - 1
+  _, filled = headless.apply(
+    {"params": params}, tokens, positions=positions, segment_ids=segment_ids, cache=cache
+  )
+  return filled
 
 
 def _check_lengths(lengths: Array | np.ndarray, tokens: Array | np.ndarray) -> None:
@@ -88,7 +93,7 @@ def check_padding(padding: str) -> None:
     raise ValueError(f"padding={padding!r}; allowed: 'right' or 'left'")
 
 
-def unrolled(module: nn.Module, params: Params) -> tuple[nn.Module, Params]:
+def unrolled(module: Module, params: Params) -> tuple[Module, Params]:
   """The same model with every layer's parameters in arrays of their own, which decodes faster.
 
   A scan slices the stacked parameters, and on a CPU each slice of a float32 stack is a copy: three

@@ -5,9 +5,10 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jax.tree_util import Partial
 
-from effjax.core.numerics import cross_entropy, weighted_mean
+from effjax.core.numerics import weighted_mean
 from effjax.core.typing import Array, Float, Int, Params
 from effjax.layers.forward import forward
 from effjax.layers.objective import Objective, per_token
@@ -57,7 +58,7 @@ def _losses(student_logits, teacher_logits, targets, temperature, alpha):
   if targets.shape != student_logits.shape[:-1]:
     raise ValueError(f"targets {targets.shape}; allowed: {student_logits.shape[:-1]}")
   apart = divergence(student_logits, teacher_logits, temperature)
-  nll = cross_entropy(student_logits, targets)
+  nll = optax.softmax_cross_entropy_with_integer_labels(student_logits.astype(jnp.float32), targets)
   return alpha * temperature**2 * apart + (1 - alpha) * nll, {"nll": nll, "divergence": apart}
 
 
@@ -75,7 +76,7 @@ def divergence(
   teacher = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature
   log_p = jax.nn.log_softmax(teacher)
   log_q = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
-  return jnp.where(jnp.isneginf(log_p), 0.0, jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+  return optax.losses.kl_divergence_with_log_targets(log_q, log_p, where=~jnp.isneginf(log_p))
 
 
 def kd_objective(

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core.trees import path_string
 from effjax.core.typing import Array, Key, Params
@@ -20,7 +21,7 @@ FACTS = tuple(field.name for field in dataclasses.fields(Context) if field.name 
 def forward(
   module: nn.Module,
   params: Params,
-  batch: Mapping[str, Array],
+  batch: Mapping[str, Array | np.ndarray],
   rng: Key | None = None,
   *,
   read: Iterable[str] = ("targets", "weights"),

@@ -71,7 +71,7 @@ def _per_token(
 ) -> tuple[Array, dict[str, Array]]:
   output, sown = forward(module, params, batch, rng, read=(*reads, "weights"))
   values, reported = loss(output, batch, *(extra if reads_extra else ()))
-  weights = batch.get("weights", jnp.ones(values.shape, values.dtype))
+  weights = jnp.asarray(batch.get("weights", jnp.ones(values.shape, values.dtype)))
   metrics = {name: weighted_mean(x, weights) for name, x in reported.items()}
   added = layer_means(sown.get("losses", {})).values()
   total = sum(added, start=weighted_mean(values, weights))

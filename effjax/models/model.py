@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,8 @@ class Model:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(module: Transformer, params: Params, tokens: Array, arguments: dict) -> Array:
-  return module.apply({"params": params}, tokens, **arguments)
+  output: Any = module.apply({"params": params}, tokens, **arguments)
+  return output
 
 
 def check_tokens(config: TransformerConfig, tokens: Array | np.ndarray) -> None:

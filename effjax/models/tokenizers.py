@@ -7,9 +7,10 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import tokenizers as hf
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
@@ -79,17 +80,17 @@ class PretrainedTokenizer:
     """
     return self.backend.encode(text, add_special_tokens=add_special).ids
 
-  def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+  def decode(self, ids: Iterable[SupportsIndex], *, keep_special: bool = False) -> str:
     """The text of `ids`, without special tokens unless `keep_special`.
 
     Raises:
       ValueError: for an id outside the vocabulary.
     """
-    ids = [int(token) for token in ids]
-    outside = [token for token in ids if not 0 <= token < self.vocab_size]
+    numbers = [operator.index(token) for token in ids]
+    outside = [token for token in numbers if not 0 <= token < self.vocab_size]
     if outside:
       raise ValueError(f"token id {outside[0]}; allowed: 0 to {self.vocab_size - 1}")
-    return self.backend.decode(ids, skip_special_tokens=not keep_special)
+    return self.backend.decode(numbers, skip_special_tokens=not keep_special)
 
   def save(self, folder: str | Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens."""
@@ -186,7 +187,8 @@ def around(
 def _merges_folder(folder: Path, config: Mapping[str, Any]) -> PretrainedTokenizer:
   vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
   lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-  merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+  rules = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
+  merges = [(first, second) for first, _, second in rules]
   backend = byte_level(vocab, merges, "gpt-2")
   names = {role: _content(config.get(role)) for role in ("bos_token", "eos_token", "pad_token")}
   special = sorted({name for name in names.values() if name})
@@ -197,11 +199,12 @@ def _merges_folder(folder: Path, config: Mapping[str, Any]) -> PretrainedTokeniz
 
 
 def _named(backend: hf.Tokenizer, config: Mapping[str, Any], template) -> PretrainedTokenizer:
-  ids = []
-  for names in ROLES.values():
+  def number(names: tuple[str, ...]) -> int | None:
     token = next((_content(config[name]) for name in names if config.get(name)), None)
-    ids.append(None if token is None else backend.token_to_id(token))
-  return PretrainedTokenizer(backend, *ids, chat_template=template)
+    return None if token is None else backend.token_to_id(token)
+
+  begin, end, pad = map(number, ROLES.values())
+  return PretrainedTokenizer(backend, begin, end, pad, template)
 
 
 def _content(token: str | Mapping[str, Any] | None) -> str | None:

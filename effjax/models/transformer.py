@@ -158,6 +158,7 @@ class Transformer(nn.Module):
 
   def _embed(self, embed: Embed, context: Context):
     config, tokens = self.config, context.tokens
+    assert tokens is not None  # `__call__` has them
     x = embed(tokens, self.dtype) * jnp.asarray(config.embed_scale, self.dtype)
     if config.embed_width is not None:
       x = Linear(config.width, name="embed_in")(x)

@@ -111,10 +111,10 @@ class TopK(nn.Module):
     return {"kernel": ("embed", "experts")}
 
   def _sow(self, routing: Routing, mask: Array | None) -> None:
-    balance = load_balance_loss(
-      routing.probs, routing.experts, mask=mask, normalization=self.normalization
-    )
-    z = z_loss(routing.logits, mask=mask)
+    probs, logits = routing.probs, routing.logits
+    assert probs is not None and logits is not None  # `top_k_routing` gives both
+    balance = load_balance_loss(probs, routing.experts, mask=mask, normalization=self.normalization)
+    z = z_loss(logits, mask=mask)
     for name, value, coefficient in (
       ("load_balance", balance, self.load_balance),
       ("router_z", z, self.z),

@@ -59,11 +59,12 @@ def upcycle(
   chosen = _chosen(config, layers)
   specs = list(config.layers)
   trees, rest = split(config, params)
-  for index, layer_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
+  keys = jax.random.split(key, len(chosen))
+  for (index, mlp), layer_key in zip(chosen.items(), keys, strict=True):
     ffn = upcycle_ffn(trees[index]["ffn"], layer_key, experts=experts)
     trees[index] = {**trees[index], "ffn": ffn}
     router = TopK(experts, top_k, load_balance=load_balance, z=z)
-    specs[index] = dataclasses.replace(specs[index], ffn=MoE(router, specs[index].ffn))
+    specs[index] = dataclasses.replace(specs[index], ffn=MoE(router, mlp))
   changed = dataclasses.replace(config, layers=tuple(specs), family=None)
   return changed, join(changed, trees, rest)
 
@@ -96,16 +97,19 @@ def upcycle_ffn(params: Params, key: Key, *, experts: int, stddev: float = 0.02)
   return {"experts": copies, "router": {"kernel": router}}
 
 
-def _chosen(config: TransformerConfig, layers: Sequence[int] | None) -> list[int]:
-  count = len(config.layers)
+def _chosen(config: TransformerConfig, layers: Sequence[int] | None) -> dict[int, MLP]:
+  """Index → ffn of the layers to change, in their order."""
+  ffns = [spec.ffn for spec in config.layers]
+  count, found = len(ffns), {}
   if layers is None:
-    layers = [i for i in range(count) if isinstance(config.layers[i].ffn, MLP)]
+    layers = [index for index, ffn in enumerate(ffns) if isinstance(ffn, MLP)]
   for index in layers:
     if not -count <= index < count:
       raise ValueError(f"upcycle: layers has {index}; allowed: {-count} … {count - 1}")
-    if not isinstance(config.layers[index].ffn, MLP):
-      ffn = type(config.layers[index].ffn).__name__
-      raise ValueError(f"upcycle: the ffn of layer {index} is {ffn}; allowed: MLP")
-  if not layers:
+    ffn = ffns[index]
+    if not isinstance(ffn, MLP):
+      raise ValueError(f"upcycle: the ffn of layer {index} is {type(ffn).__name__}; allowed: MLP")
+    found[index % count] = ffn
+  if not found:
     raise ValueError("upcycle: no layer to change; allowed: layers whose ffn is an MLP")
-  return sorted({index % count for index in layers})
+  return dict(sorted(found.items()))

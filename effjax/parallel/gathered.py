@@ -6,19 +6,17 @@ and 1/N of its gradient. Left to itself the partitioner would rather split the a
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from effjax.core import weights
 from effjax.core.typing import Array, Float, Int, PyTree
-
-if TYPE_CHECKING:
-  from effjax.parallel.zero import Zero
+from effjax.parallel.shards import Shards
 
 
-@weights.register(static=("zero",), kind="wrapper")
+@weights.register(static=("shards",), kind="wrapper")
 class Gathered(weights.Weight):
   """`base`, an array or `Weight` split over devices, gathered for each use.
 
@@ -27,11 +25,11 @@ class Gathered(weights.Weight):
 
   Attributes:
     base: what is gathered.
-    zero: the shardings.
+    shards: where the parts lie.
   """
 
   base: PyTree
-  zero: "Zero"
+  shards: Shards
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -50,10 +48,10 @@ class Gathered(weights.Weight):
     return self.base.flops if weights.is_weight(self.base) else super().flops
 
   def materialize(self) -> Array:
-    return weights.materialize(gather(self.base, self.zero))
+    return weights.materialize(gather(self.base, self.shards))
 
   def within(self, function: Callable, *arguments: Any) -> Any:
-    inside = lambda base, *arguments: function(gather(base, self.zero), *arguments)
+    inside = lambda base, *arguments: function(gather(base, self.shards), *arguments)
     return jax.checkpoint(inside)(self.base, *arguments)
 
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
@@ -64,14 +62,14 @@ class Gathered(weights.Weight):
 
   @property
   def T(self) -> "Gathered":
-    return Gathered(weights.transpose(self.base), self.zero)
+    return Gathered(weights.transpose(self.base), self.shards)
 
   def __jax_array__(self) -> Array:
     return self.materialize()
 
 
-def gather(tree: PyTree, zero: "Zero") -> PyTree:
-  """`tree` whole on every device; its cotangents are split as `zero.split` says.
+def gather(tree: PyTree, shards: Shards) -> PyTree:
+  """`tree` whole on every device; its cotangents are split as `shards.split` says.
 
   The transpose of an all-gather is a reduce-scatter, where that of a sharding constraint is the
   same constraint, which would leave whole gradients on every device.
@@ -79,10 +77,10 @@ def gather(tree: PyTree, zero: "Zero") -> PyTree:
 
   @jax.custom_vjp
   def whole(tree):
-    return jax.lax.with_sharding_constraint(tree, zero.replicated)
+    return jax.lax.with_sharding_constraint(tree, shards.replicated)
 
   def backward(_, cotangents):
-    split = lambda x: jax.lax.with_sharding_constraint(x, zero.split(x))
+    split = lambda x: jax.lax.with_sharding_constraint(x, shards.split(x))
     is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
     return (jax.tree.map(lambda x: split(x) if is_float(x) else x, cotangents),)
 

@@ -11,13 +11,13 @@ import dataclasses
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 from effjax.core import spmd, trees
 from effjax.core.typing import Params, PyTree
 from effjax.core.weights import is_weight
 from effjax.parallel.gathered import Gathered, gather
+from effjax.parallel.shards import Shards
 
 T = TypeVar("T")
 
@@ -52,22 +52,9 @@ class Zero:
       )
 
   @property
-  def replicated(self) -> NamedSharding:
-    return NamedSharding(self.mesh, PartitionSpec())
-
-  def split(self, x: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> NamedSharding:
-    """The longest axis that N divides, the last of equals; replicated when N divides none.
-
-    The first of three or more counts layers or experts and is the last resort: a scan reads it
-    one by one.
-    """
-    n = self.mesh.shape[self.axis]
-    inner = lambda i: i > 0 or len(x.shape) < 3
-    fitting = [(inner(i), size, i) for i, size in enumerate(x.shape) if size and size % n == 0]
-    if not fitting:
-      return self.replicated
-    _, _, longest = max(fitting)
-    return NamedSharding(self.mesh, PartitionSpec(*[None] * longest, self.axis))
+  def shards(self) -> Shards:
+    """How what is split lies over the devices."""
+    return Shards(self.mesh, self.axis)
 
   def batch(self, batch: PyTree) -> PyTree:
     """Shardings of a batch: rows over the data axis.
@@ -79,7 +66,7 @@ class Zero:
     for x in jax.tree.leaves(batch):
       if x.shape[0] % n:
         raise ValueError(f"batch of {x.shape[0]} rows; allowed: multiples of {self.axis}={n}")
-    return jax.tree.map(lambda x: NamedSharding(self.mesh, PartitionSpec(self.axis)), batch)
+    return jax.tree.map(lambda x: self.shards.rows, batch)
 
   def params(self, params: PyTree) -> PyTree:
     """Shardings of parameters."""
@@ -93,10 +80,10 @@ class Zero:
     """Shardings of a `train.TrainState`."""
     return dataclasses.replace(
       state,
-      step=self.replicated,
+      step=self.shards.replicated,
       params=self.params(state.params),
       opt_state=self._from(1, state.opt_state),
-      extra=jax.tree.map(lambda x: self.replicated, state.extra),
+      extra=jax.tree.map(lambda x: self.shards.replicated, state.extra),
     )
 
   def scope(self) -> contextlib.AbstractContextManager:
@@ -118,7 +105,7 @@ class Zero:
 
     def visit(path, x):
       matrix = trees.chooses(matrices, trees.path_string(path), x)
-      return Gathered(x, self) if matrix else gather(x, self)
+      return Gathered(x, self.shards) if matrix else gather(x, self.shards)
 
     return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_weight)
 
@@ -129,7 +116,8 @@ class Zero:
     return jax.lax.with_sharding_constraint(state, self.state(state))
 
   def _from(self, stage: int, tree: PyTree) -> PyTree:
-    return jax.tree.map(self.split if self.stage >= stage else lambda x: self.replicated, tree)
+    whole = lambda x: self.shards.replicated
+    return jax.tree.map(self.shards.split if self.stage >= stage else whole, tree)
 
 
 def place(state: T, mesh: Mesh, *, zero: int = 0) -> T:

@@ -14,7 +14,8 @@ TARGETS = r"^(?!.*(router|conv)).*\b(kernel|embedding)$"
 def methods() -> dict[str, type[Weight]]:
   """Name → representation, of everything registered as "quantised" (`core.weights`)."""
   known = REPRESENTATIONS.values()
-  return {cls.__name__.lower(): cls for cls in known if cls.kind == "quantised"}
+  weights = (cls for cls in known if issubclass(cls, Weight))
+  return {cls.__name__.lower(): cls for cls in weights if cls.kind == "quantised"}
 
 
 def quantize(params: PyTree, method: str = "int8", targets: Chooser = TARGETS) -> PyTree:

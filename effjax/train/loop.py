@@ -105,14 +105,14 @@ def fit(
       state, metrics = step(state, _put(next(batches), placement), rng)
       pending.append((number, metrics))
       due = lambda every, number=number: number in (config.steps, number // every * every)
-      evaluating = evaluate is not None and due(config.evaluate_every)
+      judge = evaluate if due(config.evaluate_every) else None
       logging, saving = due(config.log_every), due(config.checkpoint_every) or stop.asked
-      if evaluating or logging or saving or observe is not None:
-        row = _drain(pending, checkpoints) | (evaluate(state.params) if evaluating else {})
+      if judge or logging or saving or observe is not None:
+        row = _drain(pending, checkpoints) | (judge(state.params) if judge else {})
         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
       if observe is not None:
         observe(row)
-      if evaluating or logging:
+      if judge or logging:
         log.write(row)
       if saving:
         checkpoints.save(number, state, data=batches.get_state())

@@ -3,8 +3,9 @@
 import math
 
 import flax.linen as nn
+import jax.numpy as jnp
+import optax
 
-from effjax.core.numerics import cross_entropy
 from effjax.core.typing import Array
 from effjax.layers.objective import Batch, Objective, per_token, through
 
@@ -15,7 +16,7 @@ def next_token(module: nn.Module) -> Objective:
   """Σ w·(−log p(target)) / Σ w over the positions, plus what the layers sow under "losses".
 
   The batch has tokens [B, T] and targets [B, T]; see `per_token` for the rest. Metrics: "nll" (the
-  first term, nats), and those of `per_token`.
+  first term, in nats and float32), and those of `per_token`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -29,7 +30,8 @@ def next_token(module: nn.Module) -> Objective:
 
 
 def _nll(logits: Array, batch: Batch) -> tuple[Array, dict[str, Array]]:
-  values = cross_entropy(logits, batch["targets"])
+  wide = logits.astype(jnp.float32)
+  values = optax.softmax_cross_entropy_with_integer_labels(wide, batch["targets"])
   return values, {"nll": values}
 
 

@@ -1,14 +1,13 @@
 """Optimisers by configuration, over optax."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from effjax.core import trees
-from effjax.core.typing import Array, PyTree
+from effjax.core.typing import PyTree
 
 
 @dataclasses.dataclass
@@ -52,14 +51,10 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
     [0.5, 1.0, 1.0, 0.5, 0.0]
   """
   _check(config)
-
-  def rate(step) -> Array:
-    rise = (step + 1) / max(config.warmup, 1)
-    along = jnp.clip((step - config.warmup) / max(config.steps - config.warmup, 1), 0, 1)
-    fall = config.final + (1 - config.final) * 0.5 * (1 + jnp.cos(math.pi * along))
-    return config.learning_rate * jnp.where(step < config.warmup, rise, fall)
-
-  return rate
+  peak, warmup = config.learning_rate, config.warmup
+  rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+  fall = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1), config.final)
+  return optax.join_schedules([rise, fall], [warmup])
 
 
 def matrices(params: PyTree, pattern: str = OptimizerConfig.decay) -> PyTree:

@@ -1,7 +1,7 @@
 """One jitted training step for every objective and every placement."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -42,7 +42,9 @@ class Step:
   ) -> tuple[TrainState, dict[str, Array]]:
     return self.program(self.objective, state, batch, rng)
 
-  def lower(self, state: TrainState, batch: Batch, rng: Key) -> jax.stages.Lowered:
+  def lower(
+    self, state: TrainState, batch: Batch | Mapping[str, jax.ShapeDtypeStruct], rng: Key
+  ) -> jax.stages.Lowered:
     """The program for these arguments, or their shapes, to be compiled or looked at."""
     return self.program.lower(self.objective, state, batch, rng)
 
@@ -117,7 +119,7 @@ def make_train_step(
   return Step(jax.jit(step, donate_argnums=1), held)
 
 
-def _split(batch: Batch, parts: int) -> list[Batch] | Batch:
+def _split(batch: Batch, parts: int) -> Batch:
   """[B, …] → [parts, B / parts, …]; part i has rows i, i + parts, …, so a sharded B stays so."""
 
   def cut(x: Array) -> Array:

@@ -117,7 +117,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-  fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
+  record = dataclasses.is_dataclass(config) and not isinstance(config, type)
+  fields = dataclasses.asdict(config) if record else dict(config)
   return json.loads(json.dumps(fields))
 
 

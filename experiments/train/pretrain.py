@@ -11,8 +11,8 @@ are there. Stopped in any way and run again with the same flags, it goes on wher
 as if it had never stopped. It has learnt something when held-out text costs it fewer nats a token
 than the frequencies of single tokens in the training text do.
 
-Measured: 869,504 parameters, 614,400 tokens: held-out text costs 4.02 nats a token, and
-token frequencies 5.91.
+Measured: 869,504 parameters, 614,400 tokens: held-out text costs 4.58 nats a token, and
+token frequencies 5.97.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Config:
   """A training run.
 
   Attributes:
-    text: a source of `effjax.data.text`, such as "stdlib" or "path:FOLDER".
+    text: a source of `effjax.data.text`, such as "libraries" or "path:FOLDER".
     tokenizer, vocab: kind and size, see `effjax.data.tokenizers.build`.
     pattern, depth: the layers, see above.
     width, heads, kv_heads, hidden: sizes of a layer.
@@ -66,7 +66,7 @@ class Config:
     evaluate_rows: rows of held-out text of an evaluation.
   """
 
-  text: str = "pydoc"
+  text: str = "libraries"
   tokenizer: str = "bpe"
   vocab: int = 1024
   pattern: str = "attention+mlp"
@@ -145,8 +145,8 @@ def architecture(config: Config, vocab_size: int) -> TransformerConfig:
       )
     mixer = Attention(config.heads, config.kv_heads, mask=mixers[found[1]], rope=Rope(10_000.0))
     layers += [LayerSpec(mixer, ffns[found[2]])] * int(found[3] or 1)
-  layers = tuple(itertools.islice(itertools.cycle(layers), config.depth))
-  return TransformerConfig(vocab_size, config.width, layers, context=config.length)
+  repeated = tuple(itertools.islice(itertools.cycle(layers), config.depth))
+  return TransformerConfig(vocab_size, config.width, repeated, context=config.length)
 
 
 def unigram_nll(sample, held_out, vocab_size: int) -> float:
@@ -237,8 +237,9 @@ def _tokenizer(config: Config, corpus, folder: Path):
 
 
 def _loader(config: Config, corpus, tokenizer, split: str, seed: int):
-  sizes = {"batch_size": config.batch, "length": config.length}
-  return data.loader(corpus, tokenizer, **sizes, seed=seed, split=split)
+  return data.loader(
+    corpus, tokenizer, batch_size=config.batch, length=config.length, seed=seed, split=split
+  )
 
 
 def _placement(config: Config) -> Zero | None:

@@ -1,1 +1,8 @@
-"""Exact attention that never holds the T × S matrix of scores."""
+"""Exact attention that never holds the T × S matrix of scores.
+
+To read first: `reference.py`, the operation written out, and `algorithm1.py`, FlashAttention as its
+paper has it, in numpy. Then `tile_map`, which tiles of scores a mask shows. On it stand two
+implementations that do not know one another: `tiled`, in plain XLA for every backend, and `fused`,
+kernels for GPUs and TPUs. `row_bias.py` keeps a bias shared along the keys out of both; `cases.py`
+draws the problems that tests and checks put to all of them.
+"""

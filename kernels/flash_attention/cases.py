@@ -58,23 +58,23 @@ class Structure:
     N = K * G
     arrays = operands(B, T, S, N, K, H, Hv, self.bias, self.dtype, rng)
     if arrays[3] is not None:
-      arrays[3] = jnp.where(rng.random(arrays[3].shape) < 0.1, -jnp.inf, arrays[3])
-    ids = lambda length: jnp.asarray(np.sort(rng.integers(-1, 3, (B, length)), axis=1), jnp.int32)
+      hidden = rng.random(arrays[3].shape) < 0.1
+      arrays[3] = np.where(hidden, -np.inf, arrays[3]).astype(self.dtype)
+    integers = lambda low, high, length: rng.integers(low, high, (B, length)).astype(np.int32)
+    ids = lambda length: np.sort(integers(-1, 3, length), axis=1)
     where = {
       "mask": self.mask(rng),
       "segment_ids": (ids(T), ids(S)) if self.segments else None,
-      "query_positions": (
-        jnp.asarray(rng.integers(0, S, (B, T)), jnp.int32) if self.positions else None
-      ),
+      "query_positions": integers(0, S, T) if self.positions else None,
     }
-    return arrays, where
+    return jax.device_put((arrays, where))
 
 
 def operands(B, T, S, N, K, H, Hv, bias=None, dtype="float32", rng=0) -> list[Any]:
   """Random query, key, value, bias of the shape `bias`, and cotangents of out and lse."""
   shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, Hv), bias, (B, T, N, Hv), (B, T, N)]
   rng = np.random.default_rng(rng)
-  return [None if s is None else jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+  return [None if s is None else jax.device_put(rng.normal(size=s).astype(dtype)) for s in shapes]
 
 
 def evaluate(attention: Callable, arrays: Any, where: Any) -> tuple[Any, ...]:
@@ -99,13 +99,14 @@ def programs(
   return {name: jax.jit(functools.partial(evaluate, attention[name])) for name in platforms}
 
 
+@functools.cache
 def exact(**options: Any) -> Callable:
   """`evaluate` of attention written out, with these options, in float64."""
   run = jax.jit(functools.partial(evaluate, functools.partial(reference.attention, **options)))
 
   def wide(arrays, where):
     with jax.enable_x64(True):
-      arrays = [None if x is None else jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
+      arrays = [None if x is None else jax.device_put(np.asarray(x, np.float64)) for x in arrays]
       return jax.tree.map(np.asarray, run(arrays, where))
 
   return wide

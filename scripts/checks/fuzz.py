@@ -12,7 +12,6 @@ named by a seed that draws it again.
 import json
 import sys
 
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from tqdm import tqdm
@@ -114,15 +113,16 @@ def _leaves(rng: np.random.Generator, whole: tuple[int, ...], positions: bool) -
     masks.Predicate(lambda q, k: (q * 3 + k) % 5 != 0),
     masks.PerHead((window, dilated), tuple(number(0, 1) for _ in range(N))),
   )
-  draws: list[cases.Draw] = [lambda r, mask=mask: mask for mask in fixed]
-  draws.append(lambda r: masks.Prefix(jnp.asarray(r.integers(0, S + 1, B), jnp.int32)))
+  always = lambda mask: lambda r: mask
+  draws: list[cases.Draw] = [always(mask) for mask in fixed]
+  integers = lambda r, low, high, *shape: r.integers(low, high, shape).astype(np.int32)
+  draws.append(lambda r: masks.Prefix(integers(r, 0, S + 1, B)))
   if T <= S:
     blocks, heads, per_row = -(-S // block), (1, N)[number(0, 1)], number(1, 2)
-    table = lambda r: jnp.asarray(r.integers(-1, blocks, (1, heads, blocks, per_row)), jnp.int32)
+    table = lambda r: integers(r, -1, blocks, 1, heads, blocks, per_row)
     draws.append(lambda r: masks.RandomBlocks(table(r), block))
-    draws.append(lambda r: masks.Global(jnp.asarray(r.integers(-1, S, (B, 2)), jnp.int32)))
-    ids = lambda r: jnp.asarray(np.sort(r.integers(-1, 4, (B, S)), axis=1), jnp.int32)
-    draws.append(lambda r: masks.Documents(ids(r)))
+    draws.append(lambda r: masks.Global(integers(r, -1, S, B, 2)))
+    draws.append(lambda r: masks.Documents(np.sort(integers(r, -1, 4, B, S), axis=1)))
   return draws
 
 

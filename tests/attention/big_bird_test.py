@@ -1,5 +1,7 @@
 """BigBird: transformers' block-sparse attention with the same random blocks, and its randomness."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +44,8 @@ def test_the_mask_equals_transformers_block_sparse_attention():
   mask = masks.BlockWindow(1, 1, BLOCK) | ends | masks.RandomBlocks(jnp.asarray(table), BLOCK)
   ids = jnp.where(jnp.asarray(padding), -1, 0)
   for implementation in ("reference", "xla"):
-    y = attend(q, k, v, mask=mask, segment_ids=ids, implementation=implementation)
+    run = functools.partial(attend, mask=mask, implementation=implementation)
+    y = jax.jit(run)(q, k, v, segment_ids=ids)
     got = np.asarray(y).reshape(2, T, D)
     np.testing.assert_allclose(got[~padding], want.reshape(2, T, D)[~padding], atol=2e-6)
 
@@ -50,35 +53,36 @@ def test_the_mask_equals_transformers_block_sparse_attention():
 def test_blocks_are_drawn_afresh_only_with_randomness(key):
   x = jax.random.normal(key, (1, T, D))
   module = BigBird(2, mask=masks.Full(), block=BLOCK, number=1)
-  params = module.init(key, x)
+  params = jax.jit(module.init)(key, x)
   run = jax.jit(lambda rngs: module.apply(params, x, rngs=rngs)[0])
   fixed, again = run({}), run({})
-  one, two = (run({"mask": jax.random.key(i)}) for i in (1, 2))
+  one, two = (np.asarray(run({"mask": jax.random.key(i)})) for i in (1, 2))
   np.testing.assert_array_equal(fixed, again)
-  assert jnp.abs(one - two).max() > 1e-3 and jnp.abs(one - fixed).max() > 1e-3
+  assert np.abs(one - two).max() > 1e-3 and np.abs(one - fixed).max() > 1e-3
 
 
 def test_few_blocks_are_full_attention(key):
   x = jax.random.normal(key, (2, 11, D))
   module = BigBird(2, block=BLOCK, number=0)
-  params = module.init(key, x)
+  params = jax.jit(module.init)(key, x)
   context = Context(segment_ids=jnp.zeros((2, 11), int).at[0, 9:].set(-1))
-  got, want = (m.apply(params, x, context)[0] for m in (module, Attention(2)))
+  got, want = (jax.jit(m.apply)(params, x, context)[0] for m in (module, Attention(2)))
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_causal_and_what_it_sees_on_average(key):
   x = jax.random.normal(key, (1, T, D))
   module = BigBird(2, block=BLOCK, number=2)
-  params = module.init(key, x)
-  run = jax.jit(lambda x: module.apply(params, x)[0])
-  reach = jnp.abs(jax.jacrev(lambda x: run(x).sum(-1)[0])(x)[:, 0].sum(-1)) > 0
-  assert not jnp.triu(reach, 1).any()
+  params = jax.jit(module.init)(key, x)
+  sums = lambda x: module.apply(params, x)[0].sum(-1)[0]
+  reach = np.abs(jax.jit(jax.jacrev(sums))(x)[:, 0].sum(-1)) > 0
+  assert not np.triu(reach, 1).any()
   mask = masks.bigbird(jax.random.key(0), T, block=BLOCK, number=2, causal=True)
   scores = module.flops(D, T) - 8.0 * D**2
-  assert scores == pytest.approx(4 * D * float(mask.dense(T).mean()) * T)
+  seen = np.asarray(mask.dense(T))
+  assert scores == pytest.approx(4 * D * seen.mean() * T)
   last = module.flops(D, T, 1) - 8.0 * D**2
-  assert last == pytest.approx(4 * D * float(mask.dense(T)[..., -1, :].sum()))
+  assert last == pytest.approx(4 * D * seen[..., -1, :].sum())
 
 
 def test_what_cannot_be_is_named(key):

@@ -1,5 +1,7 @@
 """Attention as the sum of its heads, for random partitions of them."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from effjax.attention.decompose import select_heads, split_heads
 from effjax.attention.longlora import ShiftedSparseAttention
 from effjax.layers import Context, Rope
 
-X = jax.random.normal(jax.random.key(1), (2, 5, 12))
+X = jax.device_put(np.random.default_rng(1).normal(size=(2, 5, 12)).astype(jnp.float32))
 BIASES = {"use_bias": True, "out_bias": True}
 FORMS = {
   "MHA": Attention(6, mask=masks.Full(), **BIASES),
@@ -26,11 +28,14 @@ def random_params(module):
   """Parameters with biases that are not zero."""
   params = jax.eval_shape(module.init, jax.random.key(0), X)["params"]
   rng = np.random.default_rng(0)
-  return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 3, x.dtype), params)
+  return jax.tree.map(
+    lambda x: jax.device_put((rng.normal(size=x.shape) / 3).astype(x.dtype)), params
+  )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def value(module, params, context=Context()):
-  return jax.jit(lambda params: module.apply({"params": params}, X, context)[0])(params)
+  return module.apply({"params": params}, X, context)[0]
 
 
 @forms

@@ -13,9 +13,10 @@ from effjax.quant import dequantize, quantize
 
 B, T, D, N, W = 2, 9, 8, 2, 3
 PACKED = jnp.array([[3, 3, 3, 1, 1, 1, 1, 0, 0], [4, 4, 4, 4, 4, 4, -1, -1, -1]])
-X = jax.random.normal(jax.random.key(1), (B, T, D))
-SHARED = jax.random.normal(jax.random.key(2), (1, 1, N, W))
-DYNAMIC = jax.random.normal(jax.random.key(3), (B, T, N, W))
+X, SHARED, DYNAMIC = (
+  jax.device_put(np.random.default_rng(0).normal(size=shape).astype(jnp.float32))
+  for shape in ((B, T, D), (1, 1, N, W), (B, T, N, W))
+)
 convolution = jax.jit(convolve, static_argnames="causal")
 
 
@@ -74,7 +75,7 @@ def test_padding_gives_nothing_even_where_it_is_not_finite():
 
 def test_bfloat16_is_summed_in_float32():
   x = jnp.ones((1, 31, 1), jnp.bfloat16)
-  y = convolve(x, jnp.zeros((1, 1, 1, 31)), causal=True)
+  y = convolution(x, jnp.zeros((1, 1, 1, 31)), causal=True)
   assert y.dtype == jnp.bfloat16
   np.testing.assert_allclose(y[0, :, 0].astype(jnp.float32), np.arange(1, 32) / 31, rtol=2**-8)
 
@@ -89,14 +90,15 @@ def test_the_halves_are_an_attention_and_a_convolution(dynamic, causal, key):
   context = Context(segment_ids=PACKED)
   y, cache = jax.jit(module.apply)({"params": params}, x, context)
   attention = Attention(N, mask=masks.Causal() if causal else masks.Full())
-  far, _ = attention.apply({"params": params["attention"]}, x[..., :D], context)
-  value, gate = jnp.split(x[..., D:] @ params["glu"]["kernel"], 2, -1)
-  inputs = value / (1 + jnp.exp(-gate))
+  far, _ = jax.jit(attention.apply)({"params": params["attention"]}, x[..., :D], context)
+  x, params = jax.tree.map(np.asarray, (x, params))
+  value, gate = np.split(x[..., D:] @ params["glu"]["kernel"], 2, -1)
+  inputs = value / (1 + np.exp(-gate))
   if dynamic:
     taps = (inputs @ params["taps"]["kernel"]).reshape(B, T, N, W)
   else:
     taps = params["conv"][None, None]
-  near = loop(inputs, taps, causal, np.asarray(PACKED)) @ np.asarray(params["out"]["kernel"])
+  near = loop(inputs, taps, causal, np.asarray(PACKED)) @ params["out"]["kernel"]
   np.testing.assert_allclose(y, np.concatenate([far, near], -1), atol=1e-5)
   assert cache is None
 
@@ -122,9 +124,9 @@ def test_decoding_equals_the_parallel_form(key):
 
 def test_projections_may_be_weights_of_any_representation(key):
   module = LSRA(N, 3, dynamic=True)
-  params = quantize(jax.jit(module.init)(key, X)["params"])
-  params = lora.add(params, key, rank=2, targets="taps/kernel$")
-  plain = dequantize(lora.merge(params))
+  changed = lambda params: lora.add(quantize(params), key, rank=2, targets="taps/kernel$")
+  params = jax.jit(lambda: changed(module.init(key, X)["params"]))()
+  plain = jax.jit(lambda params: dequantize(lora.merge(params)))(params)
   value = jax.jit(lambda params: module.apply({"params": params}, X)[0])
   np.testing.assert_allclose(value(params), value(plain), atol=1e-5)
 

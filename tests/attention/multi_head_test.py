@@ -17,8 +17,11 @@ def x():
 def test_equals_torch_multi_head_attention(x, key):
   torch = pytest.importorskip("torch", reason="torch is installed with Python 3.11 only")
   module = Attention(4, mask=masks.Full(), use_bias=True, out_bias=True)
-  params = module.init(key, x)["params"]
-  params = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape) / 4, params)
+  shapes = jax.eval_shape(module.init, key, x)["params"]
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda p: jax.device_put((rng.normal(size=p.shape) / 4).astype(p.dtype)), shapes
+  )
   peer = torch.nn.MultiheadAttention(16, 4, batch_first=True)
   tensor = lambda a: torch.tensor(np.array(a))
   names = ("query", "key", "value")
@@ -28,21 +31,20 @@ def test_equals_torch_multi_head_attention(x, key):
     peer.out_proj.weight[:] = tensor(params["out"]["kernel"].T)
     peer.out_proj.bias[:] = tensor(params["out"]["bias"])
     wanted, _ = peer(*[tensor(x)] * 3, need_weights=False)
-  ours, _ = module.apply({"params": params}, x)
+  ours, _ = jax.jit(module.apply)({"params": params}, x)
   np.testing.assert_allclose(ours, wanted.numpy(), atol=1e-5)
 
 
 def test_repeated_key_value_heads_equal_multi_head(x, key):
   grouped = Attention(4, 2, head_width=4)
-  params = grouped.init(key, x)["params"]
+  params = jax.jit(grouped.init)(key, x)["params"]
   repeat = lambda w: jnp.repeat(w.reshape(16, 2, 4), 2, axis=1).reshape(16, 16)
   full = dict(params)
   for name in ("key", "value"):
     full[name] = {"kernel": repeat(params[name]["kernel"])}
+  value = lambda module, params: jax.jit(module.apply)({"params": params}, x)[0]
   np.testing.assert_allclose(
-    grouped.apply({"params": params}, x)[0],
-    Attention(4, head_width=4).apply({"params": full}, x)[0],
-    atol=1e-6,
+    value(grouped, params), value(Attention(4, head_width=4), full), atol=1e-6
   )
 
 
@@ -50,9 +52,10 @@ def test_cross_attention_reads_unpadded_memory_only(x, key):
   module = Attention(4, cross=True)
   memory = jax.random.normal(key, (2, 5, 16))
   ids = jnp.array([[0, 0, 0, -1, -1]] * 2)
-  params = module.init(key, x, Context(memory=memory))
-  padded, _ = module.apply(params, x, Context(memory=memory, memory_segment_ids=ids))
-  short, _ = module.apply(params, x, Context(memory=memory[:, :3]))
+  params = jax.jit(module.init)(key, x, Context(memory=memory))
+  apply = jax.jit(module.apply)
+  padded, _ = apply(params, x, Context(memory=memory, memory_segment_ids=ids))
+  short, _ = apply(params, x, Context(memory=memory[:, :3]))
   np.testing.assert_allclose(padded, short, atol=1e-6)
 
 
@@ -86,16 +89,17 @@ def test_impossible_modules_are_refused(module, message, x, key):
 
 def test_a_cache_holds_no_token_that_is_not_there(x, key):
   module = Attention(4)
-  params = module.init(key, x)
+  params = jax.jit(module.init)(key, x)
+  apply = jax.jit(module.apply)
   ids = jnp.array([[5, 5, 2, -1, -1, -1, -1], [-1, -1, 0, 0, 0, 0, 0]])
   positions = jnp.array([[0, 1, 2, 0, 0, 0, 0], [0, 0, 0, 1, 2, 3, 4]])
   spoilt = jnp.where((ids < 0)[..., None], jnp.nan, x)
   context = Context(segment_ids=ids, positions=positions)
-  y, cache = module.apply(params, spoilt, context, module.init_cache(16, 2, 8))
+  y, cache = apply(params, spoilt, context, module.init_cache(16, 2, 8))
   assert not cache.key[0, 3:].any()
   assert not cache.value[1, 5:].any()
   for row, there in ((0, slice(3)), (1, slice(2, 7))):
-    alone, _ = module.apply(params, x[row : row + 1, there])
+    alone, _ = apply(params, x[row : row + 1, there])
     np.testing.assert_allclose(y[row, there], alone[0], atol=1e-6)
 
 

@@ -21,7 +21,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "xla"]
 
 def draw(*shapes, dtype="float32"):
   rng = np.random.default_rng(0)
-  return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+  return [jax.device_put(rng.normal(size=shape).astype(dtype)) for shape in shapes]
 
 
 def problem(dtype="float32"):
@@ -50,7 +50,7 @@ def evaluate(function, query, key, value, d_out, d_lse, sinks=SINKS):
 
 def exact(seen, arrays):
   with jax.enable_x64(True):
-    arrays = [jnp.asarray(np.asarray(x, np.float64)) for x in (*arrays, SINKS)]
+    arrays = [jax.device_put(np.asarray(x, np.float64)) for x in (*arrays, SINKS)]
     function = functools.partial(written_out, seen=np.asarray(seen)[None, None])
     return jax.tree.map(np.asarray, jax.jit(functools.partial(evaluate, function))(*arrays))
 
@@ -89,21 +89,22 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradients(implementation):
 def test_a_sink_far_below_the_scores_changes_nothing():
   q, k, v, *_ = problem()
   sinks = jnp.array([-1e4, -1e30, -jnp.inf, -200.0])
-  got = attend(q, k, v, mask=Causal(), sinks=sinks)
-  np.testing.assert_allclose(got, attend(q, k, v, mask=Causal()), atol=1e-7)
+  run = jax.jit(functools.partial(attend, mask=Causal()))
+  np.testing.assert_allclose(run(q, k, v, sinks=sinks), run(q, k, v), atol=1e-7)
 
 
 def test_parts_join_in_any_order_and_empty_ones_do_not_count():
   q, k, v, *_ = problem()
   cuts = [slice(0, 3), slice(3, 4), slice(4, T)]
-  some = [attend(q, k[:, c], v[:, c], return_lse=True) for c in cuts]
+  run, join = jax.jit(functools.partial(attend, return_lse=True)), jax.jit(parts.join)
+  some = [run(q, k[:, c], v[:, c]) for c in cuts]
   empty = jnp.zeros_like(q), jnp.full((B, T, N), -jnp.inf)
-  whole = attend(q, k, v, return_lse=True)
+  whole = run(q, k, v)
   for order in ([0, 1, 2], [2, 0, 1]):
-    out, lse = functools.reduce(parts.join, (empty, *(some[i] for i in order), empty))
+    out, lse = functools.reduce(join, (empty, *(some[i] for i in order), empty))
     np.testing.assert_allclose(out, whole[0], atol=1e-6)
     np.testing.assert_allclose(lse, whole[1], atol=1e-6)
-  out, lse = parts.join(empty, empty)
+  out, lse = join(empty, empty)
   assert (out == 0).all() and (lse == -jnp.inf).all()
 
 
@@ -123,11 +124,13 @@ def test_sinks_that_do_not_fit_are_named(sinks, came):
 def test_shifted_heads_keep_their_sinks():
   """Groups as long as the sequence are plain attention; shorter ones see their own sinks too."""
   q, k, v, *_ = problem()
-  got = shifted_group_attention(q, k, v, group=T, sinks=SINKS)
-  np.testing.assert_allclose(got, attend(q, k, v, mask=Causal(), sinks=SINKS), atol=1e-6)
-  got = shifted_group_attention(q, k, v, group=4, sinks=SINKS)
+  shifted = jax.jit(shifted_group_attention, static_argnames="group")
+  got = shifted(q, k, v, group=T, sinks=SINKS)
+  plain = jax.jit(functools.partial(attend, mask=Causal()))(q, k, v, sinks=SINKS)
+  np.testing.assert_allclose(got, plain, atol=1e-6)
+  got = shifted(q, k, v, group=4, sinks=SINKS)
   for n in range(N):
-    alone = shifted_group_attention(q, k, v, group=4, sinks=jnp.full(N, SINKS[n]))
+    alone = shifted(q, k, v, group=4, sinks=jnp.full(N, SINKS[n]))
     np.testing.assert_allclose(got[:, :, n], alone[:, :, n], atol=1e-6)
 
 
@@ -142,11 +145,12 @@ def test_shifted_heads_keep_their_sinks():
 )
 def test_modules_learn_their_sinks(module):
   x = draw((2, 8, 16))[0]
-  params = module.init(jax.random.key(0), x)["params"]
+  params = jax.jit(module.init)(jax.random.key(0), x)["params"]
   assert params["sinks"].shape == (4,) and not params["sinks"].any()
   loss = lambda params: jnp.square(module.apply({"params": params}, x)[0]).sum()
   gradient = jax.jit(jax.grad(loss))(params)["sinks"]
   assert (gradient != 0).all() and jnp.isfinite(gradient).all()
-  without, _ = module.clone(sinks=False).apply({"params": params | {"sinks": None}}, x)
+  value = lambda module, params: jax.jit(module.apply)({"params": params}, x)[0]
+  without = value(module.clone(sinks=False), params | {"sinks": None})
   dropped = params | {"sinks": jnp.full(4, -1e9)}
-  np.testing.assert_allclose(module.apply({"params": dropped}, x)[0], without, atol=1e-6)
+  np.testing.assert_allclose(value(module, dropped), without, atol=1e-6)

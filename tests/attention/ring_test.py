@@ -41,7 +41,7 @@ def problem(dtype="float32", length=T):
   shapes = [(B, length, n, H) for n in (N, K, K)]
   shapes += [(N,), (B, length, N, H), (B, length, N)]
   rng = np.random.default_rng(0)
-  return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+  return [jax.device_put(rng.normal(size=shape).astype(dtype)) for shape in shapes]
 
 
 def ring(batch=1, **arguments):
@@ -68,7 +68,7 @@ def evaluate(function, mask, arrays):
 
 def exact(arrays, mask, **arguments):
   with jax.enable_x64(True):
-    arrays = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
+    arrays = [jax.device_put(np.asarray(x, np.float64)) for x in arrays]
     options = {"return_lse": True, "implementation": "reference", **arguments}
     function = lambda q, k, v, sinks, mask: attend(q, k, v, mask=mask, sinks=sinks, **options)
     run = jax.jit(functools.partial(evaluate, function, mask))

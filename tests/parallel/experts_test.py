@@ -1,5 +1,6 @@
 """A mixture of experts under data parallelism: each device computes its own rows."""
 
+import functools
 import re
 
 import chex
@@ -29,26 +30,32 @@ def draw():
   ids = np.zeros((B, T), int)
   ids[3, 1:] = -1
   return {
-    "tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
-    "targets": jnp.asarray(tokens[:, 1:], jnp.int32),
-    "segment_ids": jnp.asarray(ids, jnp.int32),
-    "weights": jnp.asarray(ids == 0, jnp.float32),
+    "tokens": jax.device_put(tokens[:, :-1].astype(jnp.int32)),
+    "targets": jax.device_put(tokens[:, 1:].astype(jnp.int32)),
+    "segment_ids": jax.device_put(ids.astype(jnp.int32)),
+    "weights": jax.device_put((ids == 0).astype(jnp.float32)),
   }
 
 
-def train(zero, change=lambda params: params):
+@functools.cache
+def train(zero, change):
   """(metrics, parameters after a step, compiled text); on one device for `zero` None."""
   batch = draw()
-  params = change(jax.jit(MODULE.init)(jax.random.key(0), batch["tokens"])["params"])
+  init = jax.jit(lambda key: change(MODULE.init(key, batch["tokens"])["params"]))
+  params = init(jax.random.key(0))
   state, placement = init_state(params, OPTIMIZER), None
   if zero is not None:
     placement = Zero(make_mesh(data=8), zero)
     state = place(state, placement.mesh, zero=zero)
     batch = jax.device_put(batch, placement.batch(batch))
   step = make_train_step(next_token(MODULE), OPTIMIZER, placement=placement)
-  text = step.lower(state, batch, jax.random.key(1)).compile().as_text()
-  state, metrics = step(state, batch, jax.random.key(1))
-  return metrics, state.params, text
+  program = step.lower(state, batch, jax.random.key(1)).compile()
+  state, metrics = program(step.objective, state, batch, jax.random.key(1))
+  return metrics, state.params, program.as_text()
+
+
+def plain(params):
+  return params
 
 
 def adapted(params):
@@ -60,9 +67,8 @@ def trained_for_a_while(path, w):
   return lora.LoRA(w.base, w.a, jax.random.normal(jax.random.key(2), w.b.shape) / 10, w.scale)
 
 
-@pytest.fixture(scope="module")
-def alone():
-  return train(None)
+def adapted_in_int8(params):
+  return adapted(quantize(params, targets="experts/.*kernel"))
 
 
 def assert_same(got, expected):
@@ -73,8 +79,8 @@ def assert_same(got, expected):
 
 
 @pytest.mark.parametrize("zero", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
-def test_eight_devices_train_as_one_does_and_compute_their_own_rows(alone, zero):
-  got = train(zero)
+def test_eight_devices_train_as_one_does_and_compute_their_own_rows(zero):
+  got, alone = train(zero, plain), train(None, plain)
   assert_same(got, alone)
   rows = B * T * K
   assert f"[{rows},16]" in alone[2]
@@ -88,5 +94,4 @@ def test_adapters_over_experts_that_are_gathered():
 
 @pytest.mark.parametrize("zero", [0, 3])
 def test_experts_in_int8_and_adapters_over_them(zero):
-  change = lambda params: adapted(quantize(params, targets="experts/.*kernel"))
-  assert_same(train(zero, change), train(None, change))
+  assert_same(train(zero, adapted_in_int8), train(None, adapted_in_int8))

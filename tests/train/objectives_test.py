@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from effjax.layers.forward import layer_means
-from effjax.train import perplexity
+from effjax.train import next_token, perplexity
 from tests.modules import apply, random_params
 
 
@@ -19,6 +19,14 @@ def test_masked_loss_is_the_mean_over_what_counts(bigram, stream):
   expected = (nll * batch["weights"]).sum() / batch["weights"].sum()
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   assert float(metrics["weight"]) == batch["weights"].sum()
+
+
+def test_logits_of_half_precision_are_compared_in_float32():
+  objective = next_token(nn.Embed(2, 2, dtype=jnp.bfloat16))
+  batch = {"tokens": jnp.array([[0]]), "targets": jnp.array([[1]])}
+  loss, _ = objective({"embedding": jnp.array([[0.5, 0.25], [0.0, 0.0]])}, batch, None)
+  assert loss.dtype == jnp.float32
+  np.testing.assert_allclose(loss, np.log(np.exp(0.25) + 1), rtol=1e-6)
 
 
 def test_a_masked_target_has_no_influence(bigram, stream):
@@ -48,8 +56,6 @@ def test_a_scanned_layer_counts_as_its_repeats():
 
 
 def test_randomness_is_on_with_a_key_only(stream):
-  from effjax.train import next_token
-
   class Noisy(nn.Module):
     @nn.compact
     def __call__(self, tokens):

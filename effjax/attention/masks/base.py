@@ -39,9 +39,20 @@ class Mask:
            [0, 1, 1]], dtype=int32)
   """
 
-  heads = 1  # how many heads the mask tells apart
-  band: tuple[int | None, int | None] | None = None  # (left, right) of a `SlidingWindow` it equals
-  exact = False  # whether the spans of single queries and keys hold all pairs and no other
+  @property
+  def heads(self) -> int:
+    """How many heads the mask tells apart."""
+    return 1
+
+  @property
+  def band(self) -> tuple[int | None, int | None] | None:
+    """(left, right) of a `SlidingWindow` that it equals; None where there is none."""
+    return None
+
+  @property
+  def exact(self) -> bool:
+    """Whether the spans of single queries and keys hold all pairs and no other."""
+    return False
 
   def features(self, q_positions: Index, length: int) -> tuple[Features, Features]:
     """What the mask has to know of the queries and of the keys.
@@ -88,8 +99,8 @@ class Mask:
     k_features = jax.tree.map(lambda x: x[..., None, :], k_features)
     q = q_positions[:, None, :, None]
     seen = self.predicate(q, np.arange(S)[None, None, None], q_features, k_features)
-    seen = jnp.broadcast_to(seen, (*seen.shape[:-2], T, S))
-    return seen[0, 0] if plain else seen
+    seen = namespace(seen).broadcast_to(seen, (*seen.shape[:-2], T, S))
+    return jnp.asarray(seen[0, 0] if plain else seen, bool)
 
   def blocks(self, T: int, S: int, block_q: int, block_k: int, *, head: int = 0) -> blocks.Blocks:
     """The tiles to visit, by rows (forward) and by columns (backward), with no T × S array.
@@ -124,7 +135,8 @@ class Mask:
       positions = np.arange(length - queries, length, dtype=np.int32)[None]
       some, _ = self.spans(one_by_one, *self.features(positions, length))
       return float(some.count().mean())
-    return float(self.dense(queries, length).sum(-1).mean())
+    known = jax.tree.map(np.asarray, self)
+    return float(np.asarray(known.dense(queries, length)).sum(-1).mean())
 
   def plot(
     self, T: int, S: int | None = None, *, block_q: int = 1, block_k: int = 1, head: int = 0

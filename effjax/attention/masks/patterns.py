@@ -30,6 +30,7 @@ def longformer(
 
   Reference: Longformer (arXiv 2004.05150), section 3.1.
   """
+  local: Mask
   band = lambda gap: SlidingWindow(window, window) if gap == 1 else Dilated(window, gap)
   if isinstance(dilation, tuple):
     gaps = sorted(set(dilation))

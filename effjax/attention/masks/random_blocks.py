@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.attention.masks.base import FAR, Mask, at_least, namespace
-from effjax.core.typing import Array
+from effjax.core.typing import Array, Int
 from effjax.kernels.flash_attention.tile_map.spans import union
 
 
@@ -29,7 +29,7 @@ class RandomBlocks(Mask):
 
   table: Any  # not checked here: jax rebuilds trees with leaves of other types
   block: int
-  __hash__ = None
+  __hash__ = None  # type: ignore[assignment]  # how Python says that there is none
 
   @classmethod
   def draw(
@@ -42,23 +42,7 @@ class RandomBlocks(Mask):
     for name, value in (("length", length), ("block", block), ("heads", heads)):
       at_least(f"RandomBlocks: {name}", value, 1)
     at_least("RandomBlocks: number", number, 0)
-    blocks = -(-length // block)
-    own = jnp.arange(blocks)[None, None]
-    # To choose from: `before` blocks 1 … own − 2 and `after` blocks own + 2 … blocks − 2.
-    before, next_after = jnp.maximum(own - 2, 0), jnp.maximum(own + 2, 1)
-    after = jnp.zeros_like(own) if causal else jnp.maximum(blocks - 1 - next_after, 0)
-    shape = (1, heads, blocks)
-    chosen: list[Array] = []
-    for j, key_j in enumerate(jax.random.split(key, number)):
-      left = before + after - j
-      x = jax.random.randint(key_j, shape, 0, jnp.maximum(left, 1))
-      for y in jnp.moveaxis(jnp.sort(jnp.stack(chosen, -1), -1), -1, 0) if chosen else ():
-        x = x + (x >= y)
-      chosen.append(jnp.where(left > 0, x, FAR))
-    ranks = jnp.stack(chosen, -1) if chosen else jnp.zeros((*shape, 0), jnp.int32)
-    low = ranks < before[..., None]
-    found = jnp.where(low, ranks + 1, ranks - before[..., None] + next_after[..., None])
-    return cls(jnp.where(ranks < FAR, found, -1).astype(jnp.int32), block)
+    return cls(_table(key, -(-length // block), number, heads, causal), block)
 
   @property
   def heads(self) -> int:
@@ -102,3 +86,25 @@ class RandomBlocks(Mask):
         f"mask: RandomBlocks has a table {self.table.shape}, expected ({batch} or 1, heads or 1, "
         f"{blocks}, any) for {S} positions in blocks of {self.block}"
       )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _table(
+  key: Array, blocks: int, number: int, heads: int, causal: bool
+) -> Int[Array, "1 {heads} {blocks} {number}"]:
+  own = jnp.arange(blocks)[None, None]
+  # To choose from: `before` blocks 1 … own − 2 and `after` blocks own + 2 … blocks − 2.
+  before, next_after = jnp.maximum(own - 2, 0), jnp.maximum(own + 2, 1)
+  after = jnp.zeros_like(own) if causal else jnp.maximum(blocks - 1 - next_after, 0)
+  shape = (1, heads, blocks)
+  chosen: list[Array] = []
+  for j, key_j in enumerate(jax.random.split(key, number)):
+    left = before + after - j
+    x = jax.random.randint(key_j, shape, 0, jnp.maximum(left, 1))
+    for y in jnp.moveaxis(jnp.sort(jnp.stack(chosen, -1), -1), -1, 0) if chosen else ():
+      x = x + (x >= y)
+    chosen.append(jnp.where(left > 0, x, FAR))
+  ranks = jnp.stack(chosen, -1) if chosen else jnp.zeros((*shape, 0), jnp.int32)
+  low = ranks < before[..., None]
+  found = jnp.where(low, ranks + 1, ranks - before[..., None] + next_after[..., None])
+  return jnp.where(ranks < FAR, found, -1).astype(jnp.int32)

@@ -182,7 +182,7 @@ class Documents(Mask):
   """
 
   segment_ids: Any  # not checked here: jax rebuilds trees with leaves of other types
-  __hash__ = None
+  __hash__ = None  # type: ignore[assignment]  # how Python says that there is none
 
   def features(self, q_positions, length):
     if isinstance(self.segment_ids, tuple):

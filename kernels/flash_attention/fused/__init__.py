@@ -1,1 +1,8 @@
-"""Attention by fused kernels: Triton, Mosaic, cuDNN."""
+"""Attention by fused kernels: Pallas on NVIDIA GPUs and on TPUs, cuDNN where it can.
+
+In this order: `steps.py`, the arithmetic of one tile; `jobs.py`, what a kernel is given;
+`frame.py`, what is the same around all kernels; then a platform's four, in `gpu.py`, or in `tpu.py`
+with `walks.py`, the tiles as a TPU's grid goes through them. `places.py` says where the blocks of
+operands lie, `sizes.py` how large tiles are; `folding.py` makes heads queries for decoding;
+`cudnn.py` asks cuDNN.
+"""

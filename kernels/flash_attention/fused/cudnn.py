@@ -18,12 +18,13 @@ def attention(
   return_lse: bool = False,
   **arguments: Any,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"] | None]:
-  """Attention; the log-sum-exp is None unless `return_lse`. Arguments as of `xla.attention`."""
+  """Attention, arguments as of `tiled.xla.attention`; no log-sum-exp unless `return_lse`."""
+  band = _band(arguments["mask"])
   refused = refusal(query, key, value, return_lse=return_lse, **arguments)
-  if refused:
+  if band is None or refused:
     logging.log_first_n(logging.WARNING, "attention: not by cuDNN: %s", 1, refused)
     return gpu.attention(query, key, value, **arguments)
-  left, right = _band(arguments["mask"])
+  left, right = band
   out = jax.nn.dot_product_attention(
     query,
     key,

@@ -5,6 +5,7 @@ first those that need no mask, and keeps what it sums in registers.
 """
 
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +17,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from effjax.core.typing import Array, Float
 from effjax.kernels.flash_attention import row_bias
-from effjax.kernels.flash_attention.fused import attention as fused
-from effjax.kernels.flash_attention.fused import folding, steps
-from effjax.kernels.flash_attention.fused.attention import Job
+from effjax.kernels.flash_attention.fused import folding, frame, steps
+from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
 from effjax.kernels.flash_attention.fused.places import Place
 from effjax.kernels.flash_attention.fused.sizes import Sizes
 
@@ -47,7 +47,8 @@ def _forward(job: Job) -> tuple[Array, Array]:
   kind = job.query.dtype if splits == 1 else jnp.float32
   out = jax.ShapeDtypeStruct((splits, B, T, N, job.value.shape[-1]), kind)
   lse = jax.ShapeDtypeStruct((splits, B, N, T), jnp.float32)
-  return _call(job, kernel, _by_rows(job, splits), ("pbqnh", out), ("pbnq", lse))
+  whole, log_sums = _call(job, kernel, _by_rows(job, splits), ("pbqnh", out), ("pbnq", lse))
+  return whole, log_sums
 
 
 def _queries(job: Job) -> Array:
@@ -105,12 +106,14 @@ def _keys(job: Job) -> tuple[Array, Array]:
     d_key[...] = (d_k * job.settings.scale).astype(d_key.dtype)
     d_value[...] = d_v.astype(d_value.dtype)
 
-  return _call(job, kernel, _by_columns(job), ("bkmh", job.key), ("bkmh", job.value))
+  d_key, d_value = _call(job, kernel, _by_columns(job), ("bkmh", job.key), ("bkmh", job.value))
+  return d_key, d_value
 
 
 def _bias(job: Job) -> Array:
   """Sums over the batch rows and heads that the bias is shared by; visits every tile."""
-  size, heads = job.size, job.query.shape[2]
+  size, heads, bias = job.size, job.query.shape[2], job.bias
+  assert bias is not None  # without one nobody asks for its gradient
 
   def kernel(x, d_bias):
     j = pl.program_id(1)
@@ -132,7 +135,7 @@ def _bias(job: Job) -> Array:
     start = jnp.zeros((size.queries, size.keys), jnp.float32)
     d_bias[0, 0] = lax.fori_loop(0, batch * shared, add, start).astype(d_bias.dtype)
 
-  return _call(job, kernel, _by_bias(job), ("bnqk", job.bias))[0]
+  return _call(job, kernel, _by_bias(job, bias), ("bnqk", bias))[0]
 
 
 def _visit(
@@ -211,10 +214,10 @@ def _by_columns(job: Job) -> Place:
   return Place((job.tiles[1], K, B), axes)
 
 
-def _by_bias(job: Job) -> Place:
+def _by_bias(job: Job, bias: Array) -> Place:
   """A program for each tile of the bias."""
   (B, _, N, _), K = job.query.shape, job.key.shape[2]
-  b, n = job.bias.shape[:2]
+  b, n = bias.shape[:2]
   axes = {
     "b": (B // b, lambda i, j, c: lax.div(c, n)),
     "n": (N // n, lambda i, j, c: lax.rem(c, n)),
@@ -247,7 +250,7 @@ _PROGRAMS = 256  # about as many as fill a device
 _LEAST = 256  # keys for which a part is worth its own program
 _FEW = 64  # queries that one tile holds
 
-KERNELS = fused.Kernels(_forward, _queries, _keys, _bias, "gpu", pl.next_power_of_2)
+KERNELS = Kernels(_forward, _queries, _keys, _bias, "gpu", pl.next_power_of_2)
 
 
 @row_bias.outside
@@ -261,7 +264,7 @@ def attention(
   interpret: bool = False,
   **arguments: Any,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-  """Attention and its log-sum-exp; arguments and results as of `xla.attention`.
+  """Attention and its log-sum-exp; arguments and results as of `tiled.xla.attention`.
 
   A few queries against a cache would leave most of a GPU idle: the heads that share keys then count
   as queries (`folding`), and the keys are worked on in parts, joined by their log-sum-exps.
@@ -279,8 +282,9 @@ def attention(
   if splits is None:
     programs = B * (K if folded else N)
     splits = max(1, min(_PROGRAMS // programs, S // _LEAST)) if T <= _FEW else 1
-  options = {"sizes": sizes, "splits": splits, "interpret": interpret}
-  run = functools.partial(fused.attention, KERNELS, **options)
+  run: Callable[..., Any] = functools.partial(
+    frame.attention, KERNELS, sizes=sizes, splits=splits, interpret=interpret
+  )
   if folded:
     run = functools.partial(folding.attention, run)
   return run(query, key, value, **arguments)

@@ -5,7 +5,7 @@ taken whole.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.experimental import pallas as pl
@@ -19,7 +19,7 @@ class Place:
   """
 
   grid: tuple[Any, ...]
-  axes: dict[str, tuple[int | None, Callable[..., Any]]]
+  axes: Mapping[str, tuple[int | None, Callable[..., Any]]]
 
   def spec(self, shape: tuple[int, ...], kinds: str) -> pl.BlockSpec:
     """For an array; batch and heads of size one stay so."""

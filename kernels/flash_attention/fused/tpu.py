@@ -6,6 +6,7 @@ leaves out. What a row sums stays in VMEM from its first tile to its last.
 """
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from effjax.core.typing import Array, Float
 from effjax.kernels.flash_attention import row_bias
-from effjax.kernels.flash_attention.fused import attention as fused
-from effjax.kernels.flash_attention.fused import steps, walks
-from effjax.kernels.flash_attention.fused.attention import Job
+from effjax.kernels.flash_attention.fused import frame, steps, walks
+from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
 from effjax.kernels.flash_attention.fused.places import Place
 from effjax.kernels.flash_attention.fused.sizes import Sizes
 
@@ -119,7 +119,8 @@ def _keys(job: Job) -> tuple[Array, Array]:
 
 def _bias(job: Job) -> Array:
   """Sums over the batch rows and heads that the bias is shared by; visits every tile."""
-  size = job.size
+  size, bias = job.size, job.bias
+  assert bias is not None  # without one nobody asks for its gradient
 
   def kernel(step, x, d_bias, total):
     @pl.when(step.first)
@@ -135,8 +136,8 @@ def _bias(job: Job) -> Array:
     def _():
       d_bias[...] = total[...].astype(d_bias.dtype)
 
-  results = (("yzqk", job.bias.shape, job.bias.dtype),)
-  return _call(job, kernel, _by_bias(job), results, [(size.queries, size.keys)])[0]
+  results = (("yzqk", bias.shape, bias.dtype),)
+  return _call(job, kernel, _by_bias(job, bias), results, [(size.queries, size.keys)])[0]
 
 
 def _put(refs: Any, values: Any) -> None:
@@ -204,10 +205,10 @@ def _by_columns(job: Job) -> _Route:
   return _Route((B, N // repeats, walk.used, repeats), axes, walk, entry, repeats, False)
 
 
-def _by_bias(job: Job) -> _Route:
+def _by_bias(job: Job, bias: Array) -> _Route:
   """The tiles of the bias, and for each the batch rows and heads that share it."""
   B, _, N, _ = job.query.shape
-  b, n = job.bias.shape[:2]
+  b, n = bias.shape[:2]
   shared = N // n
   axes = {
     "y": (None, lambda y, z, i, j, r: y),
@@ -238,7 +239,7 @@ class _Step:
     """Runs `tile(masked)` if there is a tile to visit."""
     for flag, present in ((walks.FULL, self.job.any_full), (walks.PARTIAL, self.job.any_partial)):
       if present:
-        pl.when(self.kind & flag != 0)(lambda masked=flag == walks.PARTIAL: tile(masked))
+        pl.when(self.kind & flag != 0)(functools.partial(tile, flag == walks.PARTIAL))
 
   def seen(self, x: Any, masked: bool) -> Array | None:
     """The predicate on the tile."""
@@ -280,7 +281,7 @@ def _call(
     out_shape=[job.result(shape, dtype) for _, shape, dtype in results],
     name=kernel.__qualname__.split(".")[0].lstrip("_"),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel",) * 2 + ("arbitrary",) * last
+      dimension_semantics=(pltpu.PARALLEL,) * 2 + (pltpu.ARBITRARY,) * last
     ),
     interpret=job.settings.interpret,
   )(*lists, operands)
@@ -304,7 +305,7 @@ def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, st
   return operands, heads_first | lines | {"bias": "bnqk"}
 
 
-KERNELS = fused.Kernels(_forward, _queries, _keys, _bias, "tpu", lambda width: width)
+KERNELS = Kernels(_forward, _queries, _keys, _bias, "tpu", lambda width: width)
 
 
 @row_bias.outside
@@ -317,7 +318,7 @@ def attention(
   interpret: bool = False,
   **arguments: Any,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-  """Attention and its log-sum-exp; arguments and results as of `xla.attention`.
+  """Attention and its log-sum-exp; arguments and results as of `tiled.xla.attention`.
 
   Args:
     sizes: of the tiles, multiples of 128; from the device's table when None.
@@ -326,4 +327,4 @@ def attention(
   Raises:
     ValueError: for heads wider than 256, or types other than float32, bfloat16 and float16.
   """
-  return fused.attention(KERNELS, query, key, value, sizes=sizes, interpret=interpret, **arguments)
+  return frame.attention(KERNELS, query, key, value, sizes=sizes, interpret=interpret, **arguments)

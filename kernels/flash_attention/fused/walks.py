@@ -43,13 +43,14 @@ class Walk:
     most = int(used) if known else rows * columns
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
       flat = jax.tree.map(lambda x: jnp.asarray(x).reshape(batch * heads, -1), lists)
-      arrays = jax.vmap(lambda each: _walk(each, most))(flat)
-    return cls(most, most if known else used, batch, heads, tuple(x.ravel() for x in arrays))
+      row, tile, kind = jax.vmap(lambda each: _walk(each, most))(flat)
+      arrays = row.ravel(), tile.ravel(), kind.ravel()
+    return cls(most, most if known else used, batch, heads, arrays)
 
   def entry(self, b: Array, n: Array, s: Array) -> Array:
     """Where step s of batch row b and query head n is in the arrays."""
-    b, n = (i if count > 1 else 0 for i, count in ((b, self.batch), (n, self.heads)))
-    return (b * self.heads + n) * self.steps + s
+    batch, head = (i if count > 1 else 0 for i, count in ((b, self.batch), (n, self.heads)))
+    return (batch * self.heads + head) * self.steps + s
 
 
 def _walk(lists: TileList, most: int) -> tuple[Array, Array, Array]:
@@ -66,4 +67,4 @@ def _walk(lists: TileList, most: int) -> tuple[Array, Array, Array]:
   kind += jnp.where(inside & (n == 0), FIRST, 0)
   kind += jnp.where(inside & (n == lengths[row] - 1), LAST, 0)
   tile = jnp.pad(lists.index, (0, 1))[at]
-  return tuple(x.astype(jnp.int32) for x in (row, tile, kind))
+  return row.astype(jnp.int32), tile.astype(jnp.int32), kind.astype(jnp.int32)

@@ -1,1 +1,6 @@
-"""What a mask shows, tile by tile: intervals, arrays with a predicate, lists of tiles."""
+"""What a mask shows, in tiles of queries and keys.
+
+In this order: `spans.py`, sets of tiles as intervals; `sight.py`, a mask with segments and
+positions as arrays to cut into tiles and a predicate on one; `blocks.py`, the tiles to visit as
+lists by rows and by columns, for kernels that walk along them.
+"""

@@ -9,7 +9,7 @@ import pytest
 from effjax.attention import masks
 from experiments.attention import pretrained_window as study
 
-TINY = study.Config(model="tiny", rows=2, length=64, windows="16,32", sinks="0,4")
+TINY = study.Config(model="tiny", text="stdlib", rows=2, length=64, windows="16,32", sinks="0,4")
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ def operands(sizes=SIZES, spare=5, D=6, F=4, dtype=np.float32):
   rng = np.random.default_rng(0)
   M, E = sum(sizes) + spare, len(sizes)
   shapes = ((M, D), (E, D, F), (E, F), (M, F))
-  x, w, bias, dy = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
-  return x, w, jnp.asarray(sizes, jnp.int32), bias, dy
+  x, w, bias, dy = (jax.device_put(rng.normal(size=shape).astype(dtype)) for shape in shapes)
+  return x, w, jax.device_put(np.asarray(sizes, np.int32)), bias, dy
 
 
 def dense(x, w, sizes, bias, dy):
@@ -49,16 +49,19 @@ def value_and_grads(x, w, sizes, bias, dy, implementation=None):
   return y, *pull(dy)
 
 
+jitted = jax.jit(value_and_grads, static_argnames="implementation")
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_values_and_gradients_equal_float64(implementation):
   args = operands()
-  got = jax.jit(value_and_grads, static_argnums=5)(*args, implementation)
+  got = jitted(*args, implementation)
   chex.assert_trees_all_close(got, dense(*args), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_empty_groups_and_spare_rows_have_exactly_zero_gradient(implementation):
-  y, dx, dw, db = value_and_grads(*operands(), implementation)
+  y, dx, dw, db = jitted(*operands(), implementation)
   for part in (y[-5:], dx[-5:], dw[0], db[0]):
     assert not np.asarray(part).any()
   assert np.asarray(dw[1]).all()
@@ -70,9 +73,9 @@ def test_empty_groups_and_spare_rows_have_exactly_zero_gradient(implementation):
 )
 def test_any_group_sizes(sizes, seed):
   rng = np.random.default_rng(seed)
-  x = jnp.asarray(rng.integers(-4, 5, (80, 3)), jnp.float32)
-  w = jnp.asarray(rng.integers(-4, 5, (4, 3, 2)), jnp.float32)
-  got = jax.jit(grouped_linear)(x, w, jnp.asarray(sizes, jnp.int32))
+  x = jax.device_put(rng.integers(-4, 5, (80, 3)).astype(jnp.float32))
+  w = jax.device_put(rng.integers(-4, 5, (4, 3, 2)).astype(jnp.float32))
+  got = jax.jit(grouped_linear)(x, w, jax.device_put(np.asarray(sizes, np.int32)))
   group = np.repeat(np.arange(4), sizes)
   expected = np.zeros((80, 2), np.float32)
   expected[: len(group)] = np.einsum("md,mdf->mf", x[: len(group)], np.asarray(w)[group])
@@ -87,7 +90,9 @@ def weight_of(kind, w):
     return base
   rng = np.random.default_rng(1)
   E, D, F = w.shape
-  a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((E, D, 2), (E, 2, F)))
+  a, b = (
+    jax.device_put(rng.normal(size=shape).astype(jnp.float32)) for shape in ((E, D, 2), (E, 2, F))
+  )
   return LoRA(base, a, b, jnp.full((E, 1, 1), 0.5))
 
 
@@ -95,12 +100,17 @@ def weight_of(kind, w):
 def test_representations_equal_the_reference_with_gradients(kind):
   x, w, sizes, _, dy = operands()
   w = weight_of(kind, w)
+
+  def loss(x, w, implementation):
+    y = grouped_linear(x, w, sizes, implementation=implementation)
+    return (y * dy).sum(), y
+
+  run = jax.jit(jax.grad(loss, (0, 1), has_aux=True, allow_int=True), static_argnums=2)
   results = {}
   for implementation in IMPLEMENTATIONS:
-    loss = lambda x, w, i=implementation: (grouped_linear(x, w, sizes, implementation=i) * dy).sum()
-    grads = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(x, w)
+    grads, y = run(x, w, implementation)
     floats = [g for g in jax.tree.leaves(grads) if g.dtype != jax.dtypes.float0]
-    results[implementation] = grouped_linear(x, w, sizes, implementation=implementation), floats
+    results[implementation] = y, floats
   expected = results.pop("reference")
   for got in results.values():
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-2)
@@ -128,8 +138,8 @@ def test_no_part_of_a_weight_is_rounded_to_the_type_of_another(kind, x_type, w_t
   group = np.repeat(np.arange(3), [3, 0, 9])
   expected = np.einsum("md,mdf->mf", np.asarray(x[:12], np.float64), wide(w)[group])
   tolerance = (1e-5 if x_type == jnp.float32 else 0.03) * np.abs(expected).max()
-  for implementation in IMPLEMENTATIONS:
-    y = grouped_linear(x, w, sizes, implementation=implementation)
+  run = jax.jit(lambda *x: [grouped_linear(*x, implementation=name) for name in IMPLEMENTATIONS])
+  for y in run(x, w, sizes):
     assert y.dtype == x_type
     np.testing.assert_allclose(np.asarray(y[:12], np.float64), expected, rtol=0, atol=tolerance)
 
@@ -155,7 +165,7 @@ def test_parts_laid_end_to_end_are_sorted_each_by_itself(split):
   x, w, sizes, bias, dy = operands(sizes=(1, 0, 4), spare=3)
   parts = jnp.stack([sizes, sizes[::-1]] * 4)
   x, dy = jnp.tile(x, (8, 1)), jnp.tile(dy, (8, 1))
-  alone = [value_and_grads(x[:8], w, each, bias, dy[:8]) for each in parts[:2]]
+  alone = [jitted(x[:8], w, each, bias, dy[:8]) for each in parts[:2]]
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   with spmd.rows_split(mesh, ["data"]) if split else contextlib.nullcontext():
     y, dx, dw, db = jax.jit(lambda *args: value_and_grads(*args))(x, w, parts, bias, dy)
@@ -167,7 +177,7 @@ def test_parts_laid_end_to_end_are_sorted_each_by_itself(split):
 
 def test_bfloat16_keeps_its_type_and_sums_weight_gradients_wide():
   args = operands(sizes=(0, 2048, 3), spare=0, dtype=jnp.bfloat16)
-  got = value_and_grads(*args)
+  got = jitted(*args)
   assert {a.dtype for a in got} == {jnp.dtype(jnp.bfloat16)}
   got = [np.asarray(a, np.float64) for a in got]
   chex.assert_trees_all_close(tuple(got), dense(*args), rtol=0.02, atol=0.02 * 2048**0.5)
@@ -186,11 +196,12 @@ def test_jit_equals_eager_and_vmap_equals_a_loop():
 def test_program_does_not_grow_with_experts():
   def length(E):
     x, w, sizes, _, dy = operands(sizes=(1024 // E,) * E, spare=0)
-    return len(jax.jit(value_and_grads).lower(x, w, sizes, jnp.zeros((E, 4)), dy).as_text())
+    return len(jitted.lower(x, w, sizes, jnp.zeros((E, 4)), dy).as_text())
 
   assert length(64) < 1.1 * length(8)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_gradient_that_nobody_asks_for_is_not_computed():
   x, w, sizes, _, dy = operands(sizes=(16,) * 8, spare=0, D=128, F=128)
   loss = lambda x, w: (grouped_linear(x, w, sizes) * dy).sum()
@@ -215,7 +226,7 @@ def test_inside_shard_map(varying_weight):
 
   sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, w_spec, rows), out_specs=(rows, w_spec))
   dx, dw = jax.jit(sharded)(x, w, dy)
-  one_dx, one_dw = local(x[:8], w[:3], dy[:8])
+  one_dx, one_dw = jax.jit(local)(x[:8], w[:3], dy[:8])
   chex.assert_trees_all_close(dx, jnp.tile(one_dx, (8, 1)), rtol=1e-5, atol=1e-5)
   expected = jnp.tile(one_dw, (8, 1, 1)) if varying_weight else 8 * one_dw
   chex.assert_trees_all_close(dw, expected, rtol=1e-5, atol=1e-4)
@@ -224,9 +235,9 @@ def test_inside_shard_map(varying_weight):
 def test_sharded_operands_under_jit():
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   x, w, sizes, bias, dy = operands(sizes=(10, 0, 22), spare=0, D=8, F=8)
-  expected = value_and_grads(x, w, sizes, bias, dy)
+  expected = jitted(x, w, sizes, bias, dy)
   place = lambda a, *spec: jax.device_put(a, jax.NamedSharding(mesh, PartitionSpec(*spec)))
-  got = jax.jit(value_and_grads)(place(x, "data"), place(w, None, "data"), sizes, bias, dy)
+  got = jitted(place(x, "data"), place(w, None, "data"), sizes, bias, dy)
   chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
 
 

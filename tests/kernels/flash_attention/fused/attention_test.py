@@ -84,8 +84,9 @@ def test_maps_over_rows_and_shards_over_batch_and_heads(platform):
   mesh = jax.make_mesh((2, 2), ("b", "h"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   spec = P("b", None, "h")
   sharded = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+  want = gradients(run)
   for function in (mapped, sharded):
-    chex.assert_trees_all_close(gradients(function), gradients(run), atol=1e-5)
+    chex.assert_trees_all_close(gradients(function), want, atol=1e-5)
 
 
 def listed(lists) -> list[tuple[set[int], set[int]]]:
@@ -123,3 +124,11 @@ def test_sizes_are_no_larger_than_the_call():
   assert large.forward.queries >= 64
   assert (small.forward.queries, small.forward.keys) == (16, 64)
   assert choose("tpu", jnp.float32, 256, 100, 100).forward.keys == 128
+
+
+def test_a_device_has_its_own_sizes():
+  h200, other = (choose("gpu", jnp.bfloat16, 256, 999, 999, name) for name in ("NVIDIA H200", "L4"))
+  assert h200.forward.queries > other.forward.queries
+  assert choose("gpu", jnp.float32, 64, 999, 999, "NVIDIA H200") == choose(
+    "gpu", jnp.float32, 64, 999, 999
+  )

@@ -26,20 +26,22 @@ from effjax.attention.masks import (
   longformer,
 )
 from effjax.kernels.flash_attention import cases, reference
-from effjax.kernels.flash_attention.tiled import xla
+from effjax.kernels.flash_attention.tiled import steps, xla
 from effjax.kernels.flash_attention.tiled.tiles import Tiles
 
 SMALL = Tiles(1, 1, 16, 16)
 
 
-def check_against_float64(arrays, tolerance, tiles=SMALL, **arguments):
-  run = functools.partial(xla.attention, tiles=tiles, **arguments)
+def check_against_float64(arrays, tolerance, where, tiles=SMALL, **options):
+  """Values and gradients, of masks and ids known when tracing; returns them."""
+  run = functools.partial(xla.attention, tiles=tiles, **where, **options)
   got = jax.jit(functools.partial(cases.evaluate, run))(arrays, {})
-  for x, y in zip(got, cases.exact(**arguments)(arrays, {}), strict=True):
+  for x, y in zip(got, cases.exact(**options)(arrays, where), strict=True):
     x = np.asarray(x, np.float64)
     np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y))
     x, y = (np.where(np.isfinite(y), z, 0) for z in (x, y))
     np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(), 1))
+  return got
 
 
 def random_blocks(heads: int):
@@ -60,7 +62,8 @@ def random_blocks(heads: int):
 @pytest.mark.parametrize("tiles", [Tiles(2, 1, 16, 8), Tiles(1, 2, 8, 16, fixed=True)])
 def test_patterns(mask, tiles):
   """Of heads, of the batch and of data, where tiles hold several heads and rows, and T < S."""
-  check_against_float64(cases.operands(2, 37, 45, 4, 2, 4, 6), 2e-6, tiles, mask=mask, scale=0.4)
+  arrays = cases.operands(2, 37, 45, 4, 2, 4, 6)
+  check_against_float64(arrays, 2e-6, {"mask": mask}, tiles, scale=0.4)
 
 
 @st.composite
@@ -83,7 +86,7 @@ def small_cases(draw):
 @given(small_cases())
 def test_random_problems(case):
   arrays, mask, cap, tiles = case
-  check_against_float64(arrays, 2e-6, tiles, mask=mask, scale=0.4, logit_softcap=cap)
+  check_against_float64(arrays, 2e-6, {"mask": mask}, tiles, scale=0.4, logit_softcap=cap)
 
 
 @pytest.mark.slow
@@ -91,7 +94,7 @@ def test_random_problems(case):
 @given(small_cases())
 def test_many_random_problems(case):
   arrays, mask, cap, tiles = case
-  check_against_float64(arrays, 2e-6, tiles, mask=mask, scale=0.4, logit_softcap=cap)
+  check_against_float64(arrays, 2e-6, {"mask": mask}, tiles, scale=0.4, logit_softcap=cap)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -99,16 +102,15 @@ def test_segments_and_padding(batch):
   ids = jnp.array([[0] * 20 + [1] * 13 + [-1] * 7, [-1] * 5 + [3] * 30 + [-1] * 5])
   arrays = cases.operands(2, 40, 40, 4, 2, 8, 8)
   tiles = Tiles(batch, 1, 16, 8)
-  check_against_float64(arrays, 2e-6, tiles, mask=Causal(), scale=0.3, segment_ids=(ids, ids))
-  check_against_float64(arrays, 2e-6, tiles, mask=Causal() & Documents(ids), scale=0.3)
+  for where in ({"mask": Causal(), "segment_ids": (ids, ids)}, {"mask": Causal() & Documents(ids)}):
+    check_against_float64(arrays, 2e-6, where, tiles, scale=0.3)
 
 
 @pytest.mark.parametrize("mask", [Causal(), SlidingWindow(3, 3) | Global((2, 30))])
 def test_query_positions(mask):
   positions = jnp.array([[3, 9, 2, 30], [0, 1, 2, 3]])
-  check_against_float64(
-    cases.operands(2, 4, 40, 2, 1, 8, 8), 2e-6, mask=mask, scale=1.0, query_positions=positions
-  )
+  where = {"mask": mask, "query_positions": positions}
+  check_against_float64(cases.operands(2, 4, 40, 2, 1, 8, 8), 2e-6, where, scale=1.0)
 
 
 def test_rows_that_see_nothing_are_zero_with_zero_gradients():
@@ -126,19 +128,26 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients():
 def test_bias_of_minus_infinity_hides_like_a_mask():
   q, k, v, *_ = cases.operands(1, 24, 24, 2, 2, 8, 8)
   bias = jnp.where(Causal().dense(24), 0.0, -jnp.inf)[None, None]
-  hidden = xla.attention(q, k, v, mask=Full(), scale=1.0, bias=bias, tiles=SMALL)
-  chex.assert_trees_all_close(
-    hidden, xla.attention(q, k, v, mask=Causal(), scale=1.0, tiles=SMALL), atol=1e-6
-  )
+  run = functools.partial(xla.attention, scale=1.0, tiles=SMALL)
+  hidden = jax.jit(functools.partial(run, mask=Full()))(q, k, v, bias=bias)
+  masked = jax.jit(functools.partial(run, mask=Causal()))(q, k, v)
+  chex.assert_trees_all_close(hidden, masked, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 1e-2), ("float16", 2e-3)])
 def test_half_precision(dtype, tolerance):
   arrays = cases.operands(1, 40, 40, 4, 2, 16, 16, dtype=dtype)
-  check_against_float64(arrays, tolerance, mask=Causal(), scale=0.25)
-  assert xla.attention(*arrays[:3], mask=Causal(), scale=0.25)[0].dtype == dtype
+  out, *_ = check_against_float64(arrays, tolerance, {"mask": Causal()}, scale=0.25)
+  assert out.dtype == dtype
 
 
+@functools.partial(jax.jit, static_argnames=("mask", "fixed"))
+def with_a_maximum(q, k, v, mask, fixed):
+  tiles = Tiles(1, 2, 16, 16, fixed)
+  return xla.attention(q, k, v, mask=mask, scale=1.0, tiles=tiles)
+
+
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("mask", [Causal(), ~Causal(), SlidingWindow(20, 20)])
 @pytest.mark.parametrize("steps", [(0, 300, -300, 0), (200, 0, 0, 100), (-1e4, 40, 0, 1e4)])
 def test_a_fixed_maximum_gives_way_where_scores_lie_far_from_it(mask, steps):
@@ -146,17 +155,17 @@ def test_a_fixed_maximum_gives_way_where_scores_lie_far_from_it(mask, steps):
   q, k, v, *_ = cases.operands(1, 64, 64, 2, 2, 8, 8)
   q = q.at[..., 0].set(1.0)
   k = k.at[..., 0].set(jnp.repeat(jnp.asarray(steps, jnp.float32), 16)[None, :, None])
-  run = lambda fixed: xla.attention(q, k, v, mask=mask, scale=1.0, tiles=Tiles(1, 2, 16, 16, fixed))
-  chex.assert_trees_all_close(jax.jit(run, static_argnums=0)(True), run(False), atol=1e-5)
+  fixed, running = (with_a_maximum(q, k, v, mask, fixed) for fixed in (True, False))
+  chex.assert_trees_all_close(fixed, running, atol=1e-5)
 
 
 def test_exponential():
   x = np.linspace(-87, 87, 100_001, dtype=np.float32)
-  found, expected = np.asarray(jax.jit(xla._exp)(x), np.float64), np.exp(x.astype(np.float64))
+  found, expected = np.asarray(jax.jit(steps.exp)(x), np.float64), np.exp(x.astype(np.float64))
   np.testing.assert_allclose(found, expected, rtol=5e-6)
   small = np.abs(x) < 1
   np.testing.assert_allclose(found[small], expected[small], rtol=3e-7)
-  ends = jax.jit(xla._exp)(jnp.asarray([-jnp.inf, -1e30, -90.0, 0.0, jnp.nan]))
+  ends = jax.jit(steps.exp)(jnp.asarray([-jnp.inf, -1e30, -90.0, 0.0, jnp.nan]))
   np.testing.assert_array_equal(ends, [0, 0, 0, 1, np.nan])
 
 
@@ -170,9 +179,6 @@ def test_transformations_agree(fixed):
   def attention(q, k, v, ids):
     return xla.attention(q, k, v, mask=Causal(), scale=1.0, segment_ids=(ids, ids), tiles=tiles)[0]
 
-  def gradients(function):
-    return jax.jit(jax.grad(lambda *x: (function(*x, ids) ** 2).sum(), (0, 1, 2)))(*arrays)
-
   def mapped(*x):
     return jax.vmap(lambda *x: attention(*(y[None] for y in x))[0])(*x)
 
@@ -181,14 +187,17 @@ def test_transformations_agree(fixed):
   sharded = jax.shard_map(attention, mesh=mesh, in_specs=(spec, spec, spec, P("b")), out_specs=spec)
 
   def both(function):
-    tangent = jax.jit(lambda *x: jax.jvp(lambda *x: function(*x, ids), x, x)[1])(*arrays)
-    return gradients(function), tangent
+    """Gradients and tangents."""
+    run = lambda *x: function(*x, ids)
+    gradients = jax.grad(lambda *x: (run(*x) ** 2).sum(), (0, 1, 2))
+    return jax.jit(lambda *x: (gradients(*x), jax.jvp(run, x, x)[1]))(*arrays)
 
   want = both(attention)
   for function in (jax.checkpoint(attention), mapped, sharded):
     chex.assert_trees_all_close(both(function), want, atol=1e-5)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_sharded_arguments_are_not_gathered():
   mesh = jax.make_mesh((4, 2), ("b", "h"), axis_types=(AxisType.Auto,) * 2)
   x = jax.device_put(jnp.ones((4, 64, 2, 8)), NamedSharding(mesh, P("b", None, "h")))
@@ -213,8 +222,8 @@ def test_tangents(dtype, tolerance):
   tiled = functools.partial(xla.attention, tiles=Tiles(2, 1, 16, 8))
   got = jax.jit(functools.partial(tangents, tiled))(at, to)
   with jax.enable_x64(True):
-    wide = [[jnp.asarray(np.asarray(x, np.float64)) for x in arrays] for arrays in (at, to)]
-    want = tangents(reference.attention, *wide)
+    wide = [[jax.device_put(np.asarray(x, np.float64)) for x in arrays] for arrays in (at, to)]
+    want = jax.jit(functools.partial(tangents, reference.attention))(*wide)
   assert [x.dtype for x in got] == [dtype, jnp.float32]
   for x, y in zip(got, map(np.asarray, want), strict=True):
     scale = max(np.abs(y).max(), 1)
@@ -254,6 +263,7 @@ def temporaries(length: int, mask) -> int:
   return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures("optimized")
 def test_memory_is_linear():
   sizes = [temporaries(length, Causal()) for length in (2048, 4096, 8192)]
   assert sizes[2] - sizes[1] <= 2.2 * (sizes[1] - sizes[0])

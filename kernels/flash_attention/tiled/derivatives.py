@@ -1,0 +1,130 @@
+"""The derivatives of attention in tiles, in plain XLA: from O and LSE, no weights kept.
+
+Backward, with D = rowsum(dO∘O) − dLSE:
+  P = exp(S − LSE);  dV += PᵀdO;  dS = P∘(dOVᵀ − D);  dQ += scale·dS·K;  dK += scale·dSᵀQ.
+Tangents, with Ṡ = scale·(Q̇Kᵀ + QK̇ᵀ) through the soft cap, + the bias's:
+  LṠE = rowsum P∘Ṡ;  Ȯ = (P∘Ṡ)V + PV̇ − LṠE∘O.
+
+Reference: FlashAttention-2, arXiv 2307.08691, algorithm 2.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from effjax.kernels.flash_attention.tiled import layout, steps
+from effjax.kernels.flash_attention.tiled.steps import FLOOR
+from effjax.kernels.flash_attention.tiled.visits import GroupedSight
+
+
+def backward(plan, saved, cotangents):
+  """Gradients of query, key, value and bias."""
+  query, key, value, bias, where, out, lse = saved
+  d_out, d_lse = cotangents
+  sight = GroupedSight(plan, where)
+  compute = steps.compute_type(query)
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  addressed = None if bias is None else layout.Bias(plan, bias.shape)
+  padded = None if bias is None else addressed.pad(bias)
+  some = lse > -jnp.inf
+  pair = d_out.astype(wide), out.astype(wide)
+  # A sum of a product in XLA on CPUs takes ten times as long.
+  delta = jnp.einsum("btnh,btnh->btn", *pair, precision=lax.Precision.HIGHEST) - d_lse
+  delta = jnp.where(some, delta, 0.0)[..., None]
+  # Rows with nothing to attend to, padded ones among them: exp(score − large) = 0.
+  lse = layout.pad_rows(plan, jnp.where(some, lse, -FLOOR), -FLOOR)[..., None]
+  rows = [layout.pad_rows(plan, x) for x in (query, d_out, delta)]
+
+  def group(carry, c):
+    (d_query, d_key, d_value), d_bias = carry
+    take = lambda x: layout.take(plan, x, c).astype(compute)
+    keys, keys_across = (layout.to_keys(plan, take(key), across) for across in (False, True))
+    values_across = layout.to_keys(plan, take(value), across=True)
+
+    def row(carry, i):
+      d_query, *carry = carry
+      q, do, delta, ends = (layout.take_rows(plan, x, c, i) for x in (*rows, lse))
+      q, do = steps.scaled(plan, q), do.astype(compute)
+      q_across, do_across = jnp.swapaxes(q, 1, 2), jnp.swapaxes(do, 1, 2)
+
+      def tile(j, seen, carry):
+        d_q, d_k, d_v, d_bias = carry
+        extra = None if bias is None else addressed.read(plan, padded, c, i, j)
+        scores, capped = steps.scores(plan, q, keys_across[j], extra)
+        weights = steps.exp(steps.masked(seen, scores.reshape(*ends.shape[:2], -1)) - ends)
+        d_v = d_v.at[j].add(steps.dot(do_across, weights.astype(compute)))
+        d_scores = weights * (steps.dot(do, values_across[j]) - delta)
+        if bias is not None:
+          d_bias = addressed.add(plan, d_bias, d_scores.reshape(scores.shape), c, i, j)
+        if plan.softcap is not None:
+          d_scores = d_scores * (1 - jnp.square(capped.reshape(d_scores.shape) / plan.softcap))
+        d_scores = lax.optimization_barrier(d_scores.astype(compute))
+        d_k = d_k.at[j].add(steps.dot(q_across, d_scores))
+        return d_q + steps.dot(d_scores, keys[j]), d_k, d_v, d_bias
+
+      carry = steps.zeros(q.shape, wide, query), *carry
+      d_q, *carry = sight.visit(c, i, tile, carry)
+      return (layout.put_rows(plan, d_query, d_q * plan.scale, c, i), *carry), None
+
+    d_k = steps.zeros(keys_across.shape, wide, query)
+    d_v = steps.zeros(values_across.shape, wide, query)
+    carry = d_query, d_k, d_v, d_bias
+    d_query, d_k, d_v, d_bias = lax.scan(row, carry, jnp.arange(plan.q_tiles))[0]
+    d_key = layout.put(plan, d_key, layout.from_keys(plan, d_k), c)
+    d_value = layout.put(plan, d_value, layout.from_keys(plan, d_v), c)
+    return ((d_query, d_key, d_value), d_bias), None
+
+  start = tuple(steps.zeros(x.shape, x.dtype, query) for x in (rows[0], key, value))
+  d_bias = None if bias is None else steps.zeros(addressed.shape, wide, query)
+  (gradients, d_bias), _ = lax.scan(group, (start, d_bias), jnp.arange(plan.groups))
+  d_query, d_key, d_value = gradients
+  if bias is not None:
+    d_bias = d_bias[:, :, : bias.shape[2], : bias.shape[3]].astype(bias.dtype)
+  return d_query[:, : plan.T], d_key, d_value, d_bias
+
+
+def tangents(plan, saved, moves):
+  """Tangents of out and lse."""
+  query, key, value, bias, where, out, lse = saved
+  sight = GroupedSight(plan, where)
+  compute = steps.compute_type(query)
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  addressed = None if bias is None else layout.Bias(plan, bias.shape)
+  padded = [None if bias is None else addressed.pad(x) for x in (bias, moves[3])]
+  some = lse > -jnp.inf
+  ends = layout.pad_rows(plan, jnp.where(some, lse, -FLOOR), -FLOOR)[..., None]
+  rows = [layout.pad_rows(plan, x) for x in (query, moves[0])]
+
+  def group(results, c):
+    take = lambda x: layout.take(plan, x, c).astype(compute)
+    keys = [layout.to_keys(plan, take(x), across=True) for x in (key, moves[1])]
+    values = [layout.to_keys(plan, take(x), across=False) for x in (value, moves[2])]
+    zeros = lambda width: steps.zeros((plan.stacked, plan.rows, width), wide, query)
+
+    def row(results, i):
+      q, q_move = (steps.scaled(plan, layout.take_rows(plan, x, c, i)) for x in rows)
+      end = layout.take_rows(plan, ends, c, i)
+
+      def tile(j, seen, carry):
+        extra = [None if x is None else addressed.read(plan, x, c, i, j) for x in padded]
+        scores, capped = steps.scores(plan, q, keys[0][j], extra[0])
+        weights = steps.exp(steps.masked(seen, scores.reshape(*end.shape[:2], -1)) - end)
+        move = (steps.dot(q_move, keys[0][j]) + steps.dot(q, keys[1][j])).reshape(scores.shape)
+        if plan.softcap is not None:
+          move = move * (1 - jnp.square(capped / plan.softcap))
+        if bias is not None:
+          move = move + extra[1].astype(move.dtype)
+        move = lax.optimization_barrier(weights * move.reshape(weights.shape))
+        d_lse, d_out = carry
+        d_out = d_out + steps.dot(move, values[0][j]) + steps.dot(weights, values[1][j])
+        return d_lse + move.sum(-1, keepdims=True), d_out
+
+      parts = sight.visit(c, i, tile, (zeros(1), zeros(plan.Hv)))
+      return tuple(layout.put_rows(plan, *x, c, i) for x in zip(results, parts, strict=True)), None
+
+    return lax.scan(row, results, jnp.arange(plan.q_tiles))
+
+  shape = rows[0].shape[:3]
+  results = steps.zeros((*shape, 1), wide, query), steps.zeros((*shape, plan.Hv), wide, query)
+  parts = lax.scan(group, results, jnp.arange(plan.groups))[0]
+  d_lse, d_out = (x[:, : plan.T] for x in parts)
+  return (d_out - d_lse * out.astype(wide)).astype(query.dtype), d_lse[..., 0]

@@ -1,0 +1,97 @@
+"""The arithmetic of one tile of scores in XLA: products, 2^x, the soft cap and the mask."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpy.polynomial import Polynomial
+from numpy.polynomial.chebyshev import chebpts1
+
+from effjax.core import numerics
+from effjax.core.typing import Array
+from effjax.kernels.flash_attention.tiled.layout import Plan
+
+FLOOR = -1e30  # least running maximum: finite, so that a row of −inf scores gives exp(−inf) = 0
+LOG2E = math.log2(math.e)
+_ROUND = np.float32(1.5 * 2**23)  # x plus it has round(x) in its lowest bits
+_X = chebpts1(64) / 2
+_SLOPE = Polynomial.fit(_X, (np.exp2(_X) - 1) / _X, 4, w=_X / np.exp2(_X)).convert().coef
+# Coefficients of 2^x on [−½, ½]: relative error 1e-7, exact at 0.
+_EXP2 = np.array([*_SLOPE[::-1], 1], np.float32)
+
+
+def compute_type(x: Array) -> Any:
+  """The type of a product's factors: float16 is slow on CPUs, and exact in float32."""
+  slow = x.dtype == jnp.float16 and jax.default_backend() == "cpu"
+  return jnp.float32 if slow else x.dtype
+
+
+def dot(a: Array, b: Array) -> Array:
+  """[n, i, j] · [n, j, k] in the type of b, accumulated in at least float32."""
+  wide = jnp.promote_types(b.dtype, jnp.float32)
+  a = a.astype(b.dtype)
+  if b.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    # XLA chooses its bfloat16 product, which takes no transposes, before it folds transposes in.
+    a, b = lax.optimization_barrier((a, b))
+  return lax.dot_general(a, b, (((2,), (1,)), ((0,), (0,))), preferred_element_type=wide)
+
+
+def exp(x: Array) -> Array:
+  """e^x, by `exp2`."""
+  return exp2(x * LOG2E)
+
+
+@jax.custom_jvp
+def exp2(x: Array) -> Array:
+  """2^x; on CPUs at most 2^127, by a polynomial of degree 5 in 0.6 of jnp.exp's time.
+
+  Rounding by adding a large number takes none of the tests that XLA guards conversions with. Past
+  the barrier XLA does not see that the same number is subtracted.
+  """
+  if jax.default_backend() != "cpu" or x.dtype != jnp.float32:
+    return jnp.exp2(x)
+  x = jnp.clip(x, -127, 127)
+  shifted = x + _ROUND
+  part = x - (shifted - lax.optimization_barrier(_ROUND))
+  part = functools.reduce(lambda y, c: y * part + c, _EXP2[1:], _EXP2[0])
+  whole = lax.bitcast_convert_type(shifted, jnp.int32) << 23
+  bits = lax.bitcast_convert_type(part, jnp.int32) + whole  # those of 0 for 2^−127
+  return lax.bitcast_convert_type(bits, x.dtype)
+
+
+@exp2.defjvp
+def _exp2_jvp(primals, tangents):
+  y = exp2(*primals)
+  return y, y * (tangents[0] / LOG2E)
+
+
+def scaled(plan: Plan, q: Array) -> Array:
+  """Queries times the scale, as factors of scores."""
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  return (q.astype(wide) * plan.scale).astype(compute_type(q))
+
+
+def scores(plan: Plan, q: Array, k: Array, bias: Array | None):
+  """Scores of a tile [batch, heads, G, queries, keys] without the mask, and before the bias."""
+  capped = dot(q, k).reshape(plan.tile)
+  capped = numerics.softcap(capped, plan.softcap)
+  return capped if bias is None else capped + bias.astype(capped.dtype), capped
+
+
+def hide(seen: Array | None, x: Array, value: float) -> Array:
+  """`x`, shaped like scores, with `value` where the mask hides."""
+  return x if seen is None else jnp.where(seen, x, value)
+
+
+def masked(seen: Array | None, scores: Array) -> Array:
+  """Scores, −inf where the mask hides."""
+  return scores if seen is None else lax.optimization_barrier(hide(seen, scores, -jnp.inf))
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+  """What a loop begins with whose results vary over the mesh axes that `like` varies over."""
+  return numerics.vary_alike(jnp.zeros(shape, dtype), like)
