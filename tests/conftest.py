@@ -33,7 +33,7 @@ hypothesis.settings.load_profile("fixed")
 
 
 def pytest_collection_finish():
-  """What is imported stays, so that the collector of garbage need not look at it again and again."""
+  """What is imported stays: the collector of garbage need not look through it again and again."""
   gc.collect()
   gc.freeze()
   gc.set_threshold(20_000)
