@@ -1,5 +1,6 @@
 """Eight simulated devices, strict rank promotion, and run-time checks of every shape annotation."""
 
+import gc
 import os
 import pathlib
 
@@ -29,6 +30,13 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_finish():
+  """What is imported stays, so that the collector of garbage need not look at it again and again."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000)
 
 
 def pytest_collection_modifyitems(items):
