@@ -3,12 +3,14 @@
 import gc
 import os
 import pathlib
+from importlib.metadata import version
 
-# Compiling is most of the time of the tests: XLA's older emitters take a third of it, and LLVM half
-# of it when it optimises little. Processes that the tests start inherit both.
+# Compiling is most of the time of the tests: LLVM takes half of it when it optimises little, and
+# XLA's older emitters, where there are any, a third. Processes that the tests start inherit both.
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+  + " --xla_force_host_platform_device_count=8"
+  + " --xla_cpu_use_fusion_emitters=false" * version("jax").startswith("0.10.")
 )
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("PJRT_NPROC", "64")  # as in effjax.parallel.simulate_devices
@@ -33,7 +35,7 @@ hypothesis.settings.load_profile("fixed")
 
 
 def pytest_collection_finish():
-  """What is imported stays: the collector of garbage need not look through it again and again."""
+  """What is imported stays: the collector of garbage need not look at it again and again."""
   gc.collect()
   gc.freeze()
   gc.set_threshold(20_000)

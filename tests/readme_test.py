@@ -80,6 +80,15 @@ def test_experiments_and_benchmarks_named_exist():
     assert (ROOT / "scripts" / "benchmarks" / f"{name}.py").exists(), name
 
 
+def test_the_tables_of_the_survey_are_those_of_its_results():
+  survey = README.partition("\n## The survey\n")[2].partition("\n## ")[0]
+  results = (ROOT / "results" / "survey" / "table.md").read_text()
+  quoted, found = (
+    [line for line in text.splitlines() if line.startswith("|")] for text in (survey, results)
+  )
+  assert quoted == found
+
+
 def anchors(document):
   """What a link after # may be: headings in small letters, hyphens for blanks."""
   headings = re.findall(r"^#+ (.*)", document.read_text(), flags=re.MULTILINE)

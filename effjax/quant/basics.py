@@ -5,13 +5,19 @@ arithmetic over different tiles. Background: Nagel et al., "A White Paper on Neu
 Quantization", arXiv 2106.08295, section 2.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from effjax.core.typing import Array, Float, Int, Integer
 
 GRANULARITIES = ("tensor", "row", "channel", "group")
+# Outside a program too, a large matrix is gone through once, without copies of it in between.
+_compiled = functools.partial(jax.jit, static_argnames=("bits", "granularity", "group"))
 
 
+@_compiled
 def symmetric(
   w: Float[Array, "... D F"], *, bits: int = 8, granularity: str = "channel", group: int = 64
 ) -> tuple[Int[Array, "... D F"], Float[Array, "... M N"]]:
@@ -42,6 +48,7 @@ def symmetric(
   return q.astype(jnp.int8).reshape(w.shape), scale[..., 0, :, 0]
 
 
+@_compiled
 def affine(
   w: Float[Array, "... D F"], *, bits: int = 8, granularity: str = "channel", group: int = 64
 ) -> tuple[Integer[Array, "... D F"], Float[Array, "... M N"], Int[Array, "... M N"]]:
@@ -71,6 +78,7 @@ def affine(
   return q.astype(jnp.uint8).reshape(w.shape), scale[..., 0, :, 0], zero
 
 
+@jax.jit
 def restore(
   q: Integer[Array, "... D F"],
   scale: Float[Array, "... M N"],

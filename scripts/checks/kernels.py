@@ -12,7 +12,6 @@ kernel's bundles on a v5e hold a matrix operation at heads of 128 without a mask
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from absl import app, flags
 
 from scripts.checks import plugins
 from scripts.checks.alone import Case
+from scripts.checks.processes import Row, Worker, spread
 from scripts.checks.targets import TARGETS, environment
 
 CASES = (
@@ -41,8 +41,6 @@ _KINDS = flags.DEFINE_list(
 LEAST_MATMUL = 0.55
 _COLUMNS = ("seconds", "registers", "spill", "shared", "bundles", "matmul", "vmem")
 
-Row = dict[str, Any]
-
 
 def fault(row: Row) -> str | None:
   """What is wrong with a kernel, or None."""
@@ -57,26 +55,16 @@ def fault(row: Row) -> str | None:
 
 
 def rows(target: str, cases: list[str], ptxas: str | None) -> Iterator[Row]:
-  """Those of a target as they come; a process of its own, since jax reads the environment once."""
-  wanted = [f"{case}/{kernel}" for case in cases for kernel in Case.of(case).kernels]
-  with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
-    dump = f"{folder}/dump"
-    process = subprocess.Popen(
-      [sys.executable, "-m", "scripts.checks.compile_target", target, dump, ptxas or "", *wanted],
-      env=environment(target, dump, plugins.folder()),
-      stdout=subprocess.PIPE,
-      stderr=said,
-      text=True,
-    )
-    done = 0
-    for line in process.stdout or ():
-      done += 1
-      yield json.loads(line)
-    if process.wait():
-      said.seek(0)
-      case, kernel = wanted[done].split("/")
-      error = f"exit {process.returncode}: {said.read()[-1500:]}"
-      yield {"target": target, "case": case, "kernel": kernel, "error": error}
+  """Those of a target as they come, by a process, since jax reads its environment once."""
+  with tempfile.TemporaryDirectory() as folder:
+    command = ["scripts.checks.compile_target", target, folder, ptxas or ""]
+    worker = Worker(lambda: command, environment(target, folder, plugins.folder()))
+    for job, found in spread(
+      [worker], [f"{case}/{kernel}" for case in cases for kernel in Case.of(case).kernels]
+    ):
+      case, kernel = job.split("/")
+      for row in found:
+        yield {"target": target, "case": case, "kernel": kernel} | row
 
 
 def printed(row: Row) -> str:

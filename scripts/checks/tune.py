@@ -8,9 +8,11 @@ small size on any machine.
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from absl import app, flags
 
 from effjax.kernels.flash_attention.fused.sizes import Size, Sizes
 from scripts.checks.alone import KERNELS, LENGTH, Case, program
-from scripts.checks.gpu_times import medians
+from scripts.checks.gpu_times import compiled, medians
 from scripts.checks.interpret import INTERPRET
 
 CASE = flags.DEFINE_string("case", "bfloat16-64-causal", "Type, head width and mask.")
@@ -35,20 +37,16 @@ def candidates(platform: str, interpret: bool) -> list[Size]:
 
 def timed(case: Case, kernel: str, platform: str, interpret: bool) -> Iterator[tuple[float, Size]]:
   """Seconds and size of each candidate that runs."""
-  length = 32 if interpret else LENGTH
-  keys = iter(jax.random.split(jax.random.key(0), 5))
-  arguments = jax.tree.map(
-    lambda x: (
-      jax.random.normal(next(keys), x.shape, x.dtype)
-      if jnp.issubdtype(x.dtype, jnp.floating)
-      else jnp.zeros(x.shape, x.dtype)
-    ),
-    case.arguments(kernel, length),
-  )
-  for size in candidates(platform, interpret):
+  arguments = case.draw(kernel, 32 if interpret else LENGTH)
+
+  def run(size: Size, *arguments: Any) -> Any:
+    return program(case, kernel, platform, Sizes(size, size, size), interpret)(*arguments)
+
+  sizes = candidates(platform, interpret)
+  ready = compiled({size: (functools.partial(run, size), arguments) for size in sizes})
+  for size, future in ready.items():
     try:
-      run = jax.jit(program(case, kernel, platform, Sizes(size, size, size), interpret))
-      call = lambda run=run: run(*arguments)
+      call = functools.partial(future.result(), *arguments)
       yield medians({"": (call, jax.block_until_ready)}, rounds=3)[""], size
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
       print(f"{kernel} {_shown(size)}: {str(error).splitlines()[0][:100]}", file=sys.stderr)

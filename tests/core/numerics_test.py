@@ -1,9 +1,9 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from effjax.core import numerics
+from tests.modules import normal
 
 
 def test_weighted_mean_counts_only_what_has_weight():
@@ -25,8 +25,7 @@ def test_expand_prepends_axes():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_matmul_contracts_the_last_axis_in_the_type_of_x(dtype):
-  x = jax.random.normal(jax.random.key(0), (2, 3, 4)).astype(dtype)
-  w = jax.random.normal(jax.random.key(1), (4, 5))
+  x, w = jnp.asarray(np.asarray(normal(2, 3, 4)), dtype), normal(4, 5, seed=1)
   y = numerics.matmul(x, w)
   assert y.dtype == dtype
   expected = np.einsum("btd,df->btf", np.asarray(x, np.float64), np.asarray(w, np.float64))

@@ -1,5 +1,7 @@
 """Feed-forward layers as sums of their parts, for random partitions of the hidden units."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 from effjax.layers import MLP
 from effjax.layers.decompose import select_neurons, split_neurons
 from effjax.quant import dequantize, quantize
+from tests.modules import apply
 
 F = 12
-X = jax.random.normal(jax.random.key(1), (2, 3, 8))
+X = np.random.default_rng(1).normal(size=(2, 3, 8)).astype(np.float32)
 FORMS = {
   "ReLU": MLP(F, "relu", use_bias=True),
   "GELU": MLP(F, "gelu"),
@@ -37,33 +40,45 @@ def random_partition(rng, count):
 def test_the_sum_of_the_parts_is_the_layer(module, seed):
   params = random_params(module, seed)
   groups = random_partition(np.random.default_rng(seed), F)
-  parts = split_neurons(module, params, groups)
-  total = sum(part.apply({"params": tree}, X) for part, tree in parts)
-  np.testing.assert_allclose(total, module.apply({"params": params}, X), atol=1e-5)
-  assert [part.width for part, _ in parts] == [len(group) for group in groups]
+  widths = []
+
+  @jax.jit
+  def both(params, x):
+    parts = split_neurons(module, params, groups)
+    widths.extend(part.width for part, _ in parts)
+    total = sum(part.apply({"params": tree}, x) for part, tree in parts)
+    return total, module.apply({"params": params}, x)
+
+  total, whole = both(params, X)
+  np.testing.assert_allclose(total, whole, atol=1e-5)
+  assert widths == [len(group) for group in groups]
 
 
 @forms
 def test_one_part_is_the_formula_of_its_unit(module):
   params = random_params(module)
   part, tree = split_neurons(module, params, [[i for i in range(F) if i != 2], [2]])[1]
-  act = {"relu": jax.nn.relu, "silu": jax.nn.silu}.get(
-    module.activation, lambda x: jax.nn.gelu(x, approximate=False)
-  )
-  line = lambda name: X @ params[name]["kernel"][:, 2] + params[name].get("bias", np.zeros(F))[2]
+  act = {
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": np.vectorize(lambda x: x * (1 + math.erf(x / 2**0.5)) / 2),
+  }[module.activation]
+  written = jax.tree.map(np.asarray, params)
+  line = lambda name: X @ written[name]["kernel"][:, 2] + written[name].get("bias", np.zeros(F))[2]
   hidden = act(line("gate")) * line("up") if module.gated else act(line("up"))
-  wanted = hidden[..., None] * params["down"]["kernel"][2][None, None]
-  np.testing.assert_allclose(part.apply({"params": tree}, X), wanted, atol=1e-5)
+  wanted = hidden[..., None] * written["down"]["kernel"][2]
+  np.testing.assert_allclose(apply(part, tree, X), wanted, atol=1e-5)
 
 
 def test_parameters_of_scanned_layers_are_split_alike():
   module = FORMS["GEGLU"]
   trees = [random_params(module, seed) for seed in (0, 1)]
-  stacked = jax.tree.map(lambda *x: jnp.stack(x), *trees)
+  stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *trees)
   _, both = select_neurons(module, stacked, [7, 1])
   for layer, tree in enumerate(trees):
     one = select_neurons(module, tree, [1, 7])[1]
-    jax.tree.map(lambda a, b, i=layer: np.testing.assert_array_equal(a[i], b), both, one)
+    same = lambda a, b, i=layer: np.testing.assert_array_equal(np.asarray(a)[i], b)
+    jax.tree.map(same, both, one)
 
 
 def test_quantised_weights_are_multiplied_out():

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,43 +35,49 @@ def values(shape, dtype=jnp.float32):
   return jnp.asarray(x, dtype), jnp.asarray(mask), kept
 
 
+@functools.partial(jax.jit, static_argnames="parts")
+def reduced(x, mask, parts=1):
+  """Every reduction of x, cut into `parts` along the batch."""
+  cut = lambda x: [None] * parts if x is None else jnp.split(x, parts)
+  found = {}
+  for name in (*EXPECTED, "keep"):
+    reduce = reduction(name)
+    measured = map(reduce.measure, cut(x), cut(mask))
+    found[name] = reduce.finish(functools.reduce(reduce.combine, measured))
+  return found
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.parametrize("shape", [(3, 7, 4), (9, 4), (2, 5, 3, 4)])
 def test_only_tokens_that_are_there_count(name, shape):
   x, mask, rows = values(shape)
-  reduce = reduction(name)
-  found = reduce.finish(reduce.measure(x, mask))
+  found = reduced(x, mask)[name]
   np.testing.assert_allclose(found, EXPECTED[name](rows), rtol=1e-5, atol=1e-5)
-  everything = jnp.nan_to_num(x, posinf=1.0, neginf=-1.0)
-  found = reduce.finish(reduce.measure(everything, None))
-  np.testing.assert_allclose(
-    found, EXPECTED[name](np.asarray(everything).reshape(-1, 4)), rtol=1e-5, atol=1e-5
-  )
+  everything = np.nan_to_num(np.asarray(x), posinf=1.0, neginf=-1.0)
+  found = reduced(everything, None)[name]
+  np.testing.assert_allclose(found, EXPECTED[name](everything.reshape(-1, 4)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_parts_combine_to_the_whole(name):
   x, mask, rows = values((6, 7, 4))
-  reduce = reduction(name)
-  parts = [reduce.measure(x[i : i + 2], mask[i : i + 2]) for i in (0, 2, 4)]
-  found = reduce.finish(functools.reduce(reduce.combine, parts))
+  found = reduced(x, mask, parts=3)[name]
   np.testing.assert_allclose(found, EXPECTED[name](rows), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_statistics_are_float32(name):
-  x, mask, rows = values((3, 7, 4), jnp.bfloat16)
-  reduce = reduction(name)
-  found = reduce.finish(reduce.measure(x, mask))
+  x, mask, rows = values((6, 7, 4), jnp.bfloat16)
+  found = reduced(x, mask, parts=3)[name]
   assert found.dtype == jnp.float32
   np.testing.assert_allclose(found, EXPECTED[name](rows), rtol=1e-5, atol=1e-5)
 
 
 def test_kept_values_join_on_the_batch_axis_and_padding_is_zero():
-  x, mask, _ = values((4, 3, 2), jnp.bfloat16)
-  parts = [reductions.keep.measure(x[i : i + 2], mask[i : i + 2]) for i in (0, 2)]
-  kept = reductions.keep.finish(reductions.keep.combine(*parts))
+  x, mask, _ = values((6, 7, 4), jnp.bfloat16)
+  kept = reduced(x, mask, parts=3)["keep"]
   assert kept.dtype == jnp.bfloat16
+  kept, x, mask = map(np.asarray, (kept, x, mask))
   np.testing.assert_array_equal(kept[mask], x[mask])
   assert not kept[~mask].any()
 

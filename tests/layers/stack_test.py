@@ -5,6 +5,7 @@ import dataclasses
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +16,10 @@ from effjax.layers import MLP, LayerSpec, TransformerConfig, stack
 from effjax.models import Transformer
 from effjax.peft import lora
 from effjax.quant import Int8
+from tests.modules import apply, random_params
 
 WIDTHS = (16, 24, 32)
+TOKENS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
 
 def config_of(widths, **changes):
@@ -49,17 +52,17 @@ def test_segments_of_known_patterns(widths, expected):
 
 
 @pytest.mark.parametrize("widths", [[0, 0, 0], [0, 1, 0, 1, 2], [2, 0, 0]])
-def test_split_and_join_are_inverse(widths, key):
+def test_split_and_join_are_inverse(widths):
   config = config_of(widths)
-  params = jax.jit(Transformer(config).init)(key, jnp.zeros((1, 3), int))["params"]
+  params = random_params(Transformer(config), TOKENS)
   layers, rest = stack.split(config, params)
   assert [t["ffn"]["up"]["kernel"].shape[1] for t in layers] == [WIDTHS[w] for w in widths]
   chex.assert_trees_all_equal(stack.join(config, layers, rest), params)
 
 
-def test_join_into_another_configuration_moves_layers(key):
+def test_join_into_another_configuration_moves_layers():
   config = config_of([0, 0, 0])
-  params = jax.jit(Transformer(config).init)(key, jnp.zeros((1, 3), int))["params"]
+  params = random_params(Transformer(config), TOKENS)
   layers, rest = stack.split(config, params)
   shorter = dataclasses.replace(config, layers=config.layers[:2])
   joined = stack.join(shorter, [layers[2], layers[0]], rest)
@@ -111,8 +114,7 @@ def test_layers_that_do_not_stack_are_named(first, second, found):
 
 def test_layers_of_different_tags_are_not_scanned_together(key):
   config = config_of([0, 0, 0, 0])
-  tokens = jnp.arange(3)[None]
-  params = jax.jit(Transformer(config).init)(key, tokens)["params"]
+  params = random_params(Transformer(config), TOKENS)
 
   def adapt(index, spec, tree):
     rank = 1 + index // 2
@@ -125,16 +127,15 @@ def test_layers_of_different_tags_are_not_scanned_together(key):
   ranks = [new[f"segments_{i}"]["layers_0"]["ffn"]["up"]["kernel"].rank for i in range(2)]
   assert ranks == [1, 2]
   chex.assert_trees_all_close(
-    Transformer(changed).apply({"params": new}, tokens),
-    Transformer(config).apply({"params": params}, tokens),
+    apply(Transformer(changed), new, TOKENS),
+    apply(Transformer(config), params, TOKENS),
     atol=1e-5,
   )
 
 
-def test_change_moves_layers_and_keeps_the_rest(key):
+def test_change_moves_layers_and_keeps_the_rest():
   config = config_of([0, 1, 2])
-  params = jax.eval_shape(Transformer(config).init, key, jnp.zeros((1, 3), int))["params"]
-  params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), params)
+  params = random_params(Transformer(config), TOKENS)
   specs, (layers, rest) = config.layers, stack.split(config, params)
   backwards = lambda index, spec, tree: (specs[2 - index], layers[2 - index])
   turned, new = stack.change(config, params, backwards)
@@ -154,15 +155,14 @@ def test_specifications_that_mean_nothing_are_refused(fields, message):
     LayerSpec(None, None, **fields)
 
 
-def test_unscan_computes_the_same(key):
+def test_unscan_computes_the_same():
   config = config_of([0, 1, 0, 1])
-  tokens = jax.random.randint(key, (2, 5), 0, 11)
   module = Transformer(config)
-  params = jax.jit(module.init)(key, tokens)["params"]
+  params = random_params(module, TOKENS)
   flat, unstacked = stack.unscan(config, params)
   assert unstacked["segments_3"]["layers_0"]["ffn"]["up"]["kernel"].ndim == 2
   chex.assert_trees_all_close(
-    Transformer(flat).apply({"params": unstacked}, tokens),
-    module.apply({"params": params}, tokens),
+    apply(Transformer(flat), unstacked, TOKENS),
+    apply(module, params, TOKENS),
     atol=1e-5,
   )

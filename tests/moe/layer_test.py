@@ -1,6 +1,5 @@
 """The MoE layer against a loop in float64, against an MLP, and against transformers' Mixtral."""
 
-import functools
 import types
 
 import chex
@@ -17,6 +16,7 @@ from effjax.layers.reductions import sum_of_squares
 from effjax.moe import MoE, TopK, top_k_routing
 from effjax.peft import lora
 from effjax.quant.int8 import Int8
+from tests.modules import apply, normal, random_params
 
 E, K, D, F = 5, 2, 6, 8
 SWIGLU = MLP(F, "silu", gated=True)
@@ -24,20 +24,8 @@ LAYER = MoE(TopK(E, K), SWIGLU)
 
 
 @pytest.fixture
-def x(key):
-  return jax.random.normal(key, (2, 9, D))
-
-
-def params_of(layer, x, seed=1):
-  """Random parameters, biases included."""
-  params = jax.jit(layer.init)(jax.random.key(seed), x)["params"]
-  keys = iter(jax.random.split(jax.random.key(seed + 1), 99))
-  return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def apply(layer, params, x, context=Context()):
-  return layer.apply({"params": params}, x, context)
+def x():
+  return normal(2, 9, D)
 
 
 def definition(layer, params, x):
@@ -71,29 +59,28 @@ def test_equals_float64(x, top_k, form):
   layer = MoE(TopK(E, top_k, renormalize=False), SWIGLU)
   if form == "plain":
     layer = MoE(TopK(E, top_k), MLP(F, "relu", use_bias=True), shared=MLP(F, "silu", use_bias=True))
-  params = params_of(layer, x)
+  params = random_params(layer, x)
   chex.assert_trees_all_close(apply(layer, params, x), definition(layer, params, x), atol=1e-5)
 
 
 def test_jit_equals_eager(x):
-  params = params_of(LAYER, x)
+  params = random_params(LAYER, x)
   eager = LAYER.apply({"params": params}, x)
   chex.assert_trees_all_close(apply(LAYER, params, x), eager, atol=1e-6)
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_one_expert_is_an_mlp(key, x, gated):
+def test_one_expert_is_an_mlp(x, gated):
   mlp = MLP(F, "gelu", gated, use_bias=True)
   layer = MoE(TopK(1, 1), mlp)
-  dense = params_of(mlp, x)
+  dense = random_params(mlp, x)
   experts = jax.tree.map(lambda p: p[None], dense)
   params = {"experts": experts, "router": {"kernel": jnp.ones((D, 1))}}
-  expected = mlp.apply({"params": dense}, x)
-  chex.assert_trees_all_close(apply(layer, params, x), expected, atol=1e-6)
+  chex.assert_trees_all_close(apply(layer, params, x), apply(mlp, dense, x), atol=1e-6)
 
 
 def test_gradients_equal_finite_differences(x):
-  params = params_of(LAYER, x)
+  params = random_params(LAYER, x)
   loss = lambda params, x: jnp.sin(apply(LAYER, params, x)).sum()
   grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
   exact = lambda params, x: np.sin(definition(LAYER, params, x)).sum()
@@ -104,14 +91,18 @@ def test_gradients_equal_finite_differences(x):
     *jax.tree.map(lambda a, d: np.asarray(a, np.float64) + h * d, (params, x), direction)
   )
   slope = (step(1e-5) - step(-1e-5)) / 2e-5
-  ours = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), grads, direction)))
+  ours = sum(
+    jax.tree.leaves(jax.tree.map(lambda g, d: (np.asarray(g) * d).sum(), grads, direction))
+  )
   assert float(ours) == pytest.approx(slope, rel=1e-3)
 
 
 def test_expert_without_tokens_gets_exactly_zero_gradient(x):
-  params = params_of(LAYER, x)
-  x = x.at[..., 0].set(10.0)
-  params["router"]["kernel"] = params["router"]["kernel"].at[0, 3].set(-50.0)
+  params = random_params(LAYER, x)
+  x = jnp.asarray(np.where(np.arange(D) == 0, 10.0, x), jnp.float32)
+  router = np.array(params["router"]["kernel"])
+  router[0, 3] = -50.0
+  params["router"]["kernel"] = jnp.asarray(router)
   grads = jax.jit(jax.grad(lambda params: (apply(LAYER, params, x) ** 2).sum()))(params)
   for name in ("up", "gate", "down"):
     grad = np.asarray(grads["experts"][name]["kernel"])
@@ -119,10 +110,12 @@ def test_expert_without_tokens_gets_exactly_zero_gradient(x):
     assert grad.any()
 
 
-def test_order_of_tokens_and_of_experts_does_not_matter(key, x):
-  params = params_of(LAYER, x)
+def test_order_of_tokens_and_of_experts_does_not_matter(x):
+  params = random_params(LAYER, x)
   y = apply(LAYER, params, x)
-  tokens, experts = jax.random.permutation(key, 9), jax.random.permutation(key, E)
+  rng = np.random.default_rng(0)
+  tokens, experts = rng.permutation(9), rng.permutation(E)
+  params, x, y = jax.tree.map(np.asarray, (params, x, y))
   chex.assert_trees_all_close(apply(LAYER, params, x[:, tokens]), y[:, tokens], atol=1e-6)
   shuffled = {"experts": jax.tree.map(lambda p: p[experts], params["experts"])}
   shuffled["router"] = {"kernel": params["router"]["kernel"][:, experts]}
@@ -131,20 +124,22 @@ def test_order_of_tokens_and_of_experts_does_not_matter(key, x):
 
 def test_padding_gives_zero_and_counts_nowhere(x):
   layer = MoE(TopK(E, K), MLP(F, use_bias=True), shared=MLP(2 * F, use_bias=True))
-  params = params_of(layer, x)
+  params = random_params(layer, x)
   ids = jnp.array([[0] * 6 + [-1] * 3, [0] * 4 + [1] * 5])
   context, kinds = Context(segment_ids=ids), ["losses", "metrics"]
   run = jax.jit(lambda x: layer.apply({"params": params}, x, context, mutable=kinds))
   y, sown = run(x)
-  other, other_sown = run(jnp.where(ids[..., None] < 0, 7.0, x))
-  assert not np.asarray(y[0, 6:]).any()
+  other, other_sown = run(np.where(ids[..., None] < 0, np.float32(7), x))
+  y = np.asarray(y)
+  assert not y[0, 6:].any()
   chex.assert_trees_all_close((y, sown), (other, other_sown), atol=1e-6)
-  chex.assert_trees_all_close(y[1], apply(layer, params, x)[1], atol=1e-6)
+  chex.assert_trees_all_close(y[1], np.asarray(apply(layer, params, x))[1], atol=1e-6)
 
 
 def test_sown_losses_carry_their_coefficients(x):
   layer = LAYER.copy(router=TopK(E, K, load_balance=0.5, z=0.0))
-  _, sown = layer.apply({"params": params_of(layer, x)}, x, mutable=["losses", "metrics"])
+  run = jax.jit(lambda params, x: layer.apply({"params": params}, x, mutable=["losses", "metrics"]))
+  _, sown = run(random_params(layer, x), x)
   losses, metrics = sown["losses"]["router"], sown["metrics"]["router"]
   assert set(losses) == {"load_balance"}
   raw = metrics["load_balance_raw"][0]
@@ -154,14 +149,16 @@ def test_sown_losses_carry_their_coefficients(x):
 
 def test_shared_experts_are_an_mlp_beside(x):
   layer = LAYER.copy(shared=MLP(2 * F, "silu", gated=True))
-  params = params_of(layer, x)
-  shared = MLP(2 * F, "silu", gated=True).apply({"params": params["shared"]}, x)
+  params = random_params(layer, x)
+  shared = apply(layer.shared, params["shared"], x)
   routed = apply(LAYER, {n: p for n, p in params.items() if n != "shared"}, x)
-  chex.assert_trees_all_close(apply(layer, params, x), routed + shared, atol=1e-6)
+  chex.assert_trees_all_close(
+    apply(layer, params, x), np.asarray(routed) + np.asarray(shared), atol=1e-6
+  )
 
 
 def test_bfloat16_follows_float32(x):
-  params = params_of(LAYER, x)
+  params = random_params(LAYER, x)
   y = apply(LAYER, params, x.astype(jnp.bfloat16))
   assert y.dtype == jnp.bfloat16
   expected = apply(LAYER, params, x.astype(jnp.bfloat16).astype(jnp.float32))
@@ -169,7 +166,7 @@ def test_bfloat16_follows_float32(x):
 
 
 def test_kernels_may_be_weights(key, x):
-  params = params_of(LAYER, x)
+  params = random_params(LAYER, x)
   up = Int8.quantize(params["experts"]["up"]["kernel"])
   with_up = lambda up: {**params, "experts": {**params["experts"], "up": {"kernel": up}}}
   quantized, plain = with_up(up), with_up(up.materialize())
@@ -184,8 +181,8 @@ def test_kernels_may_be_weights(key, x):
 
 
 def test_on_a_mesh(x):
-  params = params_of(LAYER, x)
-  x = jnp.tile(x, (4, 1, 1))
+  params = random_params(LAYER, x)
+  x = np.tile(x, (4, 1, 1))
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   place = lambda a, *spec: jax.device_put(a, jax.NamedSharding(mesh, PartitionSpec(*spec)))
   step = jax.jit(jax.value_and_grad(lambda params, x: (apply(LAYER, params, x) ** 2).mean()))
@@ -196,7 +193,7 @@ def test_on_a_mesh(x):
 
 def test_costs(x):
   layer = LAYER.copy(shared=SWIGLU)
-  params = params_of(layer, x)
+  params = random_params(layer, x)
   assert layer.flops(D, 9) == 2 * D * E + (K + 1) * 6 * D * F
   leaves = trees.items(params).items()
   active = sum(x.size * layer.share(path) for path, x in leaves)
@@ -258,28 +255,29 @@ class Factors(nn.Module):
 @pytest.mark.parametrize("expert", [Normed(), Factors()])
 def test_an_expert_is_any_module_for_single_tokens(x, expert):
   layer = MoE(TopK(E, K), expert)
-  params = params_of(layer, x)
+  params = random_params(layer, x)
   y, sown = jax.jit(lambda p, x: layer.apply({"params": p}, x, mutable=["metrics"]))(params, x)
-  rows = x.reshape(-1, D)
-  routing = top_k_routing(rows @ params["router"]["kernel"], k=K)
-  run = jax.jit(lambda p, x: expert.apply({"params": p}, x, Context()))
-  outputs = [
-    run(jax.tree.map(lambda a, e=e: a[e], params["experts"]), rows[None]) for e in range(E)
-  ]
-  outputs = jnp.concatenate(outputs)[routing.experts, jnp.arange(len(rows))[:, None]]
-  expected = (outputs * routing.gates[..., None]).sum(1).reshape(x.shape)
-  chex.assert_trees_all_close(y, expected, atol=1e-5)
+
+  @jax.jit
+  def expected(params, rows):
+    routing = top_k_routing(rows @ params["router"]["kernel"], k=K)
+    one = lambda p: expert.apply({"params": p}, rows[None], Context())[0]
+    outputs = jax.vmap(one)(params["experts"])[routing.experts, jnp.arange(len(rows))[:, None]]
+    return (outputs * routing.gates[..., None]).sum(1)
+
+  chex.assert_trees_all_close(y, expected(params, x.reshape(-1, D)).reshape(x.shape), atol=1e-5)
   found = set(sown["metrics"].get("experts", ()))
   assert found == ({"mean_square"} if isinstance(expert, Normed) else set())
 
 
 def test_experts_draw_at_random_and_are_drawn_one_by_one(x):
   layer = MoE(TopK(E, K), Normed())
-  params = layer.init(jax.random.key(3), x)["params"]
+  params = jax.jit(layer.init)(jax.random.key(3), x)["params"]
   kernels = np.asarray(params["experts"]["up"]["kernel"])
   assert kernels.std() == pytest.approx(D**-0.5, rel=0.2)
   assert np.abs(kernels[:, None] - kernels[None]).sum((2, 3))[~np.eye(E, dtype=bool)].min() > 0
-  draw = lambda seed: layer.apply({"params": params}, x, rngs={"dropout": jax.random.key(seed)})
+  run = jax.jit(lambda key: layer.apply({"params": params}, x, rngs={"dropout": key}))
+  draw = lambda seed: run(jax.random.key(seed))
   chex.assert_trees_all_equal(draw(0), draw(0))
   assert not np.allclose(draw(0), draw(1))
 
@@ -306,12 +304,12 @@ def test_an_expert_that_wants_plain_arrays_is_refused(x):
       return nn.Dense(x.shape[-1])(x)
 
   with pytest.raises(ValueError, match=r"MoE: expert=Dense.*allowed: .* layers\.weight"):
-    MoE(TopK(E, K), Dense()).init(jax.random.key(0), x)
+    jax.eval_shape(MoE(TopK(E, K), Dense()).init, jax.random.key(0), x)
 
 
 def test_what_is_in_padding_has_no_influence(x):
   layer = MoE(TopK(E, K), MLP(F, use_bias=True), shared=MLP(F, use_bias=True))
-  params = params_of(layer, x)
+  params = random_params(layer, x)
   ids = jnp.array([[0] * 6 + [-1] * 3, [0] * 4 + [1] * 5])
   at = (ids < 0)[..., None]
 
@@ -325,10 +323,11 @@ def test_what_is_in_padding_has_no_influence(x):
     (y, losses), pull = jax.vjp(outputs, params, x)
     return y, losses, pull((dy, [jnp.ones(())] * len(losses)))
 
-  spoil = lambda a: jnp.where(at, jnp.nan, a)
-  clean = run(params, x, jnp.ones_like(x))
+  spoil = lambda a: np.where(at, np.float32(np.nan), a)
+  dy = np.ones(x.shape, np.float32)
+  clean = run(params, x, dy)
   chex.assert_tree_all_finite(clean)
-  chex.assert_trees_all_equal(run(params, spoil(x), spoil(jnp.ones_like(x))), clean)
+  chex.assert_trees_all_equal(run(params, spoil(x), spoil(dy)), clean)
 
 
 def test_a_hash_router_reads_the_tokens(x):
@@ -345,12 +344,12 @@ def test_a_hash_router_reads_the_tokens(x):
       return 0.0
 
   layer = MoE(Hash(), SWIGLU)
-  tokens = jnp.arange(18).reshape(2, 9)
-  params = layer.init(jax.random.key(0), x, Context(tokens))["params"]
+  tokens = jnp.asarray(np.arange(18).reshape(2, 9))
+  params = random_params(layer, x, Context(tokens))
   assert set(params) == {"experts"}
   y = apply(layer, params, x, Context(tokens))
   third = jax.tree.map(lambda p: p[3], params["experts"])
-  chex.assert_trees_all_close(y[1, 4:5], SWIGLU.apply({"params": third}, x[1:, 4:5])[0], atol=1e-6)
+  chex.assert_trees_all_close(y[1, 4], np.asarray(apply(SWIGLU, third, x))[1, 4], atol=1e-6)
   assert layer.flops(D, 9) == 6 * D * F
 
 
@@ -366,13 +365,14 @@ class Model(nn.Module):
 
 def test_taps_see_what_routers_and_experts_are_given():
   tokens = jnp.array([[1, 2, 3, 6], [4, 6, 6, 6]])
-  params = Model().init(jax.random.key(0), tokens)["params"]
-  table = params["embed"]["embedding"].at[6].set(jnp.nan)  # padding's
-  params = params | {"embed": {"embedding": table}}
-  batch = {"tokens": tokens, "segment_ids": jnp.where(tokens == 6, -1, 0)}
+  params = random_params(Model(), tokens)
+  table = np.array(params["embed"]["embedding"])
+  table[6] = np.nan  # padding's
+  params = params | {"embed": {"embedding": jnp.asarray(table)}}
+  batch = {"tokens": tokens, "segment_ids": jnp.asarray(np.where(tokens == 6, -1, 0))}
   kinds = (Linear, TopK)
   found = capture(Model(), params, batch, reduce=sum_of_squares, kind=kinds)
-  real = np.square(np.asarray(table)[[1, 2, 3, 4]]).sum(0)
+  real = np.square(table[[1, 2, 3, 4]]).sum(0)
   np.testing.assert_allclose(found["layer/router"], real, rtol=1e-5)
   # Every token goes to K experts.
   np.testing.assert_allclose(found["layer/experts/up"], K * real, rtol=1e-5)
@@ -382,7 +382,7 @@ def test_taps_see_what_routers_and_experts_are_given():
 
 @pytest.mark.parametrize("shape", [(0, 3, D), (2, 0, D)])
 def test_no_tokens_at_all(x, shape):
-  params = params_of(LAYER, x)
+  params = random_params(LAYER, x)
   run = jax.jit(
     jax.value_and_grad(lambda params: LAYER.apply({"params": params}, jnp.ones(shape)).sum())
   )
@@ -393,7 +393,7 @@ def test_no_tokens_at_all(x, shape):
 def test_on_the_default_mesh_which_is_explicit(x):
   mesh = jax.make_mesh((2,), ("data",))
   assert mesh.axis_types == (AxisType.Explicit,)
-  params = params_of(LAYER, x)
+  params = random_params(LAYER, x)
   apply = jax.jit(lambda params, x: LAYER.apply({"params": params}, x))
   expected = apply(params, x)
   put = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))

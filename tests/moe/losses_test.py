@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from effjax.moe import expert_shares, load_balance_loss, top_k_routing, z_loss
+from tests.modules import normal
 
 
 def enumerated(probs, experts, mask, normalization):
@@ -24,17 +25,33 @@ def enumerated(probs, experts, mask, normalization):
   return E * sum(share[e] * np.mean([probs[t, e] for t in tokens]) for e in range(E))
 
 
-@pytest.mark.parametrize("normalization", ["deepseek", "switch", "gshard"])
+NORMALIZATIONS = ("deepseek", "switch", "gshard")
+
+
+@jax.jit
+def balanced(logits, mask):
+  """Probabilities and experts for each k; each normalisation's loss, with and without mask."""
+  found = {k: top_k_routing(logits, k=k) for k in (1, 2, 3)}
+  losses = {
+    (name, k, masked): load_balance_loss(
+      routing.probs, routing.experts, mask=mask if masked else None, normalization=name
+    )
+    for k, routing in found.items()
+    for name in NORMALIZATIONS
+    for masked in (False, True)
+  }
+  return {k: (routing.probs, routing.experts) for k, routing in found.items()}, losses
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_load_balance_equals_enumeration(key, normalization, k, masked):
-  routing = top_k_routing(jax.random.normal(key, (17, 5)), k=k)
-  mask = jax.random.bernoulli(key, 0.6, (17,)) if masked else None
-  got = load_balance_loss(routing.probs, routing.experts, mask=mask, normalization=normalization)
-  expected = enumerated(
-    *jax.tree.map(np.asarray, (routing.probs, routing.experts, mask)), normalization
-  )
-  assert float(got) == pytest.approx(expected, rel=1e-5)
+def test_load_balance_equals_enumeration(normalization, k, masked):
+  mask = np.random.default_rng(0).random(17) < 0.6
+  found, losses = jax.tree.map(np.asarray, balanced(normal(17, 5), mask))
+  mask = mask if masked else None
+  expected = enumerated(*found[k], mask, normalization)
+  assert float(losses[normalization, k, masked]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -53,52 +70,58 @@ def test_collapsed_routing_costs_as_much_as_there_are_experts():
   assert float(loss) == pytest.approx(4.0)
 
 
-def test_descending_the_loss_evens_the_load(key):
-  logits = jax.random.normal(key, (64, 4)) + jnp.array([[2.0, 0, 0, -2]])
+def test_descending_the_loss_evens_the_load():
+  logits = np.asarray(normal(64, 4)) + np.float32([2, 0, 0, -2])
 
   def loss(shift):
     routing = top_k_routing(logits + shift, k=1)
-    return load_balance_loss(routing.probs, routing.experts)
+    worst = expert_shares(routing.experts, 4).max()
+    return load_balance_loss(routing.probs, routing.experts), worst
 
-  worst = lambda shift: expert_shares(top_k_routing(logits + shift, k=1).experts, 4).max()
-  shift = jnp.zeros((1, 4))
-  before = worst(shift)
-  step = jax.jit(lambda shift: shift - 0.3 * jax.grad(loss)(shift))
+  @jax.jit
+  def step(shift):
+    slope, worst = jax.grad(loss, has_aux=True)(shift)
+    return shift - 0.3 * slope, worst
+
+  shift = np.zeros((1, 4), np.float32)
+  before = step(shift)[1]
   for _ in range(40):
-    shift = step(shift)
-  assert worst(shift) < 0.6 * before
+    shift, _ = step(shift)
+  assert step(shift)[1] < 0.6 * before
 
 
-def test_masked_tokens_change_nothing_and_get_no_gradient(key):
-  logits = jax.random.normal(key, (2, 6, 4))
-  mask = jnp.array([[1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 0]], bool)
+def test_masked_tokens_change_nothing_and_get_no_gradient():
+  logits = normal(2, 6, 4)
+  mask = np.array([[1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 0]], bool)
 
+  @jax.jit
+  @jax.value_and_grad
   def loss(logits):
     routing = top_k_routing(logits, k=2)
-    return load_balance_loss(routing.probs, routing.experts, mask=mask) + z_loss(logits, mask=mask)
+    balance = load_balance_loss(routing.probs, routing.experts, mask=jnp.asarray(mask))
+    return balance + z_loss(logits, mask=jnp.asarray(mask))
 
-  other = jnp.where(mask[..., None], logits, 5.0)
-  assert float(loss(logits)) == pytest.approx(float(loss(other)), rel=1e-6)
-  gradient = np.asarray(jax.jit(jax.grad(loss))(logits))
-  assert not gradient[~np.asarray(mask)].any()
-  assert gradient[np.asarray(mask)].any()
+  value, gradient = jax.tree.map(np.asarray, loss(logits))
+  other, _ = loss(np.where(mask[..., None], logits, np.float32(5)))
+  assert float(value) == pytest.approx(float(other), rel=1e-6)
+  assert not gradient[~mask].any()
+  assert gradient[mask].any()
 
 
 def test_all_padding_costs_nothing():
-  logits, mask = jnp.ones((3, 4)), jnp.zeros(3, bool)
-  routing = top_k_routing(logits, k=2)
-  assert float(load_balance_loss(routing.probs, routing.experts, mask=mask)) == 0.0
-  assert float(z_loss(logits, mask=mask)) == 0.0
+  _, losses = balanced(np.ones((17, 5), np.float32), np.zeros(17, bool))
+  assert losses["deepseek", 2, True] == 0.0
+  assert jax.jit(z_loss)(np.ones((3, 4), np.float32), mask=np.zeros(3, bool)) == 0.0
 
 
-def test_z_loss_equals_float64(key):
-  logits = 3 * jax.random.normal(key, (5, 7))
+def test_z_loss_equals_float64():
+  logits = jnp.asarray(3 * np.asarray(normal(5, 7)))
   expected = np.mean(np.log(np.exp(np.asarray(logits, np.float64)).sum(-1)) ** 2)
-  chex.assert_trees_all_close(z_loss(logits), jnp.float32(expected), rtol=1e-5)
+  chex.assert_trees_all_close(jax.jit(z_loss)(logits), jnp.float32(expected), rtol=1e-5)
 
 
-def test_losses_under_jit_equal_eager(key):
-  logits = jax.random.normal(key, (8, 4))
+def test_losses_under_jit_equal_eager():
+  logits = normal(8, 4)
   routing = top_k_routing(logits, k=2)
   chex.assert_trees_all_close(
     (jax.jit(load_balance_loss)(routing.probs, routing.experts), jax.jit(z_loss)(logits)),
@@ -113,16 +136,21 @@ def test_unknown_normalization():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_switch_equals_transformers(key, masked):
+def test_switch_equals_transformers(masked):
   torch = pytest.importorskip(
     "torch", reason="compares with transformers, which needs torch (3.11)"
   )
   from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-  logits = jax.random.normal(key, (3, 8, 6))
-  mask = jax.random.bernoulli(key, 0.7, (3, 8)) if masked else None
-  routing = top_k_routing(logits, k=2)
-  ours = load_balance_loss(routing.probs, routing.experts, mask=mask, normalization="switch")
+  logits = normal(3, 8, 6)
+  mask = np.random.default_rng(0).random((3, 8)) < 0.7 if masked else None
+
+  @jax.jit
+  def loss(logits, mask):
+    routing = top_k_routing(logits, k=2)
+    return load_balance_loss(routing.probs, routing.experts, mask=mask, normalization="switch")
+
+  ours = loss(logits, mask)
   theirs = load_balancing_loss_func(
     (torch.tensor(np.asarray(logits).reshape(24, 6)),),
     num_experts=6,

@@ -10,8 +10,9 @@ from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.models.transformer import Transformer
 from effjax.peft import LoRA, lora, trainable
 from effjax.quant import quantize
+from tests.modules import apply, random_params
 
-TOKENS = jax.random.randint(jax.random.key(3), (4, 9), 0, 32)
+TOKENS = np.random.default_rng(3).integers(0, 32, (4, 9)).astype(np.int32)
 
 
 def test_only_arrays_of_adapters_are_chosen_even_among_namesakes():
@@ -34,14 +35,15 @@ def test_a_nested_adapter_trains_too_unless_it_is_left_out():
 def test_lora_over_int8_trains_its_factors_and_nothing_else():
   layer = LayerSpec(Attention(2), MLP(32, "relu"))
   module = Transformer(TransformerConfig(32, 16, (layer,) * 2, context=8), remat=True)
-  params = jax.jit(module.init)(jax.random.key(0), TOKENS[:, :-1])["params"]
-  params = lora.add(quantize(params), jax.random.key(1), rank=4, targets="kernel|embedding")
+  params = quantize(random_params(module, TOKENS[:, :-1]))
+  params = lora.add(params, jax.random.key(1), rank=4, targets="kernel|embedding")
   chosen, frozen = trees.partition(params, trainable(params))
   optimizer = optax.adam(0.03)
 
   def loss_of(chosen):
-    logits = module.apply({"params": trees.merge(chosen, frozen)}, TOKENS[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, TOKENS[:, 1:]).mean()
+    logits = module.apply({"params": trees.merge(chosen, frozen)}, jnp.asarray(TOKENS[:, :-1]))
+    targets = jnp.asarray(TOKENS[:, 1:])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
   @jax.jit
   def step(chosen, state):
@@ -49,7 +51,7 @@ def test_lora_over_int8_trains_its_factors_and_nothing_else():
     updates, state = optimizer.update(grads, state, chosen)
     return optax.apply_updates(chosen, updates), state, loss
 
-  state, losses, start = optimizer.init(chosen), [], chosen
+  state, losses, start = jax.jit(optimizer.init)(chosen), [], chosen
   assert trees.nbytes(state) == 2 * trees.nbytes(chosen) + 4
   for _ in range(30):
     chosen, state, loss = step(chosen, state)
@@ -58,9 +60,8 @@ def test_lora_over_int8_trains_its_factors_and_nothing_else():
   moved = jax.tree.map(lambda x, y: not np.array_equal(x, y), chosen, start)
   assert all(jax.tree.leaves(moved))
 
-  merged = lora.merge(trees.merge(chosen, frozen))
+  adapted = trees.merge(chosen, frozen)
+  merged = jax.jit(lora.merge)(adapted)
   assert not any(isinstance(leaf, LoRA) for leaf in trees.items(merged).values())
-  logits = jax.jit(lambda params: module.apply({"params": params}, TOKENS[:, :-1]))
-  np.testing.assert_allclose(
-    logits(merged), logits(trees.merge(chosen, frozen)), rtol=1e-3, atol=1e-4
-  )
+  logits = [apply(module, params, TOKENS[:, :-1]) for params in (merged, adapted)]
+  np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-4)

@@ -18,7 +18,7 @@ MATRICES = {
 
 def matrix(seed, magnitude, offset):
   rng = np.random.default_rng(seed)
-  return jnp.asarray((rng.normal(size=(2, 8, 6)) + offset) * magnitude, jnp.float32)
+  return ((rng.normal(size=(2, 8, 6)) + offset) * magnitude).astype(np.float32)
 
 
 def spread(scale, shape):
@@ -30,10 +30,10 @@ def spread(scale, shape):
 @given(**MATRICES)
 def test_symmetric_error_is_at_most_half_a_scale(bits, granularity, seed, magnitude, offset):
   w = matrix(seed, magnitude, offset)
-  q, scale = basics.symmetric(w, bits=bits, granularity=granularity, group=4)
+  q, scale = basics.symmetric(jnp.asarray(w), bits=bits, granularity=granularity, group=4)
   assert scale.shape == (2, *SCALES[granularity])
-  assert int(jnp.abs(q).max()) == 2 ** (bits - 1) - 1
-  error = np.abs(np.asarray(basics.restore(q, scale)) - np.asarray(w))
+  assert np.abs(np.asarray(q, int)).max() == 2 ** (bits - 1) - 1
+  error = np.abs(np.asarray(basics.restore(q, scale)) - w)
   assert (error <= spread(scale, w.shape) * (0.5 + 1e-4)).all()
 
 
@@ -42,35 +42,38 @@ def test_symmetric_error_is_at_most_half_a_scale(bits, granularity, seed, magnit
 def test_affine_error_is_at_most_half_a_scale_and_zero_exact(
   bits, granularity, seed, magnitude, offset
 ):
-  w = matrix(seed, magnitude, offset).at[:, :2, 0].set(0.0)
-  q, scale, zero = basics.affine(w, bits=bits, granularity=granularity, group=4)
+  w = matrix(seed, magnitude, offset)
+  w[:, :2, 0] = 0.0
+  q, scale, zero = basics.affine(jnp.asarray(w), bits=bits, granularity=granularity, group=4)
   assert scale.shape == zero.shape == (2, *SCALES[granularity])
   restored = np.asarray(basics.restore(q, scale, zero))
-  assert (np.abs(restored - np.asarray(w)) <= spread(scale, w.shape) * (0.5 + 1e-4)).all()
+  assert (np.abs(restored - w) <= spread(scale, w.shape) * (0.5 + 1e-4)).all()
   assert (restored[:, :2, 0] == 0).all()
-  assert int(q.max()) <= 2**bits - 1
+  assert np.asarray(q).max() <= 2**bits - 1
 
 
 def test_finer_granularity_is_no_worse():
-  w = matrix(0, 1.0, 0.0) * jnp.geomspace(0.01, 1, 6)[None, None]
+  w = matrix(0, 1.0, 0.0) * np.geomspace(0.01, 1, 6, dtype=np.float32)
 
   def error(granularity, group=4):
-    q, scale = basics.symmetric(w, granularity=granularity, group=group)
-    return float(jnp.square(basics.restore(q, scale) - w).mean())
+    q, scale = basics.symmetric(jnp.asarray(w), granularity=granularity, group=group)
+    return np.square(np.asarray(basics.restore(q, scale)) - w).mean()
 
   assert error("group", 2) < error("group", 4) < error("channel") < error("tensor")
 
 
 def test_affine_beats_symmetric_on_one_sided_values():
   w = matrix(0, 1.0, 0.0) ** 2
-  symmetric = basics.restore(*basics.symmetric(w)) - w
-  affine = basics.restore(*basics.affine(w)) - w
-  assert float(jnp.square(affine).mean()) < 0.5 * float(jnp.square(symmetric).mean())
+  symmetric, affine = (
+    np.square(np.asarray(basics.restore(*function(jnp.asarray(w)))) - w).mean()
+    for function in (basics.symmetric, basics.affine)
+  )
+  assert affine < 0.5 * symmetric
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_zeros_and_narrow_types_restore(dtype):
-  w = jnp.zeros((4, 2), dtype).at[0, 1].set(3.0)
+  w = jnp.asarray([[0, 3], [0, 0], [0, 0], [0, 0]], dtype)
   for parts in (basics.symmetric(w), basics.affine(w)):
     restored = basics.restore(*parts)
     assert restored.dtype == dtype
@@ -80,10 +83,10 @@ def test_zeros_and_narrow_types_restore(dtype):
 
 
 def test_nan_is_not_hidden():
-  w = jnp.ones((2, 2)).at[0, 0].set(jnp.nan)
-  restored = basics.restore(*basics.symmetric(w))
-  assert bool(jnp.isnan(restored[:, 0]).all())
-  assert not bool(jnp.isnan(restored[:, 1]).any())
+  w = jnp.array([[jnp.nan, 1], [1, 1]])
+  restored = np.asarray(basics.restore(*basics.symmetric(w)))
+  assert np.isnan(restored[:, 0]).all()
+  assert not np.isnan(restored[:, 1]).any()
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize")
@@ -92,10 +95,10 @@ def test_codes_equal_torch_per_channel_quantisation():
     "torch", reason="peer comparisons run on Python 3.11, which has torch"
   )
   w = matrix(1, 1.0, 0.0)[0]
-  q, scale = basics.symmetric(w)
+  q, scale = basics.symmetric(jnp.asarray(w))
   peer = torch.quantize_per_channel(
-    torch.from_numpy(np.array(w)),
-    torch.from_numpy(np.array(scale[0], np.float64)),
+    torch.from_numpy(w),
+    torch.from_numpy(np.array(scale, np.float64)[0]),
     torch.zeros(6, dtype=torch.int64),
     axis=1,
     dtype=torch.qint8,

@@ -1,12 +1,15 @@
 """A tiny model and a tiny stream of batches, so that these tests stand without models and data."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from effjax.train import next_token
+from effjax.train import make_train_step, next_token
 
 
 class Bigram(nn.Module):
@@ -40,8 +43,7 @@ class Stream:
     if self.index == self.poison:
       weights[0, 0] = np.nan
     tokens = tokens.astype(np.int32)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
-    return jax.tree.map(jnp.asarray, batch)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
 
   def get_state(self):
     return {"index": self.index}
@@ -50,18 +52,33 @@ class Stream:
     self.index = state["index"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stream():
   return Stream
 
 
-@pytest.fixture
+@functools.cache
+def make_bigram(**arguments):
+  module = Bigram(**arguments)
+  init = jax.jit(module.init)
+  params = init(jax.random.key(1), np.zeros((1, 2), np.int32))["params"]
+  return module, jax.tree.map(np.asarray, params), next_token(module)
+
+
+@pytest.fixture(scope="session")
 def bigram():
   """(module, params, objective) of a Bigram; keywords go to it."""
+  return make_bigram
 
-  def make(**arguments):
-    module = Bigram(**arguments)
-    params = module.init(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
-    return module, params, next_token(module)
 
-  return make
+@functools.cache
+def make_step(learning_rate=0.03, *, microbatches=1, adam=True, **arguments):
+  optimizer = (optax.adam if adam else optax.sgd)(learning_rate)
+  objective = make_bigram(**arguments)[2]
+  return optimizer, make_train_step(objective, optimizer, microbatches=microbatches)
+
+
+@pytest.fixture(scope="session")
+def bigram_step():
+  """(optimizer, step) for a Bigram, the same for the same arguments."""
+  return make_step

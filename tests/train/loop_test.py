@@ -13,15 +13,14 @@ from effjax.train import LoopConfig, fit, init_state, make_train_step
 
 
 @pytest.fixture
-def run(bigram, stream, key):
+def run(bigram, bigram_step, stream, key):
   """run(workdir, steps, …) -> state: a short training with fixed seeds."""
-  _, params, objective = bigram()
-  optimizer = optax.adam(0.03)
-  step = make_train_step(objective, optimizer)
+  _, params, _ = bigram()
+  optimizer, step = bigram_step()
 
   def run(workdir, steps=9, *, batches=None, evaluate=None, step=step, **arguments):
     config = LoopConfig(steps=steps, progress=False, **{"checkpoint_every": 3, **arguments})
-    state = init_state(jax.tree.map(jax.numpy.array, params), optimizer)
+    state = init_state(jax.tree.map(jnp.array, params), optimizer)
     batches = batches or stream()
     return fit(step, state, batches, key, workdir=workdir, config=config, evaluate=evaluate)
 
@@ -131,13 +130,13 @@ def test_tensorboard_says_what_to_install(tmp_path, run):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_another_model_in_the_workdir_is_refused(tmp_path, run, bigram, stream, key):
+def test_another_model_in_the_workdir_is_refused(tmp_path, run, bigram, bigram_step, stream, key):
   run(tmp_path, 1)
-  _, params, objective = bigram(width=4)
-  optimizer = optax.adam(0.03)
+  optimizer, step = bigram_step(width=4)
+  params = jax.tree.map(jnp.array, bigram(width=4)[1])
   with pytest.raises(ValueError, match="in the checkpoint and"):
     fit(
-      make_train_step(objective, optimizer), init_state(params, optimizer), stream(), key,
+      step, init_state(params, optimizer), stream(), key,
       workdir=tmp_path, config=LoopConfig(steps=2, progress=False),
     )  # fmt: skip
 

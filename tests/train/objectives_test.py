@@ -6,13 +6,14 @@ import pytest
 
 from effjax.layers.forward import layer_means
 from effjax.train import next_token, perplexity
+from tests.modules import apply, random_params
 
 
 def test_masked_loss_is_the_mean_over_what_counts(bigram, stream):
   module, params, objective = bigram()
   batch = next(stream())
-  loss, metrics = objective(params, batch, None)
-  logits = np.asarray(module.apply({"params": params}, batch["tokens"]), np.float64)
+  loss, metrics = jax.jit(objective)(params, batch, None)
+  logits = np.asarray(apply(module, params, batch["tokens"]), np.float64)
   logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   nll = -np.take_along_axis(logp, batch["targets"][..., None], -1)[..., 0]
   expected = (nll * batch["weights"]).sum() / batch["weights"].sum()
@@ -31,8 +32,8 @@ def test_logits_of_half_precision_are_compared_in_float32():
 def test_a_masked_target_has_no_influence(bigram, stream):
   _, params, objective = bigram()
   batch = next(stream())
-  targets = jnp.where(batch["weights"] == 0, 0, batch["targets"])
-  grad = jax.grad(lambda p, b: objective(p, b, None)[0])
+  targets = np.where(batch["weights"] == 0, 0, batch["targets"])
+  grad = jax.jit(jax.grad(lambda p, b: objective(p, b, None)[0]))
   same = jax.tree.map(
     np.array_equal, grad(params, batch), grad(params, {**batch, "targets": targets})
   )
@@ -41,7 +42,7 @@ def test_a_masked_target_has_no_influence(bigram, stream):
 
 def test_sown_losses_are_added_and_reported(bigram, stream):
   _, params, objective = bigram(coefficient=0.5)
-  loss, metrics = objective(params, next(stream()), None)
+  loss, metrics = jax.jit(objective)(params, next(stream()), None)
   np.testing.assert_allclose(loss, metrics["nll"] + metrics["size"], rtol=1e-6)
   assert float(metrics["size"]) > 0 and "mean" in metrics
 
@@ -63,8 +64,8 @@ def test_randomness_is_on_with_a_key_only(stream):
         logits += jax.random.normal(self.make_rng("dropout"), logits.shape)
       return logits
 
-  params = Noisy().init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-  objective, batch = next_token(Noisy()), next(stream())
+  params = random_params(Noisy(), np.zeros((1, 2), np.int32))
+  objective, batch = jax.jit(next_token(Noisy())), next(stream())
   still = [float(objective(params, batch, None)[0]) for _ in range(2)]
   noisy = [float(objective(params, batch, jax.random.key(i))[0]) for i in range(2)]
   assert still[0] == still[1] and len({still[0], *noisy}) == 3

@@ -9,15 +9,17 @@ import pytest
 
 from effjax.attention import attend, masks
 from effjax.kernels.flash_attention import cases
-from scripts.checks import gpu, gpu_times, gpu_values
+from scripts.checks import gpu, gpu_jobs, gpu_times, gpu_values
 
 
 @pytest.mark.slow
 def test_small_problems_interpreted():
   problems = gpu_values.problems(45, (32,))
-  chosen = {name: problems[name] for name in ("bfloat16-32", "bias")}
-  rows = list(gpu_values.rows(chosen, interpret=True))
-  assert [row["by"] for row in rows] == ["gpu", "xla"] * 2
+  chosen = ("bfloat16-32", "bias")
+  rows = [row for name in chosen for row in gpu_values.rows(name, problems[name], interpret=True)]
+  assert [(row["problem"], row["by"]) for row in rows] == [
+    (name, by) for name in chosen for by in ("xla", "gpu")
+  ]
   assert all(row["good"] and set(row["errors"]) >= set(cases.NAMES[:5]) for row in rows)
 
 
@@ -28,17 +30,17 @@ def test_an_error_out_of_tolerance_fails_and_so_does_nan():
 
 
 def test_causal_work_counts_the_pairs_that_are_seen(monkeypatch):
-  monkeypatch.setattr(gpu_times, "TOKENS", 64)
+  monkeypatch.setattr(gpu_jobs, "TOKENS", 64)
   pairs = int(np.asarray(masks.Causal().dense(32)).sum())
-  forward = gpu_times.work(32, causal=True, backward=False)
-  assert forward == pytest.approx(4 * pairs * (64 // 32) * gpu_times.MODEL)
-  assert gpu_times.work(32, causal=True, backward=True) == pytest.approx(3.5 * forward)
+  forward = gpu_jobs.work(32, causal=True, backward=False)
+  assert forward == pytest.approx(4 * pairs * (64 // 32) * gpu_jobs.MODEL)
+  assert gpu_jobs.work(32, causal=True, backward=True) == pytest.approx(3.5 * forward)
 
 
 def test_tiles_left_out_are_those_of_the_map():
   mask = masks.SlidingWindow(100, 0)
   status = mask.blocks(1024, 1024, 128, 128).dense()
-  assert gpu_times.fewer(mask, 1024, 64) == pytest.approx(status.size / (status > 0).sum())
+  assert gpu_jobs.fewer(mask, 1024, 64) == pytest.approx(status.size / (status > 0).sum())
 
 
 def test_a_median_is_the_time_of_one_call(monkeypatch):
@@ -69,27 +71,37 @@ def test_a_median_is_the_time_of_one_call(monkeypatch):
 
 
 @pytest.mark.slow
-def test_rows_of_times(monkeypatch):
-  monkeypatch.setattr(gpu_times, "TOKENS", 32)
-  monkeypatch.setattr(gpu_times, "MODEL", 16)
+@pytest.mark.parametrize("causal, backward", [(False, False), (True, True)])
+def test_a_row_of_times_and_a_contender_that_does_not_compile(monkeypatch, causal, backward):
+  monkeypatch.setattr(gpu_jobs, "TOKENS", 32)
+  monkeypatch.setattr(gpu_jobs, "MODEL", 16)
   monkeypatch.setattr(gpu_times, "ENOUGH", 1e-4)
   xla = lambda *x, implementation, **options: attend(*x, implementation="xla", **options)
-  monkeypatch.setattr(gpu_times, "attend", xla)
-  rows = list(gpu_times.dense([32], (8,), peak=1e12))
-  assert [(row["causal"], row["backward"]) for row in rows] == [
-    (causal, backward) for causal in (False, True) for backward in (False, True)
-  ]
-  for row in rows:
-    assert row["TFLOP/s"] == pytest.approx(row["of matmul"]) and row["× cudnn"] > 0
+  monkeypatch.setattr(gpu_jobs, "attend", xla)
+  job = gpu_jobs.Dense(8, 32, causal, backward)
+  refused = lambda *arguments: attend(*arguments[:3], implementation="nobody's")
+  ready = gpu_times.compiled(
+    {by: (run, job.arguments()) for by, run in {**job.programs(), "none": refused}.items()}
+  )
+  failed, row = gpu_times.timed(job, ready, {"matmul TFLOP/s": 1.0})
+  assert failed["error"].startswith("none: ValueError: implementation=")
+  assert (row["width"], row["length"]) == (8, 32)
+  assert (row["causal"], row["backward"]) == (causal, backward)
+  assert row["TFLOP/s"] == pytest.approx(row["of matmul"]) and row["× cudnn"] > 0
 
 
-def test_results_are_written_as_json_and_as_tables(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
+def test_results_are_written_as_they_come_and_rows_of_other_jobs_stay(tmp_path):
+  about = {"device": "NVIDIA H100 80GB", "jax": "1", "date": "2026-01-02"}
   value = {"problem": "bias", "by": "gpu", "errors": {"out": 0.25}, "largest": 0.25}
-  result = {"device": "NVIDIA H100 80GB", "jax": "1", "date": "2026-01-02", "values": [value]}
-  result |= {"dense": [{"width": 64, "TFLOP/s": 512.25}], "sparse": [], "matmul TFLOP/s": 700.0}
-  path = gpu.write(result)
-  assert path.name == "gpu_nvidia-h100-80gb_2026-01-02.json"
-  assert json.loads(path.read_text()) == result
-  text = path.with_suffix(".md").read_text()
+  jobs = ["values/bias", "dense/64"]
+  results = gpu.Results(about, jobs, tmp_path)
+  results.add("dense/64", [{"width": 64, "TFLOP/s": 12.25}, {"error": "cudnn: none"}])
+  results = gpu.Results(about, jobs, tmp_path)
+  results.add("dense/64", [{"error": "cudnn: gone"}, {"width": 64, "TFLOP/s": 512.25}])
+  results.add("values/bias", [value])
+  assert results.path.name == "gpu_nvidia-h100-80gb_2026-01-02.json"
+  found = json.loads(results.path.read_text())
+  assert found == {**about, "rows": results.rows} and list(found["rows"]) == jobs
+  text = results.path.with_suffix(".md").read_text()
   assert "| bias | gpu | 0.25 |" in text and "| 64 | 512 |" in text
+  assert "cudnn: gone" in text and "cudnn: none" not in text

@@ -1,0 +1,233 @@
+"""What is timed on a GPU: programs, their arguments, and the rows that their times make."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from effjax.attention import attend, masks
+from effjax.kernels.flash_attention.fused.sizes import choose
+from scripts.checks import gpu_torch
+from scripts.checks.alone import Case, program
+from scripts.checks.processes import Row
+
+TOKENS, MODEL = 16384, 2048  # tokens of a batch and heads × width, whatever the length
+WIDTHS = (64, 128)
+PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}  # of matrices, in a tile of each kernel
+Arrays = tuple[Any, ...]
+
+
+class Job(Protocol):
+  """Programs of the same arguments, timed in turns."""
+
+  def arguments(self) -> Arrays:
+    """On the device."""
+
+  def programs(self) -> dict[str, Callable]:
+    """By name."""
+
+  def peers(self, arguments: Arrays) -> dict[str, Callable[[], Any]]:
+    """What makes the contenders that are no programs of jax's."""
+    return {}
+
+  def rows(self, seconds: dict[str, float], device: Row) -> Iterator[Row]:
+    """From the time of each that ran, and what the device can do, the row of `Device`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device(Job):
+  """What the device can do: a product of square bfloat16 matrices; reading as much as it writes."""
+
+  size: int = 8192
+  copied: int = 1 << 29
+
+  def arguments(self):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(self.size, self.size)] * 2 + [(self.copied,)]
+    return tuple(map(lambda *x: jax.random.normal(*x, jnp.bfloat16), keys, shapes))
+
+  def programs(self):
+    return {"matmul": lambda a, b, _: a @ b, "copy": lambda a, b, x: -x}
+
+  def rows(self, seconds, device):
+    yield {
+      "device": jax.devices()[0].device_kind,
+      "matmul TFLOP/s": 2 * self.size**3 / seconds["matmul"] / 1e12,
+      "copy TB/s": 2 * 2 * self.copied / seconds["copy"] / 1e12,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Job):
+  """Ours, cuDNN's and torch's, forward or forward + backward."""
+
+  width: int
+  length: int
+  causal: bool
+  backward: bool
+
+  def arguments(self):
+    return _arrays(self.length, self.width)
+
+  def programs(self):
+    mask = masks.Causal() if self.causal else masks.Full()
+    return {by: _program(mask, by, self.backward) for by in ("gpu", "cudnn")}
+
+  def peers(self, arguments):
+    make = functools.partial(gpu_torch.contender, arguments, self.causal, self.backward)
+    return {"torch": make} if gpu_torch.here() else {}
+
+  def rows(self, seconds, device):
+    if "gpu" in seconds:
+      own = seconds["gpu"]
+      rate = work(self.length, self.causal, self.backward) / own / 1e12
+      figures = {"ms": own * 1e3, "TFLOP/s": rate, "of matmul": rate / device["matmul TFLOP/s"]}
+      peers = {f"× {by}": x / own for by, x in seconds.items() if by != "gpu"}
+      yield dataclasses.asdict(self) | figures | peers
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse(Job):
+  """How much faster than without a mask, beside how many fewer tiles."""
+
+  width: int
+  length: int
+  backward: bool
+
+  def arguments(self):
+    return _arrays(self.length, self.width)
+
+  def programs(self):
+    every = patterns(self.length) | {"full": masks.Full()}
+    return {name: _program(mask, "gpu", self.backward) for name, mask in every.items()}
+
+  def rows(self, seconds, device):
+    for name, mask in patterns(self.length).items():
+      if {name, "full"} <= seconds.keys():
+        times = {"ms": seconds[name] * 1e3, "faster": seconds["full"] / seconds[name]}
+        times["tiles"] = fewer(mask, self.length, self.width)
+        yield {"mask": name} | dataclasses.asdict(self) | times
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels(Job):
+  """Each kernel alone, so that a slow one is known by its name."""
+
+  case: Case
+  length: int
+
+  def arguments(self):
+    return self.case.draw("forward", self.length)
+
+  def programs(self):
+    return {name: program(self.case, name, "gpu") for name in PRODUCTS}
+
+  def rows(self, seconds, device):
+    B, T, N, H = self.case.arguments("forward", self.length)[0].shape
+    product = 2 * B * T * T * N * H * _seen(T, self.case.mask == "causal") / 1e12
+    sizes = self.case.sizes("gpu", self.length)
+    for name, x in seconds.items():
+      size, rate = getattr(sizes, name), PRODUCTS[name] * product / x
+      names = {"kernel": name, "case": str(self.case), "length": T}
+      names |= {"tile": f"{size.queries}×{size.keys}"}
+      yield names | {"ms": x * 1e3, "TFLOP/s": rate, "of matmul": rate / device["matmul TFLOP/s"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode(Job):
+  """One new token of each of a batch, whose keys and values have to be read."""
+
+  keys: int
+  batch: int = 8
+  heads: int = 32
+  groups: int = 8
+  width: int = 128
+
+  def arguments(self):
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = [(1, self.heads), (self.keys, self.groups), (self.keys, self.groups)]
+    arrays = [
+      jax.random.normal(key, (self.batch, *size, self.width), jnp.bfloat16)
+      for key, size in zip(keys, sizes, strict=True)
+    ]
+    return *arrays, jnp.full((self.batch, 1), self.keys - 1)
+
+  def programs(self):
+    def run(q, k, v, at, *, by):
+      return attend(q, k, v, mask=masks.Causal(), query_positions=at, implementation=by)
+
+    return {by: functools.partial(run, by=by) for by in ("gpu", "xla")}
+
+  def rows(self, seconds, device):
+    if "gpu" in seconds:
+      own = seconds["gpu"]
+      rate = 2 * 2 * self.batch * self.keys * self.groups * self.width / own / 1e12
+      figures = {"µs": own * 1e6, "TB/s": rate, "of copy": rate / device["copy TB/s"]}
+      peers = {f"× {by}": x / own for by, x in seconds.items() if by != "gpu"}
+      yield dataclasses.asdict(self) | figures | peers
+
+
+def jobs(lengths: list[int]) -> dict[str, Job]:
+  """By name, as in "dense/128/4096/causal/backward"; that of the device first."""
+  longest = max(lengths)
+  kinds = [f"bfloat16-{H}-{mask}" for H in (*WIDTHS, 256) for mask in ("full", "causal")]
+  passes = {"forward": False, "backward": True}
+  dense = {
+    f"dense/{H}/{T}/{mask}/{name}": Dense(H, T, mask == "causal", backward)
+    for H, T, mask, (name, backward) in itertools.product(
+      WIDTHS, lengths, ("full", "causal"), passes.items()
+    )
+  }
+  sparse = {
+    f"sparse/{T}/{name}": Sparse(WIDTHS[0], T, backward)
+    for T, (name, backward) in itertools.product(lengths, passes.items())
+    if T >= 4096
+  }
+  kernels = {f"kernels/{kind}": Kernels(Case.of(kind), longest) for kind in kinds}
+  return {"device": Device(), **dense, **sparse, **kernels, "decode": Decode(longest)}
+
+
+def work(length: int, causal: bool, backward: bool) -> float:
+  """FLOPs: 4·T·S·N·H a batch row by the share of pairs seen; 2.5 times that for backward."""
+  return 4 * TOKENS * length * MODEL * _seen(length, causal) * (3.5 if backward else 1)
+
+
+def _seen(length: int, causal: bool) -> float:
+  return (length + 1) / (2 * length) if causal else 1.0
+
+
+def patterns(length: int) -> dict[str, masks.Mask]:
+  """A window, BigBird and Longformer."""
+  return {
+    "window": masks.SlidingWindow(1023, 0),
+    "bigbird": masks.bigbird(jax.random.key(0), length),
+    "longformer": masks.longformer(512, 1),
+  }
+
+
+def fewer(mask: masks.Mask, length: int, width: int) -> float:
+  """All tiles over those of the forward kernel that the mask visits."""
+  size = choose("gpu", jnp.bfloat16, width, length, length).forward
+  tiles = mask.blocks(length, length, size.queries, size.keys).rows
+  return -(-length // size.queries) * -(-length // size.keys) / tiles.visited
+
+
+def _arrays(length: int, width: int) -> Arrays:
+  """Query, key, value and the cotangent of the output."""
+  shape = (TOKENS // length, length, MODEL // width, width)
+  keys = jax.random.split(jax.random.key(0), 4)
+  return tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+
+
+def _program(mask: masks.Mask, by: str, backward: bool) -> Callable:
+  attention = functools.partial(attend, mask=mask, implementation=by)
+
+  def both(q, k, v, cotangent):
+    out, pull = jax.vjp(attention, q, k, v)
+    return out, pull(cotangent)
+
+  return both if backward else lambda q, k, v, _: attention(q, k, v)
