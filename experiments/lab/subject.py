@@ -50,11 +50,16 @@ def load(name: str) -> tuple[Subject, Tokenizer]:
 
   Args:
     name: a name or path for `models.load`, or a preset such as "tiny".
+
+  Raises:
+    ValueError: for a model without a tokenizer.
   """
   if name in presets.PRESETS and name not in packages.PACKAGES and not Path(name).exists():
     shape = presets.preset(name)
     return Subject(shape, init(Transformer(shape), jax.random.key(0))), ByteTokenizer()
   model = models.load(name)
+  if model.tokenizer is None:
+    raise ValueError(f"model {name!r} came without a tokenizer; allowed: one with its own")
   return Subject(model.config, model.params), model.tokenizer
 
 

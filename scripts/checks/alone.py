@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from effjax.attention.masks import Causal, Documents, Full
 from effjax.kernels.flash_attention.fused import frame, gpu, tpu
 from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
-from effjax.kernels.flash_attention.fused.sizes import Size, Sizes, choose
+from effjax.kernels.flash_attention.fused.sizes import Sizes, choose
 
 KERNELS = ("forward", "queries", "keys", "bias")
 MASKS = {"full": lambda ids: Full(), "causal": lambda ids: Causal(), "documents": Documents}
@@ -50,10 +50,9 @@ class Case:
     """Those worth compiling: without a mask none has a part that it has not with a causal one."""
     return KERNELS[:1] if self.mask == "full" else KERNELS
 
-  def size(self, kernel: str, platform: str, length: int = LENGTH) -> Size:
-    """The table's size of a kernel's tiles."""
-    sizes = choose(platform, self.dtype, self.width, length, length)
-    return getattr(sizes, kernel) or sizes.queries
+  def sizes(self, platform: str, length: int = LENGTH, device: str | None = None) -> Sizes:
+    """The table's, for a device of that name or the one that is here."""
+    return choose(platform, self.dtype, self.width, length, length, device)
 
   def arguments(self, kernel: str, length: int = LENGTH) -> tuple[Any, ...]:
     """Shapes and types of query, key, value, ids and, for its own kernel, a bias."""

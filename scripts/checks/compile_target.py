@@ -18,13 +18,14 @@ from scripts.checks.targets import TARGETS
 def compiled(target: str, case: Case, kernel: str, dump: pathlib.Path, ptxas: str | None) -> Row:
   """The row of one kernel; `error` in it says why it does not compile."""
   device = TARGETS[target]
-  size = case.size(kernel, device.platform)
+  sizes = case.sizes(device.platform, device=device.name)
+  size = getattr(sizes, kernel) or sizes.queries
   row: Row = {"tile": f"{size.queries}×{size.keys}"}
   shutil.rmtree(dump, ignore_errors=True)
   dump.mkdir(parents=True)
   start = time.perf_counter()
   try:
-    device.compile(program(case, kernel, device.platform), case.arguments(kernel))
+    device.compile(program(case, kernel, device.platform, sizes), case.arguments(kernel))
   except Exception as error:  # whatever a compiler raises is the finding
     return row | {"error": f"{type(error).__name__}: {error}"}
   row["seconds"] = round(time.perf_counter() - start, 2)

@@ -17,6 +17,7 @@ from scripts.checks.processes import Row
 
 TOKENS, MODEL = 16384, 2048  # tokens of a batch and heads × width, whatever the length
 WIDTHS = (64, 128)
+PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}  # of matrices, in a tile of each kernel
 Arrays = tuple[Any, ...]
 
 
@@ -39,7 +40,7 @@ class Job(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Device(Job):
-  """What the device can do: a product of square bfloat16 matrices; reading and writing memory."""
+  """What the device can do: a product of square bfloat16 matrices; reading as much as it writes."""
 
   size: int = 8192
   copied: int = 1 << 29
@@ -123,22 +124,16 @@ class Kernels(Job):
     return self.case.draw("forward", self.length)
 
   def programs(self):
-    return {name: program(self.case, name, "gpu") for name in ("forward", "queries", "keys")}
+    return {name: program(self.case, name, "gpu") for name in PRODUCTS}
 
   def rows(self, seconds, device):
     B, T, N, H = self.case.arguments("forward", self.length)[0].shape
-    products = {"forward": 2, "queries": 3, "keys": 4}
+    product = 2 * B * T * T * N * H * _seen(T, self.case.mask == "causal") / 1e12
+    sizes = self.case.sizes("gpu", self.length)
     for name, x in seconds.items():
-      size = self.case.size(name, "gpu", self.length)
-      rate = (
-        2 * products[name] * B * T * T * N * H * _seen(T, self.case.mask == "causal") / x / 1e12
-      )
-      names = {
-        "kernel": name,
-        "case": str(self.case),
-        "length": T,
-        "tile": f"{size.queries}×{size.keys}",
-      }
+      size, rate = getattr(sizes, name), PRODUCTS[name] * product / x
+      names = {"kernel": name, "case": str(self.case), "length": T}
+      names |= {"tile": f"{size.queries}×{size.keys}"}
       yield names | {"ms": x * 1e3, "TFLOP/s": rate, "of matmul": rate / device["matmul TFLOP/s"]}
 
 

@@ -44,8 +44,8 @@ class Worker:
     self._command, self._environment = command, os.environ | environment
     self._process: subprocess.Popen | None = None
 
-  def start(self) -> None:
-    """Starts the process if there is none."""
+  def start(self) -> subprocess.Popen:
+    """The process, started if there was none."""
     if self._process is None:
       self._words = tempfile.TemporaryFile("w+")  # noqa: SIM115
       self._process = subprocess.Popen(
@@ -56,11 +56,12 @@ class Worker:
         stderr=self._words,
         text=True,
       )
+    return self._process
 
   def rows(self, job: str) -> Iterator[Row]:
     """Those of a job, as they come; the last one is an "error" if the process ended."""
-    self.start()
-    process = self._process
+    process = self.start()
+    assert process.stdin and process.stdout
     try:
       print(job, file=process.stdin, flush=True)
       for line in iter(process.stdout.readline, "\n"):

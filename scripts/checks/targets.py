@@ -86,8 +86,9 @@ class GPU:
 
 @dataclasses.dataclass(frozen=True)
 class TPU:
-  """A TPU: a host's topology, and what libtpu calls the kind of machine."""
+  """A TPU: what jax calls it, a host's topology, and what libtpu calls the kind of machine."""
 
+  name: str
   topology: str
   kind: str
 
@@ -120,8 +121,8 @@ TARGETS: dict[str, GPU | TPU] = {
   "a100": GPU(
     "NVIDIA A100-SXM4-80GB", 8, 0, "sm_80", 108, 64, 1.41, 166912, 167936, 41943040, 2039000000000
   ),
-  "v5e": TPU("v5e:2x2", "v5litepod-4"),
-  "v6e": TPU("v6e:2x2", "v6e-4"),
+  "v5e": TPU("TPU v5 lite", "v5e:2x2", "v5litepod-4"),
+  "v6e": TPU("TPU v6 lite", "v6e:2x2", "v6e-4"),
 }
 
 

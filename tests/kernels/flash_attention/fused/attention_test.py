@@ -124,3 +124,11 @@ def test_sizes_are_no_larger_than_the_call():
   assert large.forward.queries >= 64
   assert (small.forward.queries, small.forward.keys) == (16, 64)
   assert choose("tpu", jnp.float32, 256, 100, 100).forward.keys == 128
+
+
+def test_a_device_has_its_own_sizes():
+  h200, other = (choose("gpu", jnp.bfloat16, 256, 999, 999, name) for name in ("NVIDIA H200", "L4"))
+  assert h200.forward.queries > other.forward.queries
+  assert choose("gpu", jnp.float32, 64, 999, 999, "NVIDIA H200") == choose(
+    "gpu", jnp.float32, 64, 999, 999
+  )
