@@ -35,6 +35,7 @@ def test_the_first_example_continues_a_prompt_with_int8_and_lora(capsys):
 
 
 @with_smollm2
+@pytest.mark.usefixtures("optimized")  # its steps take longer than compiling them
 def test_the_second_example_fine_tunes_on_a_folder(capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for name in ("one.txt", "deep/two.md"):

@@ -169,6 +169,7 @@ def test_exponential():
   np.testing.assert_array_equal(ends, [0, 0, 0, 1, np.nan])
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("fixed", [False, True])
 def test_transformations_agree(fixed):
   arrays = cases.operands(2, 40, 40, 4, 2, 8, 8)[:3]
