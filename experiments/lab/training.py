@@ -121,14 +121,9 @@ def use_every_core() -> None:
 def start(params: Params, rates: Sequence[float], steps: int) -> TrainState:
   """The state before the first call: it carries those of all seeds, from copies of `params`."""
   init = lambda params, rate: init_state(params, _optimizer(rate, steps))
-  mesh = _mesh(len(rates))
   states = jax.jit(jax.vmap(init))(jax.tree.map(jnp.copy, params), jnp.asarray(rates, jnp.float32))
-  state = TrainState(jnp.zeros((), jnp.int32), None, None)
-  state, states = (
-    jax.device_put(tree, NamedSharding(mesh, spec))
-    for tree, spec in ((state, P()), (states, P("seeds")))
-  )
-  return dataclasses.replace(state, extra=states)
+  state = TrainState(jnp.zeros((), jnp.int32), None, None, extra=states)
+  return jax.device_put(state, _layout(len(rates)))
 
 
 def program(objective: Objective, steps: int, seeds: Sequence[int]) -> Step:
@@ -161,14 +156,23 @@ def program(objective: Objective, steps: int, seeds: Sequence[int]) -> Step:
 
   def call(objective: Partial, state: TrainState, batch: Batch, rng: Key):
     keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.asarray(seeds))
-    batches, count = {**batch}, batch["count"]
+    batches, count = {**batch}, jnp.asarray(batch["count"])
     del batches["count"]
     states, total, finite = on_devices(objective, state.extra, batches, count, keys)
     losses = total / count
     state = dataclasses.replace(state, step=state.step + 1, extra=states)
     return state, {"loss": losses.mean(), "losses": losses, "finite": finite.any()}
 
-  return Step(jax.jit(call, donate_argnums=1), one.objective)
+  layout = _layout(len(seeds))
+  outputs = (layout, layout.step)  # the layout of the inputs, or a second call compiles anew
+  return Step(jax.jit(call, donate_argnums=1, out_shardings=outputs), one.objective)
+
+
+def _layout(seeds: int) -> TrainState:
+  """Shardings of the state that carries those of all seeds."""
+  mesh = _mesh(seeds)
+  everywhere, apart = (NamedSharding(mesh, spec) for spec in (P(), P("seeds")))
+  return TrainState(everywhere, None, None, extra=apart)
 
 
 def _mesh(seeds: int) -> Mesh:

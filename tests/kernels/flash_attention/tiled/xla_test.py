@@ -169,9 +169,8 @@ def test_exponential():
   np.testing.assert_array_equal(ends, [0, 0, 0, 1, np.nan])
 
 
-@pytest.mark.parametrize(
-  "fixed", [False, pytest.param(True, marks=pytest.mark.usefixtures("optimized"))]
-)
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("fixed", [False, True])
 def test_transformations_agree(fixed):
   arrays = cases.operands(2, 40, 40, 4, 2, 8, 8)[:3]
   ids = jnp.sort(jax.random.randint(jax.random.key(1), (2, 40), -1, 3), 1)
