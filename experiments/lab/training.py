@@ -115,7 +115,7 @@ def train(
 def use_every_core() -> None:
   """Makes each core of a CPU a device, unless the process has begun to compute."""
   with contextlib.suppress(RuntimeError):
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
 
 def start(params: Params, rates: Sequence[float], steps: int) -> TrainState:
@@ -132,7 +132,7 @@ def program(objective: Objective, steps: int, seeds: Sequence[int]) -> Step:
   The batch is what `Orders` gives. Metrics: "losses", the mean nll of each seed over the steps of
   the call, "loss", their mean, and "finite", whether any seed still learns.
   """
-  one = make_train_step(objective, _optimizer(1.0, steps))
+  layout, one = _layout(len(seeds)), make_train_step(objective, _optimizer(1.0, steps))
   together = jax.vmap(one.program)
 
   def several(objective: Partial, states: PyTree, batches: Batch, count: Array, keys: Key):
@@ -148,7 +148,7 @@ def program(objective: Objective, steps: int, seeds: Sequence[int]) -> Step:
   each = P("seeds")
   on_devices = jax.shard_map(
     several,
-    mesh=_mesh(len(seeds)),
+    mesh=layout.step.mesh,
     in_specs=(each, each, P(None, "seeds"), P(), each),
     out_specs=each,
     check_vma=False,
@@ -159,11 +159,12 @@ def program(objective: Objective, steps: int, seeds: Sequence[int]) -> Step:
     batches, count = {**batch}, jnp.asarray(batch["count"])
     del batches["count"]
     states, total, finite = on_devices(objective, state.extra, batches, count, keys)
-    losses = total / count
+    # Brought together at once: of several exchanges at a time, each could wait for the other.
+    both = jax.lax.with_sharding_constraint(jnp.stack([total / count, finite]), layout.step)
+    losses, finite = both
     state = dataclasses.replace(state, step=state.step + 1, extra=states)
     return state, {"loss": losses.mean(), "losses": losses, "finite": finite.any()}
 
-  layout = _layout(len(seeds))
   outputs = (layout, layout.step)  # the layout of the inputs, or a second call compiles anew
   return Step(jax.jit(call, donate_argnums=1, out_shardings=outputs), one.objective)
 
