@@ -13,8 +13,10 @@ import dataclasses
 import functools
 import math
 import statistics
+from pathlib import Path
 
 from effjax import data
+from effjax.data import Corpus
 from effjax.train import workdir as files
 from experiments import harness
 from experiments.lab import provenance, training
@@ -61,11 +63,11 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   training.use_every_core()
   folder = files.claim(workdir, config, free=("rungs", "rates", "seeds", "tokens_per_parameter"))
   corpus = data.text(config.text)
-  source = provenance.write(folder, corpus)
+  provenance.write(folder, corpus)
   tasks = {}
   for rung in (rung for rung in LADDER if rung.name in chosen):
     pairs = [(rate, seed) for rate in rates for seed in range(config.seeds)]
-    swept = functools.cache(functools.partial(_sweep, config, rung, corpus, pairs, folder, source))
+    swept = functools.cache(functools.partial(_sweep, config, rung, corpus, pairs, folder))
     for index, (rate, seed) in enumerate(pairs):
       row = lambda swept=swept, index=index: swept()[index]
       tasks[f"{rung.name} rate={rate:g} seed={seed}"] = row
@@ -77,7 +79,9 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   return rows
 
 
-def _sweep(config: Config, rung: Rung, corpus, pairs, folder, source) -> list[harness.Row]:
+def _sweep(
+  config: Config, rung: Rung, corpus: Corpus, pairs: list, folder: Path
+) -> list[harness.Row]:
   """The rows of a rung."""
   rates, seeds = zip(*pairs, strict=True)
   given = config.tokens_per_parameter
@@ -90,7 +94,7 @@ def _sweep(config: Config, rung: Rung, corpus, pairs, folder, source) -> list[ha
       "learning_rate": rate,
       "seed": seed,
       "tokens_per_parameter": given,
-      "processor": source["processor"],
+      "processor": provenance.processor(),
       **text.paid(each),
     }
     for (rate, seed), each in zip(pairs, nats(trained, text).tolist(), strict=True)

@@ -2,13 +2,12 @@
 
   scripts/run                                          (every technique; 6 minutes on 2 cores)
   scripts/run survey --config.techniques=int8,lora-r8  (some; finished rows are kept)
-  scripts/run survey --config.tokens_per_parameter=20 --config.seeds=6 \
-      --config.minutes=55 --workdir=results/survey
+  scripts/run survey --config.tokens_per_parameter=20 --config.minutes=55 --workdir=results/survey
 
 First SmolLM2-135M on held-out text: each technique that needs no training is applied to it as it
 is. Then a small model, trained from scratch with each technique that needs it, at the FLOPs of one
 dense run, over several seeds; by default for a fraction of the tokens that a verdict wants, which
-the third line gives it. The registry of rows is `experiments/survey/techniques.py`.
+the third command gives it (an hour). The registry of rows is `experiments/survey/techniques.py`.
 
 Time is a ratio to the baseline's, measured in turns with it: prefill of one row of text, and greedy
 decoding after a cache of 64 tokens. FLOPs are those of the forward pass a token.
