@@ -37,10 +37,10 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer) -> TokenStream:
     if encoded[-1:] != [tokenizer.eos_id]:
       encoded.append(tokenizer.eos_id)
     ids = np.array(encoded, np.int64)
-    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-      wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)][0]
+    wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+    if wrong.size:
       raise ValueError(
-        f"the tokenizer gave id {wrong} in document {document.id!r}; its vocab_size is "
+        f"the tokenizer gave id {wrong[0]} in document {document.id!r}; its vocab_size is "
         f"{tokenizer.vocab_size}"
       )
     documents.append(ids.astype(dtype))

@@ -194,7 +194,7 @@ def slope(x: list[float], y: list[float]) -> float:
 
 def off_a_line(x: np.ndarray, y: list[float]) -> float:
   """The largest distance of y from its least-squares line over x."""
-  return float(abs(np.polyval(np.polyfit(x, y, 1), x) - y).max())
+  return float(np.max(abs(np.polyval(np.polyfit(x, y, 1), x) - y)))
 
 
 def draw(axes, measurements: list[harness.Row]) -> None:
