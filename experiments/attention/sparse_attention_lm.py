@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   provenance.write(folder, corpus)
   study = Study(rung, corpus, tokens_per_parameter=given, seeds=seeds, folder=folder)
   held_out = study.held_out(config.rows, length=max(TIMES) * rung.length).batches
-  tasks = {}
+  tasks: dict[str, Callable[[], harness.Row]] = {}
   for name in chosen:
     tasks |= study.tasks(name, functools.partial(trained, config, study, held_out, name))
   rows = harness.compute(folder, tasks, label="runs")

@@ -62,7 +62,7 @@ def held_out(
 def nats(subject: Subject, text: HeldOut) -> np.ndarray:
   """Nats that the model of each seed pays for all of the text, [seeds]."""
   score = lambda batch: _nats(subject.module, subject.params, batch)
-  return np.sum([score(batch) for batch in text.batches], axis=0, dtype=np.float64)
+  return np.stack([score(batch) for batch in text.batches]).sum(axis=0, dtype=np.float64)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -67,9 +67,9 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   tasks = {}
   for rung in (rung for rung in LADDER if rung.name in chosen):
     pairs = [(rate, seed) for rate in rates for seed in range(config.seeds)]
-    rows = functools.cache(functools.partial(_sweep, config, rung, corpus, pairs, folder))
+    swept = functools.cache(functools.partial(_sweep, config, rung, corpus, pairs, folder))
     for index, (rate, seed) in enumerate(pairs):
-      row = lambda rows=rows, index=index: rows()[index]
+      row = lambda swept=swept, index=index: swept()[index]
       tasks[f"{rung.name} rate={rate:g} seed={seed}"] = row
   rows = harness.compute(folder, tasks, label="rates")
   harness.plot(folder, draw)

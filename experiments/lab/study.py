@@ -133,6 +133,11 @@ class Study:
 
   def loaders(self, order: int) -> dict[int, data.Loader]:
     """The batches of each seed, in one of its orders of the training split."""
-    sizes = {"batch_size": self.rung.batch, "length": self.rung.length}
-    load = lambda seed: data.loader(self.corpus, self.tokenizer, **sizes, seed=seed)
-    return {seed: load(seed + ORDERS * order) for seed in self.seeds}
+    load = functools.partial(
+      data.loader,
+      self.corpus,
+      self.tokenizer,
+      batch_size=self.rung.batch,
+      length=self.rung.length,
+    )
+    return {seed: load(seed=seed + ORDERS * order) for seed in self.seeds}

@@ -156,7 +156,7 @@ def program(objective: Objective, steps: int, seeds: Sequence[int]) -> Step:
 
   def call(objective: Partial, state: TrainState, batch: Batch, rng: Key):
     keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.asarray(seeds))
-    batches, count = {**batch}, batch["count"]
+    batches, count = {**batch}, jnp.asarray(batch["count"])
     del batches["count"]
     states, total, finite = on_devices(objective, state.extra, batches, count, keys)
     # Brought together at once: of several exchanges at a time, each could wait for the other.

@@ -90,7 +90,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Interval:
   """
   if len(a) != len(b):
     raise ValueError(f"a has {len(a)} values and b {len(b)}; allowed: one of each seed in both")
-  return interval(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+  return interval([x - y for x, y in zip(a, b, strict=True)])
 
 
 def less(a: Sequence[float], b: Sequence[float]) -> Verdict:
@@ -132,15 +132,15 @@ def _judge(found: Interval, low: float, high: float) -> Verdict:
     return Verdict(HELD, figures)
   if found.low >= high or found.high <= low:
     return Verdict(NOT_HELD, figures)
-  if found.count == 1:
+  if found.spread is None:
     return Verdict(UNDECIDED, f"{found.mean:+.4f}; one seed has no interval")
   room = min(abs(found.mean - bound) for bound in (low, high))
-  return Verdict(UNDECIDED, f"{figures}; {_wanted(found, room)}")
+  return Verdict(UNDECIDED, f"{figures}; {_wanted(found.spread, found.count, room)}")
 
 
-def _wanted(found: Interval, room: float) -> str:
+def _wanted(spread: float, count: int, room: float) -> str:
   """How many seeds would decide, were their mean and spread those that were seen."""
-  enough = (n for n in range(found.count, MOST_SEEDS + 1) if _reach(found.spread, n) < room)
+  enough = (n for n in range(count, MOST_SEEDS + 1) if _reach(spread, n) < room)
   number = next(enough, None)
   if number is None:
     return f"more than {MOST_SEEDS} seeds would be needed at this spread"

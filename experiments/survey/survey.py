@@ -95,7 +95,7 @@ def choose(text: str) -> list[Technique]:
   Raises:
     ValueError: for a name that is none.
   """
-  kinds = {PRETRAINED: [], TRAINED: []}
+  kinds: dict[str, list[str]] = {PRETRAINED: [], TRAINED: []}
   for technique in TECHNIQUES:
     kinds[TRAINED if technique.trained else PRETRAINED].append(technique.name)
   wanted = harness.chosen(text, [*kinds, *NAMED], what="technique")
@@ -123,7 +123,7 @@ def _tasks(
     folder=folder,
   )
   trained = Trained(study, rows=config.trained_rows, decode=config.decode)
-  tasks = {}
+  tasks: dict[str, Callable[[], harness.Row]] = {}
   for technique in chosen:
     if not technique.trained:
       tasks[technique.name] = functools.partial(pretrained.row, technique)

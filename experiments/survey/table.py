@@ -8,7 +8,7 @@ from experiments import harness
 from experiments.harness import Row
 from experiments.lab.verdicts import Verdict, less, paired
 from experiments.survey import techniques
-from experiments.survey.techniques import BASELINE, NAMED, Technique
+from experiments.survey.techniques import BASELINE, NAMED
 
 KINDS = dict.fromkeys(technique.kind for technique in techniques.TECHNIQUES)
 COLOURS = dict(zip(KINDS, itertools.cycle(harness.COLOURS), strict=False))
@@ -90,19 +90,13 @@ def claims(measured: list[Row]) -> dict[str, bool | Verdict]:
   """What is expected of the rows that are there, and whether it came out."""
   found = _exact({row["technique"]: row for row in pretrained(measured)})
   there = _groups(measured)
-  for technique in (NAMED[name] for name in there):
-    if technique.against != technique.name:
-      ours, theirs = nll(measured, technique.name), nll(measured, technique.against)
-      pair = (ours, theirs) if technique.better else (theirs, ours)
-      found[_expected(technique)] = less(*pair)
+  for name in there:
+    against = NAMED[name].against or name
+    if against != name:
+      better, worse = (name, against) if NAMED[name].better else (against, name)
+      text = f"at equal FLOPs, {better} predicts better than {worse}"
+      found[text] = less(nll(measured, better), nll(measured, worse))
   return found
-
-
-def _expected(technique: Technique) -> str:
-  better, worse = technique.name, technique.against
-  if not technique.better:
-    better, worse = worse, better
-  return f"at equal FLOPs, {better} predicts better than {worse}"
 
 
 def _exact(by_name: dict[str, Row]) -> dict[str, bool | Verdict]:
