@@ -7,7 +7,8 @@
 First SmolLM2-135M on held-out text: each technique that needs no training is applied to it as it
 is. Then a small model, trained from scratch with each technique that needs it, at the FLOPs of one
 dense run, over several seeds; by default for a fraction of the tokens that a verdict wants, which
-the third command gives it (an hour). The registry of rows is `experiments/survey/techniques.py`.
+the third command gives it (an hour; `results/survey/table.md` has what it found). The registry of
+rows is `experiments/survey/techniques.py`.
 
 Time is a ratio to the baseline's, measured in turns with it: prefill of one row of text, and greedy
 decoding after a cache of 64 tokens. FLOPs are those of the forward pass a token.
