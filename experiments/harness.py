@@ -27,6 +27,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from effjax.train import workdir as files
+from experiments.lab.verdicts import HELD, NOT_HELD, Verdict
 
 Row = dict[str, Any]
 
@@ -117,16 +118,38 @@ def progress(items: Iterable, label: str, **options) -> tqdm:
 
 
 def finish(
-  folder: Path, rows: Sequence[Row], columns: Mapping[str, str], claims: Mapping[str, bool]
+  folder: Path,
+  rows: Sequence[Row],
+  columns: Mapping[str, str],
+  claims: Mapping[str, bool | Verdict],
 ) -> None:
   """Prints the table, and of each claim whether it held.
 
-  `columns` maps the columns of the table to their formats.
+  `columns` maps the columns of the table to their formats. A claim that is exact is true or false;
+  one about what seeds would show has a verdict.
   """
-  print("\n" + table(rows, columns) + "\n")
-  for claim, held in claims.items():
-    print(f"{'held:        ' if held else 'did NOT hold:'} {claim}")
+  print("\n" + table(rows, columns))
+  print("\n" + "\n".join(findings(claims)))
   print(f"results: {folder}")
+
+
+def findings(claims: Mapping[str, bool | Verdict]) -> list[str]:
+  """A line for each claim, the word of its verdict first.
+
+  Example:
+    >>> findings({"water is wet": True})
+    ['held:         water is wet']
+  """
+  words = {claim: _verdict(found) for claim, found in claims.items()}
+  width = len(NOT_HELD) + 2
+  return [
+    f"{verdict.word + ':':{width}}{claim}{verdict.reason and f' ({verdict.reason})'}"
+    for claim, verdict in words.items()
+  ]
+
+
+def _verdict(found: bool | Verdict) -> Verdict:
+  return found if isinstance(found, Verdict) else Verdict(HELD if found else NOT_HELD, "")
 
 
 def write_csv(folder: Path, rows: Sequence[Row]) -> None:
@@ -160,6 +183,22 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     return "  ".join(x.ljust(w) if to_left else x.rjust(w) for x, w, to_left in parts).rstrip()
 
   return "\n".join(aligned(line) for line in lines)
+
+
+def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+  """The same table for a Markdown file.
+
+  Example:
+    >>> print(markdown([{"name": "dense", "loss": 2.0}], {"name": "", "loss": ".2f"}))
+    | name | loss |
+    |---|--:|
+    | dense | 2.00 |
+  """
+  marks = ["---" if form == "" else "--:" for form in columns.values()]
+  cells = [[_cell(row.get(name), form) for name, form in columns.items()] for row in rows]
+  ruled = "|" + "|".join(marks) + "|"
+  lines = [f"| {' | '.join(line)} |" for line in (list(columns), *cells)]
+  return "\n".join([lines[0], ruled, *lines[1:]])
 
 
 def plot(

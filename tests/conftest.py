@@ -1,13 +1,16 @@
 """Eight simulated devices, strict rank promotion, and run-time checks of every shape annotation."""
 
+import gc
 import os
 import pathlib
+from importlib.metadata import version
 
-# Compiling is most of the time of the tests: XLA's older emitters take a third of it, and LLVM half
-# of it when it optimises little. Processes that the tests start inherit both.
+# Compiling is most of the time of the tests: LLVM takes half of it when it optimises little, and
+# XLA's older emitters, where there are any, a third. Processes that the tests start inherit both.
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+  + " --xla_force_host_platform_device_count=8"
+  + " --xla_cpu_use_fusion_emitters=false" * version("jax").startswith("0.10.")
 )
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("PJRT_NPROC", "64")  # as in effjax.parallel.simulate_devices
@@ -29,6 +32,13 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_finish():
+  """What is imported stays: the collector of garbage need not look at it again and again."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000)
 
 
 def pytest_collection_modifyitems(items):

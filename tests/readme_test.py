@@ -35,6 +35,7 @@ def test_the_first_example_continues_a_prompt_with_int8_and_lora(capsys):
 
 
 @with_smollm2
+@pytest.mark.usefixtures("optimized")  # its steps take longer than compiling them
 def test_the_second_example_fine_tunes_on_a_folder(capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for name in ("one.txt", "deep/two.md"):
@@ -77,6 +78,15 @@ def test_experiments_and_benchmarks_named_exist():
   benchmarks = re.search(r"scripts/bench NAME` \| (.*?), against", README)[1]
   for name in re.findall(r"`(\w+)`", benchmarks):
     assert (ROOT / "scripts" / "benchmarks" / f"{name}.py").exists(), name
+
+
+def test_the_tables_of_the_survey_are_those_of_its_results():
+  survey = README.partition("\n## The survey\n")[2].partition("\n## ")[0]
+  results = (ROOT / "results" / "survey" / "table.md").read_text()
+  quoted, found = (
+    [line for line in text.splitlines() if line.startswith("|")] for text in (survey, results)
+  )
+  assert quoted == found
 
 
 def anchors(document):

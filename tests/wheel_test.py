@@ -59,6 +59,7 @@ def test_it_holds_the_library_and_the_licence_and_nothing_else(wheel):
   assert (about / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_from_it(wheel):
   """Without `site`, so that an editable installation, here or elsewhere, is not seen."""
   libraries = {sysconfig.get_path(name) for name in ("purelib", "platlib")}

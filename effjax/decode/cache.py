@@ -59,9 +59,10 @@ def prefill(
   Example:
     >>> from effjax.models import Transformer, presets
     >>> module = Transformer(presets.TINY)
-    >>> params = module.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    >>> params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     >>> rows, lengths = jnp.array([[1, 2, 3], [4, -100, -100]]), jnp.array([3, 1])
-    >>> cache = prefill(module, params, rows, lengths, module.init_cache(2, 16))
+    >>> fill = jax.jit(prefill, static_argnums=0)
+    >>> cache = fill(module, params, rows, lengths, module.init_cache(2, 16))
   """
   check_padding(padding)
   _check_lengths(lengths, tokens)

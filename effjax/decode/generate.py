@@ -90,7 +90,7 @@ def generate(
   Example:
     >>> from effjax.models import Transformer, presets
     >>> module = Transformer(presets.TINY)
-    >>> params = module.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    >>> params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     >>> out = generate(module, params, [[1, 2, 3], [4]], max_new_tokens=5)
     >>> out.tokens.shape, out.lengths.tolist()
     ((2, 5), [5, 5])

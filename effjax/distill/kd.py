@@ -76,7 +76,7 @@ def divergence(
   teacher = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature
   log_p = jax.nn.log_softmax(teacher)
   log_q = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
-  return optax.kl_divergence_with_log_targets(log_q, log_p, where=~jnp.isneginf(log_p))
+  return optax.losses.kl_divergence_with_log_targets(log_q, log_p, where=~jnp.isneginf(log_p))
 
 
 def kd_objective(

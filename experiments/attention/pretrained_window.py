@@ -36,7 +36,6 @@ from effjax.data.tokenizers import Tokenizer
 from effjax.train import workdir as files
 from experiments import harness
 from experiments.lab.subject import Subject, load, token_nll
-from experiments.survey.techniques import with_layers
 
 FULL, AFRESH = "full", "afresh"
 BIN = 16  # positions over which the curve is averaged
@@ -146,7 +145,7 @@ def narrowed(subject: Subject, mask: masks.Mask) -> Subject:
   def narrow(_, spec):
     return dataclasses.replace(spec, mixer=spec.mixer.clone(mask=spec.mixer.mask & mask))
 
-  return with_layers(subject, narrow)
+  return subject.with_layers(narrow)
 
 
 def documents(config: Config, tokenizer: Tokenizer) -> list[dict]:

@@ -4,30 +4,22 @@
   scripts/run sparse_attention_lm --config.patterns=full,window         (some; finished rows stay)
 
 A small language model is trained with each pattern on as many tokens of the same text, over several
-seeds. It then reads held-out text in contexts of 1, 2 and 4 times the length of training: the very
-same tokens each time, so that a model that uses more context does better with it. Positions are
-rotary, except for linear attention, which has none. Linformer is left out: its projected keys hold
-all positions, so it cannot be causal.
-
-Measured (jax 0.10.2, two cores, 3.4 minutes; 164 thousand tokens a run, three seeds): perplexity
-119 ± 5.5 with full attention, window 119 ± 12, dilated 111 ± 6.0, LongLoRA 114 ± 9.5, LSRA
-117 ± 4.2, Longformer 126 ± 8.3, BigBird 128 ± 12, linear 162 ± 12: so early only linear attention
-stands apart. With 240 steps so do dilated windows, 73.9 ± 2.6, and LongLoRA, 73.8 ± 1.7, against
-85.2 ± 3.1 with full attention: so little training rewards patterns that look near by. That none is
-better than full attention did NOT hold, nor that global tokens or random blocks help beside a
-window. Four times the length of training costs full attention 2.7 %; the others stay within 0.6 %
-of what they had.
+seeds, by default for a fraction of the tokens that a verdict wants. It then reads held-out text in
+contexts of 1, 2 and 4 times the length of training: the very same tokens each time, so that a model
+that uses more context does better with it. Positions are rotary, except for linear attention, which
+has none. Linformer is left out: its projected keys hold all positions, so it cannot be causal.
 """
 
 import dataclasses
 import functools
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from effjax import cost
+from effjax import cost, data
 from effjax.attention import (
   LSRA,
   Attention,
@@ -41,8 +33,11 @@ from effjax.layers import Rope
 from effjax.models import TransformerConfig
 from effjax.train import workdir as files
 from experiments import harness
-from experiments.lab.short_runs import Lab, Run, Shape
+from experiments.lab import budget, provenance, training
+from experiments.lab.budget import Spending
+from experiments.lab.study import Run, Study
 from experiments.lab.subject import Subject, token_nll
+from experiments.lab.verdicts import Verdict, less
 
 TIMES = (1, 2, 4)  # contexts, in lengths of training
 FULL = "full"
@@ -55,31 +50,25 @@ class Config:
   Attributes:
     patterns: names in `mixers`, comma-separated, or "all".
     text: a source of `data.text`; its training split trains, its validation split measures.
-    seeds: runs of each pattern.
-    steps, batch, length: of a run; a row of a batch has `length` tokens.
+    seeds: of each pattern.
+    tokens_per_parameter: of every run; 20 for a verdict.
+    minutes: in which all runs are to end on two cores; it decides their size.
     window: keys that a token sees in the local patterns, itself included.
-    width, layers, heads, vocab: shape of the model.
-    rows: rows of four times `length` held-out tokens.
+    rows: rows of four times the length of training of held-out tokens.
   """
 
   patterns: str = "all"
-  text: str = "embedded"
-  seeds: int = 3
-  steps: int = 160
-  batch: int = 8
-  length: int = 128
+  text: str = "libraries"
+  seeds: int = 4
+  tokens_per_parameter: float = 0.5
+  minutes: float = 1.5
   window: int = 16
-  width: int = 64
-  layers: int = 2
-  heads: int = 4
-  vocab: int = 512
-  rows: int = 16
+  rows: int = 64
 
 
-def mixers(config: Config) -> dict[str, Any]:
+def mixers(heads: int, window: int) -> dict[str, Any]:
   """The attention of each pattern. The local ones let a token see about as many keys."""
-  heads, rope, w = config.heads, Rope(1e4), config.window
-  back = w - 1
+  rope, back = Rope(1e4), window - 1
   gaps = (1,) * (heads - heads // 2) + (4,) * (heads // 2)
   attention = functools.partial(Attention, heads, rope=rope)
   local = masks.SlidingWindow(back, back)
@@ -88,46 +77,56 @@ def mixers(config: Config) -> dict[str, Any]:
     "window": attention(mask=masks.longformer(back, causal=True)),
     "dilated": attention(mask=masks.longformer(back, dilation=gaps, causal=True)),
     "longformer": Longformer(heads, rope=rope, mask=local, positions=1, causal=True),
-    "bigbird": BigBird(heads, rope=rope, block=max(w // 2, 1), number=1),
-    "longlora": ShiftedSparseAttention(heads, rope=rope, group=2 * w),
-    "lsra": LSRA(heads // 2, kernel=w - 1, rope=rope),
+    "bigbird": BigBird(heads, rope=rope, block=max(window // 2, 1), number=1),
+    "longlora": ShiftedSparseAttention(heads, rope=rope, group=2 * window),
+    "lsra": LSRA(heads // 2, kernel=window - 1, rope=rope),
     "linear": LinearAttention(heads),
   }
 
 
 def run(config: Config, workdir: str) -> list[harness.Row]:
   """A row for each pattern and seed; writes `metrics.jsonl`, `result.csv`, `plot.png`."""
+  names = list(mixers(1, 1))
+  chosen = harness.chosen(config.patterns, names, what="pattern")
+  given = config.tokens_per_parameter
+  runs = len(names) * config.seeds
+  rung = budget.largest(runs, tokens_per_parameter=given, minutes=config.minutes)
+  training.use_every_core()
   folder = files.claim(workdir, config, free=("patterns",))
-  chosen = harness.chosen(config.patterns, mixers(config), what="pattern")
-  shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(Shape)}
-  lab = Lab(Shape(**shape))
-  held_out = lab.validation(config.rows, length=max(TIMES) * config.length)
-  tasks = {
-    f"{name} seed {seed}": functools.partial(trained, config, lab, held_out, name, seed)
-    for name in chosen
-    for seed in range(config.seeds)
-  }
+  corpus, seeds = data.text(config.text), range(config.seeds)
+  provenance.write(folder, corpus)
+  study = Study(rung, corpus, tokens_per_parameter=given, seeds=seeds, folder=folder)
+  held_out = study.held_out(config.rows, length=max(TIMES) * rung.length).batches
+  tasks: dict[str, Callable[[], harness.Row]] = {}
+  for name in chosen:
+    tasks |= study.tasks(name, functools.partial(trained, config, study, held_out, name))
   rows = harness.compute(folder, tasks, label="runs")
   harness.plot(folder, draw, panels=2, size=(11.0, 4.6))
   harness.write_csv(folder, rows)
-  found = {row["pattern"]: row for row in summarize(rows)}
   columns = {"pattern": "", "MFLOP/token": ",.3f"}
   columns |= {f"{sign}{t}×": ".2f" for t in TIMES for sign in ("", "± ")}
-  harness.finish(folder, list(found.values()), columns, claims(found))
+  print(f"\n{budget.title(rung, given, config.seeds)}")
+  harness.finish(folder, summarize(rows), columns, claims(rows))
   return rows
 
 
-def trained(config: Config, lab: Lab, held_out: list, name: str, seed: int) -> harness.Row:
-  """Trains one pattern and reads the held-out text in every context."""
-  context = max(TIMES) * config.length
-  subject = lab.fresh(with_mixer(lab.dense, mixers(config)[name], context), seed)
-  subject, curve = lab.train(Run(subject), seed, name, steps=config.steps)
-  row: harness.Row = {"pattern": name, "seed": seed, "curve": curve}
-  row["flops_token"] = cost.flops(subject.config, length=config.length)
+def trained(config: Config, study: Study, held_out: list, name: str) -> list[harness.Row]:
+  """Trains one pattern, and reads the held-out text in every context with each seed."""
+  length, context = study.rung.length, max(TIMES) * study.rung.length
+  mixer = mixers(study.rung.heads, config.window)[name]
+  start = study.fresh(with_mixer(study.dense, mixer, context))
+  subject = study.trained(name, Run(start, spending=Spending(equal="tokens")))
+  common = {"pattern": name, "flops_token": cost.flops(subject.config, length)}
+  models = map(subject.at, range(len(study.seeds)))
+  return [{**common, **measured(model, held_out, length)} for model in models]
+
+
+def measured(model: Subject, held_out: list, length: int) -> harness.Row:
+  """Nats a token in every context, and in the longest by the number of tokens before."""
+  row: harness.Row = {"edges": [0, *(length * 2**i // 8 for i in range(5)), max(TIMES) * length]}
   for times in TIMES:
-    nll, weight, before = read(subject, held_out, times * config.length)
+    nll, weight, before = read(model, held_out, times * length)
     row[f"nll {times}"] = float((nll * weight).sum() / weight.sum())
-  row["edges"] = [0, *(config.length * 2**i // 8 for i in range(5)), context]
   which = np.digitize(before, row["edges"][1:-1])
   sums = [np.bincount(which, x, len(row["edges"]) - 1) for x in (nll * weight, weight)]
   row["nll by position"] = [float(a / b) if b else None for a, b in zip(*sums, strict=True)]
@@ -167,24 +166,27 @@ def summarize(rows: list[harness.Row]) -> list[harness.Row]:
   return table
 
 
-def claims(found: dict[str, harness.Row]) -> dict[str, bool]:
-  """What is said of the patterns that were measured, and whether it is so here."""
-  most = max(TIMES)
-  worse = lambda a, b, times=1: a[f"{times}×"] > b[f"{times}×"] + b[f"± {times}×"]
-  grows = lambda row: row[f"{most}×"] / row["1×"] - 1
-  others = [row for name, row in found.items() if name != FULL]
-  result = {}
-  if FULL in found and others:
-    result["no pattern is better than full attention at the length of training"] = not any(
-      worse(found[FULL], row) for row in others
-    )
-    result[f"full attention gets worse at {most} times its length"] = grows(found[FULL]) > 0
-  if "window" in found:
-    result[f"a window is not worse at {most} times its length"] = grows(found["window"]) <= 0
+def claims(rows: list[harness.Row]) -> dict[str, Verdict]:
+  """What is said of the patterns that were measured, judged over seeds."""
+  nll: dict[str, dict[int, list[float]]] = {}
+  for row in rows:
+    values = nll.setdefault(row["pattern"], {times: [] for times in TIMES})
+    for times in TIMES:
+      values[times].append(row[f"nll {times}"])
+  most, found = max(TIMES), {}
+  if FULL in nll:
+    for name in [name for name in nll if name != FULL]:
+      text = f"full attention predicts better than {name} at the length of training"
+      found[text] = less(nll[FULL][1], nll[name][1])
+    text = f"full attention gets worse at {most} times its length"
+    found[text] = less(nll[FULL][1], nll[FULL][most])
+  if "window" in nll:
+    text = f"a window gets no worse than by 1 % at {most} times its length"
+    found[text] = less(nll["window"][most], [x + math.log(1.01) for x in nll["window"][1]])
     for name, what in (("longformer", "a global token"), ("bigbird", "drawing random blocks")):
-      if name in found:
-        result[f"{what} helps beside a window"] = worse(found["window"], found[name])
-  return result
+      if name in nll:
+        found[f"{what} helps beside a window"] = less(nll[name][1], nll["window"][1])
+  return found
 
 
 def draw(axes, rows: list[harness.Row]) -> None:

@@ -1,8 +1,8 @@
 """The registry of the survey: a technique is a row here, and a new one appears by being added.
 
-Rows of the first kind treat the pretrained model as it is. Rows with `needs_training` are short
-runs of a small model from scratch, because a model that was trained without them cannot show what
-they are worth.
+Rows of the first kind treat the pretrained model as it is. Rows with `against` train a small model
+within the budget of a study, because a model that was trained without them cannot show what they
+are worth; each stands against another trained row, with what is expected of the two.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from effjax import cost, moe, quant
 from effjax.attention import masks
 from effjax.core.typing import Key
 from effjax.distill import kd_objective
-from effjax.layers import stack
 from effjax.peft import lora
-from experiments.lab.short_runs import Lab, Run
+from experiments.lab.budget import Spending
+from experiments.lab.study import Run, Study
 from experiments.lab.subject import Subject
 
 KERNELS = r"(query|key|value|out|up|gate|down)/kernel$"
@@ -31,32 +31,31 @@ class Technique:
   Attributes:
     name: how `--config.techniques` calls it.
     kind: which of the seven kinds of thing it is.
-    make: (subject, key) → Subject; with `needs_training`, (lab, seed) → Run.
-    needs_training: whether it is a short run of a small model.
+    make: (subject, key) → Subject; of a trained row, study → Run.
     same_function: whether the model computes the same as before, at the start.
+    against: the trained row that this one is compared with; itself for the baseline of them.
+    better: whether it is expected to predict better than that.
   """
 
   name: str
   kind: str
-  make: Callable[[Any, Any], Any]
-  needs_training: bool = False
+  make: Callable[..., Any]
   same_function: bool = False
+  against: str | None = None
+  better: bool = True
+
+  @property
+  def trained(self) -> bool:
+    return self.against is not None
 
 
 def masked(mask: masks.Mask, every: int = 1) -> Callable[[Subject, Key], Subject]:
   """Puts `mask` into every `every`-th layer."""
 
   def make(subject: Subject, key: Key) -> Subject:
-    return with_layers(subject, lambda i, spec: _with_mask(spec, mask) if i % every == 0 else spec)
+    return subject.with_layers(lambda i, spec: spec if i % every else _with_mask(spec, mask))
 
   return make
-
-
-def with_layers(subject: Subject, change: Callable) -> Subject:
-  """The subject with `change(index, spec)` as its layers, their parameters regrouped."""
-  keep = lambda index, spec, tree: (change(index, spec), tree)
-  config, params = stack.change(subject.config, subject.params, keep)
-  return dataclasses.replace(subject, config=config, params=params)
 
 
 def _with_mask(spec, mask: masks.Mask):
@@ -102,19 +101,19 @@ def upcycled(experts: int, every: int = 1) -> Callable[[Subject, Key], Subject]:
   return make
 
 
-def run_dense(lab: Lab, seed: int) -> Run:
-  """The baseline of the short runs."""
-  return Run(lab.fresh(lab.dense, seed))
+def run_dense(study: Study) -> Run:
+  """The baseline of the trained rows."""
+  return Run(study.fresh(study.dense))
 
 
-def run_window(lab: Lab, seed: int) -> Run:
+def run_window(study: Study) -> Run:
   """Each token sees the last 16 only."""
   mask = masks.SlidingWindow(15, 0)
-  specs = tuple(_with_mask(spec, mask) for spec in lab.dense.layers)
-  return Run(lab.fresh(dataclasses.replace(lab.dense, layers=specs), seed))
+  specs = tuple(_with_mask(spec, mask) for spec in study.dense.layers)
+  return Run(study.fresh(dataclasses.replace(study.dense, layers=specs)))
 
 
-def run_moe(lab: Lab, seed: int) -> Run:
+def run_moe(study: Study) -> Run:
   """Eight experts of half the width, two for each token: the FLOPs of one MLP."""
 
   def sparse(spec):
@@ -122,36 +121,47 @@ def run_moe(lab: Lab, seed: int) -> Run:
     experts = moe.MoE(moe.TopK(8, 2), mlp.clone(width=mlp.width // 2))
     return dataclasses.replace(spec, ffn=experts)
 
-  specs = tuple(sparse(spec) for spec in lab.dense.layers)
-  return Run(lab.fresh(dataclasses.replace(lab.dense, layers=specs), seed))
+  specs = tuple(sparse(spec) for spec in study.dense.layers)
+  return Run(study.fresh(dataclasses.replace(study.dense, layers=specs)))
 
 
-def run_upcycled(lab: Lab, seed: int) -> Run:
-  """Half the budget dense, then every MLP becomes four experts for the other half."""
-  start = lab.dense_after(0.5, seed)
-  return Run(upcycled(4)(start, jax.random.key(seed)), spent=0.5, learning_rate=2e-3)
-
-
-def run_lora(lab: Lab, seed: int) -> Run:
-  """Half the budget dense, then only LoRA of rank 8 for the other half."""
-  start = with_lora(8)(lab.dense_after(0.5, seed), jax.random.key(seed))
-  return Run(start, spent=0.5, passes=2.0)
-
-
-def run_half_depth(lab: Lab, seed: int) -> Run:
+def run_half_depth(study: Study) -> Run:
   """Half the layers, for as many more steps."""
-  return Run(lab.fresh(lab.config(max(1, lab.shape.layers // 2)), seed))
+  return Run(study.fresh(study.rung.config(max(1, study.rung.layers // 2))))
 
 
-def run_distilled(lab: Lab, seed: int) -> Run:
+def run_distilled(study: Study) -> Run:
   """Half the layers, taught by the dense baseline, whose own training is not counted."""
-  student, teacher = run_half_depth(lab, seed).subject, lab.dense_after(1.0, seed)
+  student, teacher = (
+    run_half_depth(study).subject,
+    study.trained(TRAINED_BASELINE, run_dense(study)),
+  )
   objective = kd_objective(student.module, teacher.module, teacher.params)
-  extra = cost.flops(teacher.config, length=lab.shape.length)
-  return Run(student, objective=objective, extra_flops=extra)
+  extra = cost.flops(teacher.config, study.rung.length)
+  return Run(student, objective, Spending(extra_flops=extra))
+
+
+def run_continued(study: Study) -> Run:
+  """Half the budget dense, then the same for the other half, on a schedule of its own."""
+  return Run(study.dense_after(0.5), spending=Spending(spent=0.5), order=1)
+
+
+def run_upcycled(study: Study) -> Run:
+  """Half the budget dense, then every MLP becomes four experts for the other half."""
+  start = study.each(upcycled(4), study.dense_after(0.5))
+  return Run(start, spending=Spending(spent=0.5), order=1)
+
+
+def run_lora(study: Study) -> Run:
+  """Half the budget dense, then only LoRA of rank 8 for the other half."""
+  start = study.each(with_lora(8), study.dense_after(0.5))
+  plain, length = cost.flops(start.config, study.rung.length), study.rung.length
+  factors = cost.flops(start.config, length, start.at(0).params) - plain
+  return Run(start, spending=Spending(spent=0.5, passes=2.0, extra_flops=3 * factors), order=1)
 
 
 BASELINE, TRAINED_BASELINE = "dense", "trained-dense"
+HALF, CONTINUED = "trained-half-depth", "trained-continued"
 
 TECHNIQUES = (
   Technique(BASELINE, "baseline", lambda subject, key: subject, same_function=True),
@@ -163,11 +173,13 @@ TECHNIQUES = (
   Technique("window-128", "mask", masked(masks.SlidingWindow(127, 0))),
   Technique("window-128-alternating", "mask", masked(masks.SlidingWindow(127, 0), every=2)),
   Technique("upcycled-4x2", "transform", upcycled(4, every=3), same_function=True),
-  Technique(TRAINED_BASELINE, "baseline", run_dense, needs_training=True),
-  Technique("trained-window-16", "mask", run_window, needs_training=True),
-  Technique("trained-moe-8x2", "ffn", run_moe, needs_training=True),
-  Technique("trained-upcycled-4x2", "transform", run_upcycled, needs_training=True),
-  Technique("trained-lora-r8", "weights", run_lora, needs_training=True),
-  Technique("trained-half-depth", "baseline", run_half_depth, needs_training=True),
-  Technique("trained-distilled", "objective", run_distilled, needs_training=True),
+  Technique(TRAINED_BASELINE, "baseline", run_dense, against=TRAINED_BASELINE),
+  Technique("trained-window-16", "mask", run_window, against=TRAINED_BASELINE, better=False),
+  Technique("trained-moe-8x2", "ffn", run_moe, against=TRAINED_BASELINE),
+  Technique(HALF, "baseline", run_half_depth, against=TRAINED_BASELINE, better=False),
+  Technique("trained-distilled", "objective", run_distilled, against=HALF),
+  Technique(CONTINUED, "baseline", run_continued, against=TRAINED_BASELINE, better=False),
+  Technique("trained-upcycled-4x2", "transform", run_upcycled, against=CONTINUED),
+  Technique("trained-lora-r8", "weights", run_lora, against=CONTINUED, better=False),
 )
+NAMED = {technique.name: technique for technique in TECHNIQUES}

@@ -80,7 +80,7 @@ def _on_part(implementation: str | None, x: Array, sizes: Array, params: PyTree)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(implementation: str | None, x: Array, floats, others, group_sizes: Array) -> Array:
-  return _choose(implementation, tiles.forward, _ragged, x, floats, others, group_sizes)
+  return _choose(implementation, _tiles, _ragged, x, floats, others, group_sizes)
 
 
 def _forward(implementation, *operands):
@@ -89,7 +89,7 @@ def _forward(implementation, *operands):
 
 def _backward(implementation, operands, dy):
   *_, others, group_sizes = operands
-  dx, d_floats = _choose(implementation, tiles.backward, _ragged_backward, *operands, dy)
+  dx, d_floats = _choose(implementation, _tiles_backward, _ragged_backward, *operands, dy)
   return dx, d_floats, jax.tree.map(_float0, others), _float0(group_sizes)
 
 
@@ -102,7 +102,12 @@ def _choose(implementation: str | None, by_tiles, by_ragged, *operands):
   return (by_tiles if implementation == "tiles" else by_ragged)(*operands)
 
 
-# `jax.lax.ragged_dot` has no batching rule for what vmap asks of it here.
+# Under vmap a batch goes through in turn: loops of traced length would run as long as the longest
+# and copy every array in each turn, and `jax.lax.ragged_dot` has no rule for what is asked here.
+_tiles = jax.custom_batching.sequential_vmap(tiles.forward)
+_tiles_backward = jax.custom_batching.sequential_vmap(tiles.backward)
+
+
 @jax.custom_batching.sequential_vmap
 def _ragged(x, floats, others, group_sizes):
   return _dense(jax.lax.ragged_dot, x, trees.merge(floats, others), group_sizes)

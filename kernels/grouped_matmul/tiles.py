@@ -23,6 +23,8 @@ from effjax.core import numerics, trees
 from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.core.weights import linear
 
+FORWARD = {"allow_negative_indices": False}  # nothing counts from the end: a shorter program
+
 
 def tile_rows(rows: int, groups: int) -> tuple[int, ...]:
   """Tile heights, descending: the last one bounds what a group computes in vain.
@@ -83,7 +85,7 @@ def backward(
     sums = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, _sum_dtype(leaf.dtype)), weights)
     dx, sums = span.each_tile(on_tile, (dx, numerics.vary_alike(sums, x, dy)))
     put = lambda grad, total: lax.dynamic_update_index_in_dim(
-      grad, total.astype(grad.dtype), group, 0
+      grad, total.astype(grad.dtype), group, 0, **FORWARD
     )
     return dx, jax.tree.map(put, grads, sums)
 
@@ -106,7 +108,7 @@ class _Tile:
     self.belongs = None if exact else ((row >= start) & (row < end))[:, None]
 
   def read(self, array: Array) -> Array:
-    return lax.dynamic_slice_in_dim(array, self.first, self.height)
+    return lax.dynamic_slice_in_dim(array, self.first, self.height, **FORWARD)
 
   def mask(self, rows: Array) -> Array:
     return rows if self.belongs is None else jnp.where(self.belongs, rows, jnp.zeros_like(rows))
@@ -114,7 +116,7 @@ class _Tile:
   def write(self, array: Array, rows: Array) -> Array:
     if self.belongs is not None:
       rows = jnp.where(self.belongs, rows, self.read(array))
-    return lax.dynamic_update_slice_in_dim(array, rows, self.first, 0)
+    return lax.dynamic_update_slice_in_dim(array, rows, self.first, 0, **FORWARD)
 
 
 class _Span:
@@ -128,8 +130,8 @@ class _Span:
     start = self.start
     for height in self.heights:
       exact = height != self.heights[-1]
-      left = self.end - start
-      count = left // height if exact else -(-left // height)
+      left = self.end - start + (0 if exact else height - 1)
+      count = lax.div(left, jnp.full_like(left, height))
 
       def body(i, carry, start=start, height=height, exact=exact):
         return step(_Tile(start + i * height, self.end, height, self.rows, exact), carry)
@@ -150,14 +152,14 @@ def _each_group(
   busy = jnp.nonzero(ends > starts, size=min(groups, rows), fill_value=0)[0]
 
   def body(i, carry):
-    group = busy[i]
-    return step(group, _Span(starts[group], ends[group], rows, heights), carry)
+    group = _at(busy, i)
+    return step(group, _Span(*_at((starts, ends), group), rows, heights), carry)
 
   return lax.fori_loop(0, jnp.count_nonzero(ends > starts), body, carry)
 
 
 def _at(tree: PyTree, index: Array) -> PyTree:
-  return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+  return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, False, **FORWARD), tree)
 
 
 def _add(total: Array, part: Array) -> Array:

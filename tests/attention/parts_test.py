@@ -14,8 +14,8 @@ from effjax.attention.masks import Causal, SlidingWindow
 
 B, T, N, K, H = 2, 20, 4, 2, 8
 SEEN = (Causal() & SlidingWindow(6, 0)).dense(T)
-SINKS = jnp.array([-3.0, 0.0, 0.5, 4.0])
-PADDED = jnp.where(jnp.arange(T) < 15, 0, -1)[None].repeat(B, 0)
+SINKS = np.array([-3.0, 0.0, 0.5, 4.0], np.float32)
+PADDED = np.where(np.arange(T) < 15, 0, -1).astype(np.int32)[None].repeat(B, 0)
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "xla"])
 
 
@@ -79,11 +79,12 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradients(implementation):
     return attend(q, k, v, segment_ids=PADDED, **options)
 
   q, k, v, d_out, d_lse = problem()
-  d_lse = d_lse.at[:, 15:].set(0)
-  out, lse, *gradients = jax.jit(functools.partial(evaluate, function))(q, k, v, d_out, d_lse)
-  assert (out[:, 15:] == 0).all() and (lse[:, 15:] == SINKS[None, None]).all()
+  d_lse = np.where(np.arange(T)[:, None] < 15, d_lse, 0)
+  results = jax.jit(functools.partial(evaluate, function))(q, k, v, d_out, d_lse)
+  out, lse, *gradients = map(np.asarray, results)
+  assert (out[:, 15:] == 0).all() and (lse[:, 15:] == SINKS).all()
   assert all((gradient[:, 15:] == 0).all() for gradient in gradients[:3])
-  assert all(jnp.isfinite(gradient).all() and gradient.any() for gradient in gradients)
+  assert all(np.isfinite(gradient).all() and gradient.any() for gradient in gradients)
 
 
 def test_a_sink_far_below_the_scores_changes_nothing():

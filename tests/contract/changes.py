@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax import moe, peft, quant
 from effjax.attention import longformer
@@ -17,7 +18,8 @@ from effjax.models import Transformer
 from effjax.parallel import Anywhere, Placement, Zero, make_mesh
 from effjax.peft import lora
 from effjax.train import next_token
-from tests.contract.layers import GQA, KEY, MHA, SWIGLU, TOKENS, T, V, config
+from tests.contract.layers import GQA, KEY, MHA, SWIGLU, TOKENS, B, T, V, config
+from tests.modules import random_params
 
 DENSE = config(*[LayerSpec(GQA, SWIGLU)] * 2)
 PLAIN = config(*[LayerSpec(MHA, SWIGLU)] * 2, positions="learned")
@@ -92,7 +94,7 @@ class ObjectiveRow:
 
 
 def teacher(module: Transformer) -> Any:
-  return module.init(jax.random.key(9), TOKENS)["params"]
+  return random_params(module, TOKENS, seed=9)
 
 
 OBJECTIVES = [
@@ -101,18 +103,21 @@ OBJECTIVES = [
                (kd_objective,)),
 ]  # fmt: skip
 
+PADDING = (np.arange(B) % 2 == 1)[:, None] & (np.arange(T) > 2)
+COUNTS = np.where(PADDING, 0.0, 1.0)
+COUNTS[0, 0] = 0.25
 BATCH = {
   "tokens": TOKENS,
-  "targets": jnp.roll(TOKENS, -1, axis=1),
-  "weights": jnp.ones(TOKENS.shape).at[1::2, 3:].set(0.0).at[0, 0].set(0.25),
-  "segment_ids": jnp.zeros(TOKENS.shape, jnp.int32).at[1::2, 3:].set(-1),
+  "targets": jnp.asarray(np.roll(TOKENS, -1, axis=1)),
+  "weights": jnp.asarray(COUNTS, jnp.float32),
+  "segment_ids": jnp.asarray(np.where(PADDING, -1, 0)),
 }
 
 
 def elsewhere(batch: dict) -> dict:
   """`batch` with other tokens and targets where the weight is zero."""
-  masked = batch["weights"] == 0
-  other = lambda x: jnp.where(masked, (x + 7) % V, x)
+  masked = np.asarray(batch["weights"]) == 0
+  other = lambda x: np.where(masked, (x + 7) % V, x)
   return batch | {"tokens": other(batch["tokens"]), "targets": other(batch["targets"])}
 
 

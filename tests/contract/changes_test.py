@@ -1,5 +1,7 @@
 """Transforms, objectives, routers and placements, through the same tests."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from effjax.layers import Context, Router
 from effjax.layers.stack import join, split
 from effjax.models import Transformer
 from effjax.parallel import Placement
-from effjax.train import init_state, make_train_step, next_token
+from effjax.train import init_state, make_train_step
 from tests.contract.changes import (
   BATCH,
   DENSE,
@@ -23,28 +25,45 @@ from tests.contract.changes import (
   elsewhere,
 )
 from tests.contract.layers import KEY, TOKENS, B, D, T, X
+from tests.modules import apply, random_params
 
 each = lambda name, rows: pytest.mark.parametrize(name, rows, ids=lambda row: row.name)
-fresh = jax.jit(lambda: Transformer(DENSE).init(KEY, TOKENS)["params"])
+
+
+@functools.cache
+def drawn(config):
+  return random_params(Transformer(config), TOKENS)
 
 
 def logits(config, params):
-  apply = jax.jit(lambda params: Transformer(config).apply({"params": params}, TOKENS))
-  return np.asarray(apply(params))
+  return np.asarray(apply(Transformer(config), params, TOKENS))
+
+
+def changed(row):
+  """The changed configuration, and the changed parameters from one program."""
+  configs = []
+
+  def change(params):
+    config, new = row.change(row.config, params)
+    configs.append(config)
+    return new
+
+  params = jax.jit(change)(drawn(row.config))
+  return configs[0], params
 
 
 @each("row", TRANSFORMS)
 def test_a_transform_gives_a_model_of_its_configuration(row):
-  params = jax.jit(lambda: Transformer(row.config).init(KEY, TOKENS)["params"])()
-  config, changed = row.change(row.config, params)
+  config, params = changed(row)
   wanted = jax.eval_shape(Transformer(config).init, KEY, TOKENS)["params"]
   shapes = lambda tree: {path: tuple(x.shape) for path, x in trees.items(tree).items()}
-  assert shapes(changed) == shapes(wanted)
-  chex.assert_trees_all_equal(join(config, *split(config, changed)), changed)
-  after = logits(config, changed)
+  assert shapes(params) == shapes(wanted)
+  apart = jax.jit(lambda params: join(config, *split(config, params)))
+  chex.assert_trees_all_equal(apart(params), params)
+  after = logits(config, params)
   assert np.isfinite(after).all()
   if row.same is not None:
-    before = logits(row.config, params)
+    before = logits(row.config, drawn(row.config))
     assert np.abs(after - before).max() <= row.same * np.abs(before).max()
 
 
@@ -59,12 +78,12 @@ def test_a_transform_works_on_shapes(row):
 def test_what_has_no_weight_has_no_influence(row):
   objective = row.make(Transformer(DENSE))
   grad = jax.jit(jax.value_and_grad(objective, has_aux=True))
-  (loss, metrics), grads = grad(fresh(), BATCH, None)
-  (same, _), others = grad(fresh(), elsewhere(BATCH), None)
+  (loss, metrics), grads = grad(drawn(DENSE), BATCH, None)
+  (same, _), others = grad(drawn(DENSE), elsewhere(BATCH), None)
   assert np.isfinite(loss) and float(loss) == float(same)
   chex.assert_tree_all_finite(grads)
   chex.assert_trees_all_close(grads, others, atol=1e-7)
-  assert any(bool(g.any()) for g in jax.tree.leaves(grads))
+  assert any(np.asarray(g).any() for g in jax.tree.leaves(grads))
   assert float(metrics["weight"]) == float(BATCH["weights"].sum())
   assert all(jnp.shape(x) == () for x in metrics.values())
 
@@ -72,54 +91,69 @@ def test_what_has_no_weight_has_no_influence(row):
 @each("row", OBJECTIVES)
 def test_an_objective_names_what_it_does_not_read(row):
   with pytest.raises(ValueError, match="nobody reads domain"):
-    row.make(Transformer(DENSE))(fresh(), BATCH | {"domain": TOKENS}, None)
+    row.make(Transformer(DENSE))(drawn(DENSE), BATCH | {"domain": TOKENS}, None)
+
+
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+def after_a_step(objective, placement=None, microbatches=1):
+  """State and metrics after one step on the batch, laid out as the placement wants it."""
+  step = make_train_step(objective, OPTIMIZER, placement=placement, microbatches=microbatches)
+  state, batch = init_state(jax.tree.map(jnp.array, drawn(DENSE)), OPTIMIZER), BATCH
+  if placement is not None:
+    state = jax.device_put(state, placement.state(state))
+    batch = jax.device_put(batch, placement.batch(batch))
+  return step(state, batch, KEY)
+
+
+@functools.cache
+def plain(row):
+  """State and metrics after a step with the objective of a row."""
+  return after_a_step(row.make(Transformer(DENSE)))
 
 
 @each("row", OBJECTIVES)
 def test_microbatches_are_the_batch(row):
-  objective, optimizer = row.make(Transformer(DENSE)), optax.sgd(0.1)
-  found = [
-    make_train_step(objective, optimizer, microbatches=n)(
-      init_state(fresh(), optimizer), BATCH, KEY
-    )
-    for n in (1, 2)
-  ]
-  (one, first), (two, second) = found
+  (one, first), (two, second) = (
+    plain(row), after_a_step(row.make(Transformer(DENSE)), microbatches=2)
+  )  # fmt: skip
   chex.assert_trees_all_close(one.params, two.params, atol=1e-6)
   np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-5)
 
 
-def routed(row, rows, mask):
-  """The decision for `rows`, what was sown, and gradients of both by the rows."""
-  params = row.router.init(KEY, rows, Context(), mask)["params"]
-  apply = lambda rows: row.router.apply(
-    {"params": params}, rows, Context(), mask, mutable=["losses", "metrics"]
-  )
+@functools.partial(jax.jit, static_argnums=0)
+def routed(router, params, rows, mask):
+  """The experts and gates of `rows`, what was sown, and gradients of both by the rows."""
 
   def total(rows):
-    routing, sown = apply(rows)
+    routing, sown = router.apply(
+      {"params": params}, rows, Context(), mask, mutable=["losses", "metrics"]
+    )
     kept = jnp.where(mask[:, None], routing.gates, 0)
-    return kept.sum() + sum(map(jnp.sum, jax.tree.leaves(sown["losses"])))
+    return kept.sum() + sum(map(jnp.sum, jax.tree.leaves(sown["losses"]))), (routing, sown)
 
-  return *jax.jit(apply)(rows), jax.jit(jax.grad(total))(rows)
+  grads, (routing, sown) = jax.grad(total, has_aux=True)(rows)
+  return routing.experts, routing.gates, sown, grads
 
 
 @each("row", ROUTERS)
 def test_a_router_decides_for_each_token_and_padding_has_no_influence(row):
   assert isinstance(row.router, Router)
-  rows, mask = X.reshape(-1, D), jnp.arange(B * T) % 3 > 0
-  routing, sown, grads = routed(row, rows, mask)
-  k = routing.experts.shape[1]
-  assert routing.experts.shape == routing.gates.shape == (B * T, k) and row.router.used <= k
-  assert ((routing.experts >= 0) & (routing.experts < row.router.experts)).all()
-  assert all(len(set(each)) == k for each in routing.experts.tolist())
+  rows, real = np.asarray(X).reshape(-1, D), np.arange(B * T) % 3 > 0
+  params = random_params(row.router, rows, Context(), real)
+  run = lambda rows: jax.tree.map(np.asarray, routed(row.router, params, rows, real))
+  experts, gates, sown, grads = run(rows)
+  k = experts.shape[1]
+  assert experts.shape == gates.shape == (B * T, k) and row.router.used <= k
+  assert ((experts >= 0) & (experts < row.router.experts)).all()
+  assert all(len(set(each)) == k for each in experts.tolist())
   if row.sums is not None:
-    np.testing.assert_allclose(routing.gates.sum(1), row.sums, rtol=1e-5)
-  poisoned = jnp.where(mask[:, None], rows, jnp.nan)
-  other, other_sown, other_grads = routed(row, poisoned, mask)
-  real = np.asarray(mask)
-  np.testing.assert_array_equal(other.experts[real], routing.experts[real])
-  np.testing.assert_array_equal(other.gates[real], routing.gates[real])
+    np.testing.assert_allclose(gates.sum(1), row.sums, rtol=1e-5)
+  poisoned = np.where(real[:, None], rows, np.float32(np.nan))
+  other_experts, other_gates, other_sown, other_grads = run(poisoned)
+  np.testing.assert_array_equal(other_experts[real], experts[real])
+  np.testing.assert_array_equal(other_gates[real], gates[real])
   chex.assert_trees_all_close(other_sown, sown, rtol=1e-6)
   np.testing.assert_allclose(other_grads[real], grads[real], rtol=1e-5, atol=1e-7)
   assert row.router.flops(D, T) >= 0 and set(row.router.axes) == {"kernel"}
@@ -127,16 +161,10 @@ def test_a_router_decides_for_each_token_and_padding_has_no_influence(row):
 
 @each("row", PLACEMENTS)
 def test_a_step_is_the_same_under_every_placement(row):
-  placement, optimizer = row.make(), optax.adam(0.01)
+  placement, objective = row.make(), OBJECTIVES[0]
   assert isinstance(placement, Placement)
-  module = Transformer(DENSE)
-  step = make_train_step(next_token(module), optimizer, placement=placement)
-  state = init_state(fresh(), optimizer)
-  expected, metrics = make_train_step(next_token(module), optimizer)(
-    init_state(fresh(), optimizer), BATCH, KEY
-  )
-  state = jax.device_put(state, placement.state(state))
-  found, own = step(state, jax.device_put(BATCH, placement.batch(BATCH)), KEY)
+  expected, metrics = plain(objective)
+  found, own = after_a_step(objective.make(Transformer(DENSE)), placement)
   np.testing.assert_allclose(own["loss"], metrics["loss"], rtol=1e-5)
   np.testing.assert_allclose(own["grad_norm"], metrics["grad_norm"], rtol=1e-4)
   chex.assert_trees_all_close(found.params, expected.params, atol=2e-4)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.attention import (
   LSRA,
@@ -30,12 +31,13 @@ from effjax.models.transformer import Transformer
 from effjax.moe import MoE, TopK
 from effjax.peft import lora
 from effjax.quant import quantize
+from tests.modules import normal, random_params
 
 B, T, D, V = 8, 6, 16, 32
 KEY = jax.random.key(0)
-X = jax.random.normal(jax.random.key(1), (B, T, D))
-TOKENS = jax.random.randint(jax.random.key(2), (B, T), 0, V)
-PADDED = jnp.zeros((B, T), jnp.int32).at[1::2, 4:].set(-1)
+X = normal(B, T, D, seed=1)
+TOKENS = jnp.asarray(np.random.default_rng(2).integers(0, V, (B, T)), jnp.int32)
+PADDED = jnp.asarray(np.where((np.arange(B) % 2 == 1)[:, None] & (np.arange(T) > 3), -1, 0))
 
 
 CAUSAL = {"causal": True, "padding": True, "packed": True, "decodes": True}
@@ -48,7 +50,7 @@ class Row:
 
   Attributes:
     name: what the table calls it.
-    init: key → parameters.
+    init: () → parameters.
     apply: (params, inputs, segment_ids or None, dtype) → y.
     inputs: what it is computed on, the batch first.
     causal: y[t] does not depend on inputs after t.
@@ -59,11 +61,12 @@ class Row:
       (negative segment ids) at the end of some rows and at the beginning of others.
     absolute: where in a row a token stands matters, so that absent tokens come at the end only.
     module: called with inputs, context and cache, or, a model, with tokens and keywords.
-    reduces: () → (its value at a special setting, the value of the baseline).
+    reduces: () → (a function to (its value at a special setting, the value of the baseline),
+      its argument).
   """
 
   name: str
-  init: Callable[[jax.Array], PyTree]
+  init: Callable[[], PyTree]
   apply: Callable[..., jax.Array]
   inputs: jax.Array
   causal: bool = False
@@ -73,11 +76,11 @@ class Row:
   decodes: bool = False
   absolute: bool = False
   module: Any = None
-  reduces: Callable[[], tuple[jax.Array, jax.Array]] | None = None
+  reduces: Callable[[], tuple[Callable, PyTree]] | None = None
 
   @functools.cached_property
   def params(self) -> PyTree:
-    return jax.jit(self.init)(KEY)
+    return self.init()
 
   @functools.cached_property
   def compiled(self):
@@ -86,6 +89,11 @@ class Row:
   @functools.cached_property
   def output(self) -> jax.Array:
     return self.compiled(self.params, self.inputs, None, jnp.float32)
+
+  @functools.cached_property
+  def placed(self):
+    """y of inputs whose segment ids and positions are given."""
+    return jax.jit(lambda *arguments: self.run(*arguments)[0])
 
   def run(self, params, inputs, ids, positions, cache=None) -> tuple[jax.Array, Any]:
     """y and the new cache, for some of the tokens."""
@@ -110,24 +118,26 @@ def layer(name: str, module, **traits) -> Row:
     y = module.apply({"params": params}, x.astype(dtype), *context)
     return y[0] if isinstance(y, tuple) else y
 
-  return Row(name, lambda key: module.init(key, X)["params"], apply, X, module=module, **traits)
+  return Row(name, lambda: random_params(module, X), apply, X, module=module, **traits)
 
 
-def model(name: str, config: TransformerConfig, change=lambda params, key: params, **traits) -> Row:
+def model(name: str, config: TransformerConfig, change=None, **traits) -> Row:
   """A Transformer whose parameters went through `change(params, key)`."""
+  module = Transformer(config)
 
-  def init(key):
-    return change(Transformer(config).init(key, TOKENS)["params"], key)
+  def init():
+    params = random_params(module, TOKENS)
+    return params if change is None else jax.jit(change)(params, KEY)
 
   def apply(params, tokens, ids, dtype):
     return Transformer(config, dtype).apply({"params": params}, tokens, segment_ids=ids)
 
-  def one_by_one():
-    flat, params = unscan(config, init(KEY))
-    y = Transformer(config, remat=True).apply({"params": init(KEY)}, TOKENS)
-    return y, Transformer(flat).apply({"params": params}, TOKENS)
+  def one_by_one(params):
+    flat, flat_params = unscan(config, params)
+    y = Transformer(config, remat=True).apply({"params": params}, TOKENS)
+    return y, Transformer(flat).apply({"params": flat_params}, TOKENS)
 
-  traits = CAUSAL | {"reduces": one_by_one, "module": Transformer(config)} | traits
+  traits = CAUSAL | {"reduces": lambda: (one_by_one, init()), "module": module} | traits
   return Row(name, init, apply, TOKENS, **traits)
 
 
@@ -138,12 +148,8 @@ def value(module, params, x=X):
 
 def same_as(special, baseline, change=lambda params: params):
   """`special` computes what `baseline` does with the same parameters, up to `change`."""
-
-  def pair():
-    params = special.init(KEY, X)["params"]
-    return value(special, params), value(baseline, change(params))
-
-  return pair
+  pair = lambda params: (value(special, params), value(baseline, change(params)))
+  return lambda: (pair, random_params(special, X))
 
 
 def repeat_heads(params):
@@ -155,19 +161,22 @@ def repeat_heads(params):
 def identity_linformer():
   """As many projected positions as there are, each a position, against full attention."""
   module = Linformer(4, length=T, rank=T, shared=True)
-  params = module.init(KEY, X)["params"] | {"key_length": {"kernel": jnp.eye(T)}}
-  return value(module, params), value(Attention(4, mask=Full()), params)
+  params = random_params(module, X) | {"key_length": {"kernel": jnp.eye(T)}}
+  return lambda params: (value(module, params), value(Attention(4, mask=Full()), params)), params
 
 
 def one_tap_lsra():
   """A convolution of one tap leaves each position as it is."""
   module = LSRA(2, kernel=1)
-  params = module.init(KEY, X)["params"]
-  far, near = jnp.split(X, 2, axis=-1)
-  linear, gate = jnp.split(near @ params["glu"]["kernel"], 2, axis=-1)
-  near = linear * jax.nn.sigmoid(gate) @ params["out"]["kernel"]
-  parts = [value(Attention(2), params["attention"], far), near]
-  return value(module, params), jnp.concatenate(parts, -1)
+
+  def pair(params):
+    far, near = jnp.split(X, 2, axis=-1)
+    linear, gate = jnp.split(near @ params["glu"]["kernel"], 2, axis=-1)
+    near = linear * jax.nn.sigmoid(gate) @ params["out"]["kernel"]
+    parts = [value(Attention(2), params["attention"], far), near]
+    return value(module, params), jnp.concatenate(parts, -1)
+
+  return pair, random_params(module, X)
 
 
 def first_expert(params):
@@ -175,9 +184,12 @@ def first_expert(params):
 
 
 def centred_rms_norm():
-  x = X - X.mean(-1, keepdims=True)
-  params = {"scale": jnp.linspace(0.5, 2, D)}
-  return value(LayerNorm(1e-6), params | {"bias": jnp.zeros(D)}, x), value(RMSNorm(), params, x)
+  def pair(scale):
+    x = X - X.mean(-1, keepdims=True)
+    params = {"scale": scale}
+    return value(LayerNorm(1e-6), params | {"bias": jnp.zeros(D)}, x), value(RMSNorm(), params, x)
+
+  return pair, np.linspace(0.5, 2, D, dtype=np.float32)
 
 
 def config(*layers: LayerSpec, **fields) -> TransformerConfig:

@@ -6,11 +6,13 @@ a representation computes what the matrix that it stands for computes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from effjax.core import linear, weights
@@ -20,11 +22,11 @@ from effjax.layers import MLP, Embed, LayerSpec, Linear, TransformerConfig, stac
 from effjax.parallel import Zero, make_mesh
 from effjax.peft import LoRA, lora
 from effjax.quant import Int8
+from tests.modules import normal
 
 D, F, E, R, V = 16, 24, 3, 2, 32
-X = jax.random.normal(jax.random.key(1), (8, 6, D))
-WIDE = jax.random.normal(jax.random.key(2), (8, 6, F))
-IDS = jax.random.randint(jax.random.key(3), (8, 6), 0, V)
+X, WIDE = normal(8, 6, D, seed=1), normal(8, 6, F, seed=2)
+IDS = jnp.asarray(np.random.default_rng(3).integers(0, V, (8, 6)), jnp.int32)
 Represent = Callable[[jax.Array, jax.Array], Any]
 
 
@@ -37,8 +39,13 @@ class WeightRow:
 
   def of(self, *shape: int) -> Any:
     """The representation of a random matrix."""
-    matrix = jax.random.normal(jax.random.key(sum(shape)), shape) / shape[-2] ** 0.5
-    return jax.jit(self.represent)(matrix, jax.random.key(0))
+    return represented(self.represent, shape)
+
+
+@functools.cache
+def represented(represent: Represent, shape: tuple[int, ...]) -> Any:
+  matrix = np.asarray(normal(*shape, seed=sum(shape))) / np.float32(shape[-2] ** 0.5)
+  return jax.jit(represent)(matrix, jax.random.key(0))
 
 
 def adapted(base: Any, key: jax.Array) -> LoRA:
@@ -127,6 +134,7 @@ def everywhere(w: Any, stacked: Any, table: Any) -> dict[str, jax.Array]:
   return {place.__name__: place(w, stacked, table) for place in PLACES}
 
 
+@jax.jit
 def plain(tree: Any) -> Any:
   """`tree` with arrays in place of its weights."""
   return jax.tree.map(weights.materialize, tree, is_leaf=weights.is_weight)

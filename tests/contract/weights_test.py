@@ -53,7 +53,7 @@ def test_leading_axes_are_axes_of_every_field(row):
   stacked = row.of(E, D, F)
   whole = np.asarray(table.plain(stacked))
   for i in range(E):
-    one = jax.tree.map(lambda x, i=i: x[i], stacked)
+    one = jax.tree.map(lambda x, i=i: np.asarray(x)[i], stacked)
     assert tuple(one.shape) == (D, F)
     assert_close(table.plain(one), whole[i], 1e-6)
   assert all(x.shape[0] == E for x in jax.tree.leaves(stacked))
@@ -82,12 +82,18 @@ def test_what_trains_has_gradients_and_nothing_else_has(row):
 def test_types_and_modes(row):
   w = row.of(D, F)
   y = linear(X, w)
-  assert_close(jax.jit(linear)(X, w), y, 1e-5)
-  half = linear(X.astype(jnp.bfloat16), w)
+
+  @jax.jit
+  def modes(w, stacked):
+    half = linear(X.astype(jnp.bfloat16), w)
+    mapped = jax.vmap(linear, (None, 0))(X, stacked)
+    return linear(X, w), half, mapped, table.in_a_scan(None, stacked, None)
+
+  jitted, half, mapped, scanned = modes(w, row.of(E, D, F))
+  assert_close(jitted, y, 1e-5)
   assert half.dtype == jnp.bfloat16
   assert_close(half, y, 0.03)
-  assert_close(jax.vmap(linear, (None, 0))(X, row.of(E, D, F))[1], table.in_a_scan(
-    None, row.of(E, D, F), None)[1])  # fmt: skip
+  assert_close(mapped, scanned)
 
 
 @rows

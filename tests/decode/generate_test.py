@@ -12,61 +12,65 @@ from effjax.attention import Attention, masks
 from effjax.attention.linear import LinearAttention
 from effjax.attention.lsra import LSRA
 from effjax.core import trees
-from effjax.decode import distribution, generate, unrolled
+from effjax.decode import distribution, generate
 from effjax.decode.generate import _run
 from effjax.layers import MLP, Embed, Rope
 from effjax.models import LayerSpec, Transformer, TransformerConfig, load, presets, save
 from effjax.models.model import Model
 from effjax.moe import MoE, TopK
 from effjax.quant.int8 import Int8
+from tests.modules import apply, random_params
 
 PROMPTS = [[5, 9, 300, 41, 7], [12], [400, 3, 3]]
+V, LONGEST = 48, 12
+CONFIG = dataclasses.replace(presets.TINY, context=18)
+NEW = 13  # which with the longest prompt fill the context
 
 
-def build(config, seed=0):
+def build(config):
   module = Transformer(config)
-  params = jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+  params = random_params(module, np.zeros((1, 1), np.int32))
   # Wider embeddings make logits that differ enough for a clear argmax.
-  table = params["embed"]["embedding"]
-  return module, {**params, "embed": {"embedding": table * 20}}
+  widen = lambda _, table: jnp.asarray(20 * np.asarray(table))
+  return module, trees.update(params, "embedding$", widen)
 
 
 @pytest.fixture(scope="module")
 def model():
-  return build(presets.TINY)
+  return build(CONFIG)
 
 
-def recomputed(module, params, prompt, new):
-  """Greedy continuation by a full forward pass over a padded sequence for each token."""
-  apply = jax.jit(lambda tokens: module.apply({"params": params}, tokens))
-  tokens = list(prompt)
-  for _ in range(new):
-    padded = np.zeros((1, 32), np.int32)
-    padded[0, : len(tokens)] = tokens
-    tokens.append(int(apply(padded)[0, len(tokens) - 1].argmax()))
-  return tokens[len(prompt) :]
+def assert_greedy(model, prompts, new):
+  """Each new token has the largest logit in one pass over all of the sequence before it."""
+  module, params = model
+  rows = np.zeros((len(prompts), module.config.context), np.int32)
+  for row, prompt, added in zip(rows, prompts, np.asarray(new), strict=True):
+    row[: len(prompt) + len(added)] = [*prompt, *added]
+  logits = apply(module, params, rows)
+  places = np.array([len(prompt) for prompt in prompts])[:, None] + np.arange(new.shape[1])
+  wanted = np.take_along_axis(np.asarray(logits), places[..., None] - 1, axis=1).argmax(-1)
+  np.testing.assert_array_equal(new, wanted)
 
 
 def test_greedy_is_argmax_over_full_recomputation(model):
-  out = generate(*model, PROMPTS, max_new_tokens=12)
-  assert out.lengths.tolist() == [12, 12, 12]
-  for row, prompt in enumerate(PROMPTS):
-    assert out.tokens[row].tolist() == recomputed(*model, prompt, 12)
+  out = generate(*model, PROMPTS, max_new_tokens=NEW)
+  assert out.lengths.tolist() == [NEW] * 3
+  assert_greedy(model, PROMPTS, out.tokens)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(model):
-  together = generate(*model, PROMPTS, max_new_tokens=12)
+  together = generate(*model, PROMPTS, max_new_tokens=NEW)
   for row, prompt in enumerate(PROMPTS):
-    alone = generate(*model, [prompt], max_new_tokens=12)
-    assert alone.tokens[0].tolist() == together.tokens[row].tolist()
+    others = generate(*model, [prompt] * 3, max_new_tokens=NEW)
+    assert others.tokens.tolist() == [together.tokens[row].tolist()] * 3
 
 
 def test_what_pads_an_array_of_prompts_is_ignored(model):
   padded = np.full((3, 7), 511)
   for row, prompt in enumerate(PROMPTS):
     padded[row, : len(prompt)] = prompt
-  out = generate(*model, padded, lengths=[5, 1, 3], max_new_tokens=12)
-  assert out.tokens.tolist() == generate(*model, PROMPTS, max_new_tokens=12).tokens.tolist()
+  out = generate(*model, padded, lengths=[5, 1, 3], max_new_tokens=NEW)
+  assert out.tokens.tolist() == generate(*model, PROMPTS, max_new_tokens=NEW).tokens.tolist()
 
 
 class Bigram(nn.Module):
@@ -77,7 +81,6 @@ class Bigram(nn.Module):
     return Embed(V + 1, x.shape[-1], 1.0)(context.previous_ids() + 1)
 
 
-V = 48
 SWIGLU, EXPERTS = MLP(32, "silu", gated=True), MoE(TopK(4, 2), MLP(16))
 NEAR = Attention(4, mask=masks.Causal() & masks.SlidingWindow(3, 0))
 MIXED = (
@@ -89,9 +92,9 @@ MIXED = (
 
 
 def ragged(seed: int, rows: int) -> list[list[int]]:
-  """Prompts of 1 to 12 tokens, one of each extreme."""
+  """Prompts of 1 to `LONGEST` tokens, one of each extreme."""
   rng = np.random.default_rng(seed)
-  lengths = [12, 1, *rng.integers(1, 13, rows - 2)]
+  lengths = [LONGEST, 1, *rng.integers(1, LONGEST + 1, rows - 2)]
   return [rng.integers(0, V, n).tolist() for n in lengths]
 
 
@@ -101,18 +104,6 @@ def padded(prompts, junk: int, padding: str) -> np.ndarray:
   for row, prompt in zip(rows, prompts, strict=True):
     row[slice(len(prompt)) if padding == "right" else slice(14 - len(prompt), None)] = prompt
   return rows
-
-
-def assert_greedy(model, prompts, new):
-  """Each new token has the largest logit in one pass over all of the sequence before it."""
-  module, params = model
-  rows = np.zeros((len(prompts), 12 + new.shape[1]), np.int32)
-  for row, prompt, added in zip(rows, prompts, np.asarray(new), strict=True):
-    row[: len(prompt) + len(added)] = [*prompt, *added]
-  logits = jax.jit(lambda tokens: module.apply({"params": params}, tokens))(rows)
-  places = np.array([len(prompt) for prompt in prompts])[:, None] + np.arange(new.shape[1])
-  wanted = np.take_along_axis(np.asarray(logits), places[..., None] - 1, axis=1).argmax(-1)
-  np.testing.assert_array_equal(new, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -149,39 +140,36 @@ def test_rows_that_end_early_change_no_other(mixed):
 def test_recurrent_state_alone():
   layers = (LayerSpec(LinearAttention(4), SWIGLU),) * 2
   model = build(TransformerConfig(V, 32, layers, context=32))
-  prompts = ragged(1, 25)
-  assert_greedy(model, prompts, generate(*model, prompts, max_new_tokens=8).tokens)
-  assert_greedy(model, [[5]], generate(*model, [[5]], max_new_tokens=8).tokens)
+  for prompts, new in ((ragged(1, 25), 4), ([[5]] * 25, 15)):  # 16 slots: one program
+    assert_greedy(model, prompts, generate(*model, prompts, max_new_tokens=new).tokens)
 
 
 def test_window_shorter_than_the_sequence():
   layer = presets.TINY.layers[0]
   mixer = layer.mixer.copy(mask=masks.Causal() & masks.SlidingWindow(4, 0))
   layers = (dataclasses.replace(layer, mixer=mixer),) * 2
-  model = build(dataclasses.replace(presets.TINY, layers=layers))
-  out = generate(*model, PROMPTS, max_new_tokens=12)
-  for row, prompt in enumerate(PROMPTS):
-    assert out.tokens[row].tolist() == recomputed(*model, prompt, 12)
+  model = build(dataclasses.replace(CONFIG, layers=layers))
+  assert_greedy(model, PROMPTS, generate(*model, PROMPTS, max_new_tokens=NEW).tokens)
 
 
 def test_rows_stop_at_their_end_token(model):
-  free = generate(*model, PROMPTS, max_new_tokens=12).tokens
+  free = np.asarray(generate(*model, PROMPTS, max_new_tokens=NEW).tokens)
   ends = [int(free[0, 3]), int(free[1, 6])]
-  out = generate(*model, PROMPTS, max_new_tokens=12, eos_id=ends, pad_id=511)
+  out = generate(*model, PROMPTS, max_new_tokens=NEW, eos_id=ends, pad_id=511)
   for row in range(3):
     expected = free[row].tolist()
     stops = [i for i, token in enumerate(expected) if token in ends]
-    length = stops[0] + 1 if stops else 12
+    length = stops[0] + 1 if stops else NEW
     assert out.lengths[row] == length
-    assert out.tokens[row].tolist() == expected[:length] + [511] * (12 - length)
+    assert out.tokens[row].tolist() == expected[:length] + [511] * (NEW - length)
   assert out.lengths[0] <= 4
 
 
 def test_loop_stops_when_all_rows_have_ended(model):
-  first = int(generate(*model, [PROMPTS[0]], max_new_tokens=12).tokens[0, 0])
-  out = generate(*model, [PROMPTS[0]] * 2, max_new_tokens=12, eos_id=first)
-  assert out.lengths.tolist() == [1, 1]
-  assert not out.tokens[:, 1:].any()
+  first = generate(*model, PROMPTS, max_new_tokens=NEW).tokens[0, 0].item()
+  out = generate(*model, [PROMPTS[0]] * 3, max_new_tokens=NEW, eos_id=first)
+  assert out.lengths.tolist() == [1, 1, 1]
+  assert not np.asarray(out.tokens)[:, 1:].any()
 
 
 def test_draws_follow_the_model(model):
@@ -189,9 +177,9 @@ def test_draws_follow_the_model(model):
   rows, prompt = 2000, [5, 9]
   rule = {"temperature": 4.0, "top_k": 6}
   out = generate(module, params, [prompt] * rows, max_new_tokens=1, key=jax.random.key(0), **rule)
-  logits = module.apply({"params": params}, jnp.array([prompt]))[0, -1]
-  expected = rows * np.asarray(distribution(logits, **rule))
-  counts = np.bincount(out.tokens[:, 0], minlength=512)
+  logits = np.asarray(apply(module, params, np.array([prompt])))[0, -1]
+  expected = rows * np.asarray(jax.jit(lambda logits: distribution(logits, **rule))(logits))
+  counts = np.bincount(np.asarray(out.tokens)[:, 0], minlength=512)
   assert counts[expected == 0].sum() == 0
   kept = expected > 0
   chi = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
@@ -200,16 +188,16 @@ def test_draws_follow_the_model(model):
 
 def test_same_key_same_tokens(model):
   draw = lambda seed: generate(
-    *model, PROMPTS, max_new_tokens=12, temperature=1.0, key=jax.random.key(seed)
+    *model, PROMPTS, max_new_tokens=NEW, temperature=1.0, key=jax.random.key(seed)
   ).tokens.tolist()
   assert draw(1) == draw(1)
   assert draw(1) != draw(2)
 
 
 def test_values_do_not_recompile(model):
-  generate(*model, PROMPTS, max_new_tokens=12)
+  generate(*model, PROMPTS, max_new_tokens=NEW)
   before = _run._cache_size()
-  generate(*model, [[1, 2], [3] * 4, [4]], max_new_tokens=13, eos_id=7, pad_id=2)
+  generate(*model, [[1, 2], [3] * 4, [4]], max_new_tokens=NEW + 1, eos_id=7, pad_id=2)
   assert _run._cache_size() == before
 
 
@@ -217,8 +205,8 @@ def test_any_weight_representation(model):
   module, params = model
   quantized = trees.update(params, "mixer/out", lambda _, w: jax.vmap(Int8.quantize)(w))
   restored = trees.update(quantized, "mixer/out", lambda _, w: w.materialize())
-  out = generate(module, quantized, PROMPTS, max_new_tokens=6)
-  expected = generate(module, restored, PROMPTS, max_new_tokens=6)
+  out = generate(module, quantized, PROMPTS, max_new_tokens=NEW)
+  expected = generate(module, restored, PROMPTS, max_new_tokens=NEW)
   assert out.tokens.tolist() == expected.tokens.tolist()
 
 
@@ -235,7 +223,7 @@ def test_any_weight_representation(model):
     ([[1]], {"lengths": [1]}, "list of prompts"),
     ([[1]], {"padding": "left"}, "list of prompts"),
     (np.zeros((2, 3), np.int32), {"padding": "both"}, "padding='both'; allowed: 'right' or 'left'"),
-    ([[1] * 250], {}, "258 positions; allowed: up to 256"),
+    ([[1] * 11], {}, "19 positions; allowed: up to 18"),
     ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0"),
     ([[1]], {"temperature": 1.0}, "key is None"),
     ([[1]], {"temperature": -1.0}, "temperature -1.0"),
@@ -249,8 +237,8 @@ def test_bad_arguments(model, prompts, arguments, message):
 
 
 def test_context_can_be_filled_to_the_last_position(model):
-  out = generate(*model, [[1] * 250], max_new_tokens=6)
-  assert out.lengths.tolist() == [6]
+  out = generate(*model, [[1] * (model[0].config.context - NEW)] * 3, max_new_tokens=NEW)
+  assert out.lengths.tolist() == [NEW] * 3
 
 
 def test_same_tokens_as_transformers(tmp_path, model):
@@ -262,9 +250,9 @@ def test_same_tokens_as_transformers(tmp_path, model):
   peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
   prompt = torch.tensor([PROMPTS[0]])
   expected = peer.generate(
-    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False
+    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False
   )
-  found = generate(module, params, [PROMPTS[0]], max_new_tokens=12)
+  found = generate(module, params, PROMPTS, max_new_tokens=NEW)
   assert found.tokens[0].tolist() == expected[0, 5:].tolist()
 
 
@@ -276,8 +264,7 @@ def test_same_tokens_as_transformers(tmp_path, model):
 def test_smollm2_speaks():
   model = load("smollm2-135m")
   prompt = model.tokenizer.encode("The capital of France is")
-  module, params = unrolled(model.module, model.params)
-  out = generate(module, params, [prompt], max_new_tokens=5)
+  out = generate(model.module, model.params, [prompt], max_new_tokens=5)
   assert "Paris" in model.tokenizer.decode(out.tokens[0].tolist())
 
 

@@ -43,6 +43,11 @@ def test_distribution_is_the_enumerated_one(rule):
   )
 
 
+@jax.jit
+def traced(logits, temperature, k, p):
+  return sampling.distribution(logits, temperature=temperature, top_k=k, top_p=p)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
   st.lists(st.integers(-20, 20), min_size=5, max_size=5, unique=True),
@@ -52,7 +57,7 @@ def test_distribution_is_the_enumerated_one(rule):
 def test_distribution_of_any_logits(logits, k, p):
   logits = np.array(logits, np.float32) / 7
   expected = enumerated(logits, 0.8, k, p)
-  found = sampling.distribution(jnp.asarray(logits), temperature=0.8, top_k=k, top_p=p)
+  found = traced(logits, 0.8, k, p)
   borders = np.cumsum(np.sort(enumerated(logits, 0.8, k))[::-1])
   if np.abs(borders - p).min() > 1e-5:
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -64,7 +69,7 @@ def test_draws_follow_the_distribution(rule):
   draws = 20_000
   keys = jax.random.split(jax.random.key(3), draws)
   draw = lambda key: sampling.sample(jnp.asarray(LOGITS), key, **rule)
-  counts = np.bincount(jax.vmap(draw)(keys), minlength=len(LOGITS))
+  counts = np.bincount(jax.jit(jax.vmap(draw))(keys), minlength=len(LOGITS))
   assert counts[expected == 0].sum() == 0
   possible = expected > 0
   chi = ((counts - draws * expected)[possible] ** 2 / (draws * expected[possible])).sum()
@@ -96,10 +101,8 @@ def test_temperature_zero_is_a_one_hot_at_the_first_maximum():
 
 
 def test_traced_arguments_give_the_same():
-  logits = jnp.asarray(LOGITS)
-  traced = jax.jit(lambda t, k, p: sampling.distribution(logits, temperature=t, top_k=k, top_p=p))
-  static = sampling.distribution(logits, temperature=0.9, top_k=4, top_p=0.7)
-  np.testing.assert_allclose(traced(0.9, 4, 0.7), static, atol=1e-6)
+  static = sampling.distribution(jnp.asarray(LOGITS), temperature=0.9, top_k=4, top_p=0.7)
+  np.testing.assert_allclose(traced(LOGITS, 0.9, 4, 0.7), static, atol=1e-6)
 
 
 @pytest.mark.parametrize(

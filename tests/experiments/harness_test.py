@@ -12,11 +12,13 @@ import pytest
 from effjax.parallel import simulate_devices
 from effjax.train import workdir
 from experiments import harness
+from experiments.lab.verdicts import less
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import dataclasses, sys
 from experiments import harness
+from experiments.lab.verdicts import less
 @dataclasses.dataclass
 class Config:
   seed: int = 0
@@ -119,12 +121,13 @@ def test_csv_has_every_column(tmp_path):
 
 
 def test_finish_says_what_held(tmp_path, capsys):
-  claims = {"up is up": True, "down is up": False}
+  claims = {"up is up": True, "down is up": False, "left is up": less([1.0], [2.0])}
   harness.finish(tmp_path, [{"a": 1.25}], {"a": ".1f", "b": ".1f"}, claims)
   printed = capsys.readouterr().out
   assert "1.2  –" in printed
   assert "held:         up is up" in printed
   assert "did NOT hold: down is up" in printed
+  assert "undecided:    left is up (-1.0000; one seed has no interval)" in printed
 
 
 def test_plot_is_drawn_from_the_file_alone(tmp_path):

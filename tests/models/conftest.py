@@ -1,9 +1,11 @@
 """Tiny random models of every family, made by transformers, and text to tokenise."""
 
 import argparse
+import functools
 import inspect
 import random
 
+import gguf
 import pytest
 
 WHY_TORCH = "compares with transformers on torch, whose CPU build is installed on Python 3.11 only"
@@ -85,6 +87,14 @@ def reference():
     return (out.logits if hasattr(out, "logits") else out.last_hidden_state).numpy()
 
   return compute
+
+
+@pytest.fixture(scope="session")
+def read_once():
+  """Of transformers' three readings of a GGUF file's header, each 15 s for Gemma, one."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(gguf, "GGUFReader", functools.lru_cache(1)(gguf.GGUFReader))
+    yield
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from effjax.core import trees
 from effjax.models import packages, presets
 from effjax.models.families import gguf_names
 from effjax.models.safetensors_files import INDEX, SINGLE
+from tests.modules import random_params
 
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 13)).astype(np.int32)
 
@@ -26,7 +27,7 @@ def folder(tmp_path_factory):
   """A saved random Llama with untied embeddings."""
   config = presets.llama(64, 32, 3, 4, 2, 48, context=64, tied=False)
   module = models.Transformer(config)
-  params = jax.jit(module.init)(jax.random.key(0), TOKENS)["params"]
+  params = random_params(module, TOKENS)
   model = models.Model(config, module, params)
   return models.save(model, tmp_path_factory.mktemp("loading") / "llama")
 
@@ -247,5 +248,7 @@ def test_peak_memory_stays_under_1_3_models(name):
   command = [sys.executable, "-c", MEMORY, name]
   run = lambda: subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
   # What is freed late on a busy machine only adds to what loading needs.
-  peaks = [float(run().stdout) for _ in range(3)]
+  peaks = []
+  while len(peaks) < 3 and (not peaks or min(peaks) >= 1.3):
+    peaks.append(float(run().stdout))
   assert 0.9 < min(peaks) < 1.3, peaks

@@ -7,6 +7,7 @@ import pytest
 
 from effjax import models
 from effjax.models import presets
+from tests.modules import apply, random_params
 
 CONFIG = dataclasses.replace(presets.TINY, context=8)
 
@@ -33,12 +34,11 @@ def test_good_tokens_and_traced_ones_pass():
     jax.jit(lambda x: models.check_tokens(CONFIG, x))(np.zeros((1, 9), int))
 
 
-def test_a_model_checks_and_computes(key):
+def test_a_model_checks_and_computes():
   module = models.Transformer(CONFIG)
-  tokens = jnp.arange(6)[None]
-  params = jax.jit(module.init)(key, tokens)["params"]
+  tokens = np.arange(6)[None]
+  params = random_params(module, tokens)
   model = models.Model(CONFIG, module, params)
-  expected = jax.jit(module.apply)({"params": params}, tokens)
-  np.testing.assert_allclose(model(np.asarray(tokens)), expected, atol=1e-5)
+  np.testing.assert_allclose(model(tokens), apply(module, params, tokens), atol=1e-5)
   with pytest.raises(ValueError, match="tokens: id 600"):
     model(jnp.array([[600]]))

@@ -16,7 +16,7 @@ WINDOW = {"smollm2-135m": 2048, "gemma3-270m": 768}
 
 
 @pytest.fixture(scope="module", params=list(WINDOW))
-def pair(request):
+def pair(request, read_once):
   """Name, our model, transformers' of the same GGUF, and the tokens of a text."""
   torch = pytest.importorskip("torch", reason=WHY_TORCH)
   transformers = pytest.importorskip("transformers")

@@ -158,7 +158,7 @@ def test_minilm_has_the_ids_of_transformers(snippets, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
-def test_gguf_models_have_the_ids_of_transformers(name, snippets):
+def test_gguf_models_have_the_ids_of_transformers(name, snippets, read_once):
   transformers = pytest.importorskip("transformers")
   pytest.importorskip(
     "torch", reason="transformers reads GGUF with torch, there on Python 3.11 only"

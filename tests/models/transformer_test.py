@@ -12,6 +12,7 @@ import pytest
 from effjax.attention import Attention, masks
 from effjax.layers import MLP, LayerNorm, Rope
 from effjax.models import EncoderDecoder, LayerSpec, Transformer, TransformerConfig
+from tests.modules import apply, random_params
 
 V, D = 23, 16
 
@@ -26,56 +27,61 @@ def decoder(**changes) -> TransformerConfig:
   return dataclasses.replace(config, **changes)
 
 
-@pytest.fixture
-def tokens():
-  return jax.random.randint(jax.random.key(3), (2, 12), 0, V)
+TOKENS = np.random.default_rng(3).integers(0, V, (2, 12)).astype(np.int32)
+MODULE = Transformer(decoder())
+
+
+@pytest.fixture(scope="module")
+def params():
+  return random_params(MODULE, TOKENS)
 
 
 @pytest.mark.parametrize("arrangement", ["pre", "post", "sandwich"])
-def test_future_tokens_have_no_influence(arrangement, tokens, key):
+def test_future_tokens_have_no_influence(arrangement):
   module = Transformer(decoder(arrangement=arrangement))
-  params = jax.jit(module.init)(key, tokens)
-  changed = tokens.at[:, 7:].set((tokens[:, 7:] + 1) % V)
-  apply = jax.jit(module.apply)
-  before, after = (apply(params, t) for t in (tokens, changed))
+  params = random_params(module, TOKENS)
+  changed = np.where(np.arange(12) < 7, TOKENS, (TOKENS + 1) % V)
+  before, after = (np.asarray(apply(module, params, t)) for t in (TOKENS, changed))
   np.testing.assert_array_equal(before[:, :7], after[:, :7])
-  assert jnp.abs(before[:, 7:] - after[:, 7:]).max() > 1e-3
+  assert np.abs(before[:, 7:] - after[:, 7:]).max() > 1e-3
 
 
-def test_cached_steps_equal_one_pass(tokens, key):
-  module = Transformer(decoder())
-  params = jax.jit(module.init)(key, tokens)
-  whole = jax.jit(module.apply)(params, tokens)
-  step = jax.jit(lambda t, p, c: module.apply(params, t, positions=p, cache=c))
-  first = jnp.broadcast_to(jnp.arange(5), (2, 5))
-  logits, cache = step(tokens[:, :5], first, module.init_cache(2, 16))
+def places(length):
+  return np.broadcast_to(np.arange(length), (2, length))
+
+
+def test_cached_steps_equal_one_pass(params):
+  whole = np.asarray(apply(MODULE, params, TOKENS))
+  step = lambda t, p, c: apply(MODULE, params, t, positions=p, cache=c)
+  logits, cache = step(TOKENS[:, :5], places(5), MODULE.init_cache(2, 16))
   np.testing.assert_allclose(logits, whole[:, :5], atol=1e-5)
   for t in range(5, 12):
-    logits, cache = step(tokens[:, t : t + 1], jnp.full((2, 1), t), cache)
-    np.testing.assert_allclose(logits[:, 0], whole[:, t], atol=1e-5)
+    logits, cache = step(TOKENS[:, t : t + 1], np.full((2, 1), t), cache)
+    np.testing.assert_allclose(np.asarray(logits)[:, 0], whole[:, t], atol=1e-5)
 
 
-def test_packed_sequences_equal_separate_ones(tokens, key):
-  module = Transformer(decoder())
-  params = jax.jit(module.init)(key, tokens)
-  segment_ids = jnp.array([[0] * 5 + [1] * 4 + [-1] * 3] * 2)
-  positions = jnp.array([[*range(5), *range(4), 0, 0, 0]] * 2)
-  packed = module.apply(params, tokens, segment_ids=segment_ids, positions=positions)
-  np.testing.assert_allclose(packed[:, :5], module.apply(params, tokens[:, :5]), atol=1e-5)
-  np.testing.assert_allclose(packed[:, 5:9], module.apply(params, tokens[:, 5:9]), atol=1e-5)
+def test_packed_sequences_equal_separate_ones(params):
+  segment_ids = np.array([[0] * 5 + [1] * 5 + [-1] * 2] * 2)
+  positions = np.array([[*range(5), *range(5), 0, 0]] * 2)
+  packed = apply(MODULE, params, TOKENS, segment_ids=segment_ids, positions=positions)
+  for part in (slice(0, 5), slice(5, 10)):
+    alone = apply(MODULE, params, TOKENS[:, part])
+    np.testing.assert_allclose(np.asarray(packed)[:, part], alone, atol=1e-5)
 
 
-def test_what_padding_holds_has_no_influence(tokens, key):
+def test_what_padding_holds_has_no_influence():
   module = Transformer(decoder(positions="learned"))
-  ids = jnp.array([[0] * 5 + [1] * 4 + [-1] * 3, [-1] * 4 + [0] * 8])
-  place = jnp.where(ids < 0, 0, jnp.broadcast_to(jnp.arange(12), (2, 12)))
-  params = jax.jit(module.init)(key, tokens)
-  apply = jax.jit(lambda t, p: module.apply(params, t, segment_ids=ids, positions=p))
-  wanted = apply(jnp.where(ids < 0, 0, tokens), place)
+  ids = np.array([[0] * 5 + [1] * 4 + [-1] * 3, [-1] * 4 + [0] * 8])
+  params = random_params(module, TOKENS)
+
+  def run(junk):
+    spoil = lambda x: np.where(ids < 0, junk, x)
+    return apply(module, params, spoil(TOKENS), segment_ids=ids, positions=spoil(places(12)))
+
+  wanted = run(0)
   assert np.isfinite(wanted).all()
   for junk in (-100, V, 10 * V):
-    spoil = lambda x, junk=junk: jnp.where(ids < 0, junk, x)
-    np.testing.assert_array_equal(apply(spoil(tokens), spoil(place)), wanted)
+    np.testing.assert_array_equal(run(junk), wanted)
 
 
 class Gate(nn.Module):
@@ -96,47 +102,49 @@ def gated(module, **places):
 
 
 @pytest.mark.parametrize("arrangement", ["pre", "post", "sandwich"])
-def test_what_stands_after_a_branch_scales_what_it_adds(arrangement, tokens, key):
+def test_what_stands_after_a_branch_scales_what_it_adds(arrangement):
   layer = LayerSpec(Attention(4), MLP(32))
   shape = {"arrangement": arrangement, "head": None, "embed_scale": 50.0}
   module = Transformer(decoder(layers=(layer,) * 3, **shape))
   none = gated(module, after_mixer=Gate(1e-9), after_ffn=Gate(1e-9))
-  params = jax.jit(none.init)(key, tokens)["params"]
+  fixed = {"g": 1e-9, "scale": 1.0}
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, x: np.full_like(x, fixed[path[-1].key]) if path[-1].key in fixed else x,
+    random_params(none, TOKENS),
+  )
   assert params["segments_0"]["layers_0"]["after_ffn"]["g"].shape == (3, 1, 1, 1)
-  apply = lambda module, tokens: jax.jit(module.apply)({"params": params}, tokens)
   # No branch adds anything: the embeddings alone are left, normalised.
-  x = params["embed"]["embedding"][tokens]
-  want = x / jnp.sqrt((x**2).mean(-1, keepdims=True))
-  np.testing.assert_allclose(apply(none, tokens), want, atol=1e-4)
-  ones = jax.tree.map(jnp.ones_like, params["segments_0"]["layers_0"]["after_ffn"])
+  x = np.asarray(params["embed"]["embedding"])[TOKENS]
+  want = x / np.sqrt((x**2).mean(-1, keepdims=True))
+  np.testing.assert_allclose(apply(none, params, TOKENS), want, atol=1e-4)
+  ones = {"g": np.ones((3, 1, 1, 1), np.float32)}
   layers = params["segments_0"]["layers_0"] | {"after_ffn": ones, "after_mixer": ones}
   params["segments_0"] = {"layers_0": layers}
-  np.testing.assert_allclose(apply(none, tokens), apply(module, tokens), atol=1e-6)
+  np.testing.assert_allclose(apply(none, params, TOKENS), apply(module, params, TOKENS), atol=1e-6)
 
 
-def test_what_stands_after_a_branch_sees_the_context(tokens, key):
-  module = gated(Transformer(decoder()), after_ffn=Gate())
-  params = jax.jit(module.init)(key, tokens)
-  whole = jax.jit(module.apply)(params, tokens)
-  first = jnp.broadcast_to(jnp.arange(12), (2, 12))
-  logits, _ = jax.jit(module.apply)(params, tokens, positions=first, cache=module.init_cache(2, 12))
+def test_what_stands_after_a_branch_sees_the_context():
+  module = gated(MODULE, after_ffn=Gate())
+  params = random_params(module, TOKENS)
+  whole = apply(module, params, TOKENS)
+  cache = module.init_cache(2, 12)
+  logits, _ = apply(module, params, TOKENS, positions=places(12), cache=cache)
   np.testing.assert_allclose(logits, whole, atol=1e-5)
 
 
-def test_remat_and_unscanned_gradients_agree(tokens, key):
-  module = Transformer(decoder())
-  params = jax.jit(module.init)(key, tokens)
-  gradient = lambda m: jax.jit(jax.grad(lambda p: (m.apply(p, tokens) ** 2).mean()))(params)
+def test_remat_and_unscanned_gradients_agree(params):
+  loss = lambda p, tokens, module: (module.apply({"params": p}, tokens) ** 2).mean()
+  gradient = lambda module: jax.jit(jax.grad(loss), static_argnums=2)(params, TOKENS, module)
   chex.assert_trees_all_close(
-    gradient(module), gradient(module.copy(remat=True)), rtol=1e-4, atol=1e-6
+    gradient(MODULE), gradient(MODULE.copy(remat=True)), rtol=1e-4, atol=1e-6
   )
 
 
-def test_bfloat16_activations_leave_parameters_alone(tokens, key):
+def test_bfloat16_activations_leave_parameters_alone():
   module = Transformer(decoder(), dtype=jnp.bfloat16)
-  params = jax.jit(module.init)(key, tokens)
-  assert module.apply(params, tokens).dtype == jnp.bfloat16
-  assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+  logits, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), TOKENS)
+  assert logits.dtype == jnp.bfloat16
+  assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
 
 
 def test_sequence_past_the_context_is_refused(key):
@@ -169,7 +177,7 @@ def test_impossible_configurations_are_refused(change, message):
     decoder(**change)
 
 
-def test_encoder_decoder_equals_torch(key):
+def test_encoder_decoder_equals_torch():
   torch = pytest.importorskip("torch", reason="torch is installed with Python 3.11 only")
   torch.manual_seed(0)
   peer = torch.nn.Transformer(
@@ -192,32 +200,32 @@ def test_encoder_decoder_equals_torch(key):
       {"cross": 2, "ffn": 3},
     ),
   }
-  source, target = jax.random.randint(key, (2, 3, 9), 0, V)
+  source, target = np.random.default_rng(0).integers(0, V, (2, 3, 9))
   target = target[:, :6]
   padding = np.array([[False] * 9, [False] * 6 + [True] * 3, [False] * 9])
   with torch.no_grad():
     wanted = peer(
-      table[torch.tensor(np.array(source))],
-      table[torch.tensor(np.array(target))],
+      table[torch.tensor(source)],
+      table[torch.tensor(target)],
       tgt_mask=torch.nn.Transformer.generate_square_subsequent_mask(6),
       src_key_padding_mask=torch.tensor(padding),
       memory_key_padding_mask=torch.tensor(padding),
       tgt_is_causal=True,
     ).numpy()
-  segments = jnp.where(padding, -1, 0)
-  ours = module.apply({"params": params}, source, target, source_segment_ids=segments)
+  segments = np.where(padding, -1, 0)
+  ours = apply(module, params, source, target, source_segment_ids=segments)
   np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
 
-def test_encoder_decoder_needs_cross_attention(key, tokens):
+def test_encoder_decoder_needs_cross_attention(key):
   module = EncoderDecoder(decoder(head=None), decoder())
   with pytest.raises(ValueError, match="no layer of `decoder` has a cross module"):
-    module.init(key, tokens, tokens)
+    module.init(key, TOKENS, TOKENS)
 
 
 def _from_torch(side, table, attentions, norm_numbers):
   """Our stacked parameters of one side of `torch.nn.Transformer`."""
-  array = lambda p: jnp.asarray(p.detach().numpy())
+  array = lambda p: p.detach().numpy()
   norm = lambda m: {"scale": array(m.weight), "bias": array(m.bias)}
   linear = lambda w, b: {"kernel": array(w).T, "bias": array(b)}
 
@@ -235,9 +243,9 @@ def _from_torch(side, table, attentions, norm_numbers):
     tree["ffn"] = {"up": linear(up.weight, up.bias), "down": linear(down.weight, down.bias)}
     return tree
 
-  layers = jax.tree.map(lambda *xs: jnp.stack(xs), *[layer(b) for b in side.layers])
+  layers = jax.tree.map(lambda *xs: np.stack(xs), *[layer(b) for b in side.layers])
   return {
-    "embed": {"embedding": jnp.asarray(table.numpy())},
+    "embed": {"embedding": table.numpy()},
     "segments_0": {"layers_0": layers},
     "final_norm": norm(side.norm),
   }

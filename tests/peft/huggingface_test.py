@@ -14,6 +14,7 @@ from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import join
 from effjax.models.transformer import Transformer
 from effjax.peft import LoRA, lora
+from tests.modules import apply
 
 REASON = "peer comparisons run on Python 3.11, which has torch and peft"
 torch = pytest.importorskip("torch", reason=REASON)
@@ -58,7 +59,7 @@ def ours():
 
 
 def array(tensor):
-  return jnp.asarray(tensor.detach().numpy())
+  return tensor.detach().numpy()
 
 
 def converted(model, config):
@@ -76,14 +77,15 @@ def converted(model, config):
     return tree
 
   embedding = {"embedding": array(state["model.embed_tokens.weight"])}
-  return join(config, [layer(0), layer(1)], {"embed": embedding, "final_norm": vector("norm")})
+  rest = {"embed": embedding, "final_norm": vector("norm")}
+  return jax.tree.map(jnp.asarray, join(config, [layer(0), layer(1)], rest))
 
 
 def factors(wrapped, path, part):
   name = NAMES[path.removeprefix("segments_0/layers_0/").removesuffix("/kernel")]
   state = wrapped.state_dict()
   key = "base_model.model.model.layers.{}.{}.lora_{}.default.weight"
-  return jnp.stack([array(state[key.format(i, name, part)]).T for i in range(2)])
+  return jnp.asarray(np.stack([array(state[key.format(i, name, part)]).T for i in range(2)]))
 
 
 @pytest.mark.parametrize("rs", [False, True])
@@ -105,14 +107,14 @@ def test_logits_and_merged_weights_equal_pefts(rs, targets):
   )
   adapted = trees.update(adapted, targets, take)
 
-  apply = jax.jit(lambda params: module.apply({"params": params}, jnp.asarray(TOKENS)))
+  logits = lambda params: np.asarray(apply(module, params, TOKENS))
   with torch.no_grad():
     expected = wrapped(torch.from_numpy(TOKENS)).logits.numpy()
-  assert np.abs(expected - np.asarray(apply(params))).max() > 0.1
-  np.testing.assert_allclose(apply(adapted), expected, rtol=1e-3, atol=1e-4)
+  assert np.abs(expected - logits(params)).max() > 0.1
+  np.testing.assert_allclose(logits(adapted), expected, rtol=1e-3, atol=1e-4)
 
   merged = converted(wrapped.merge_and_unload(), module.config)
-  for path, leaf in trees.items(lora.merge(adapted)).items():
+  for path, leaf in trees.items(jax.jit(lora.merge)(adapted)).items():
     np.testing.assert_allclose(leaf, trees.items(merged)[path], rtol=1e-5, atol=1e-5, err_msg=path)
 
 

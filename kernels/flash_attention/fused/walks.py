@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -41,16 +42,21 @@ class Walk:
     lengths = xp.maximum(xp.diff(lists.offset, axis=-1), 1).sum(-1)
     used = lengths.max()
     most = int(used) if known else rows * columns
+    flat = jax.tree.map(lambda x: x.reshape(batch * heads, -1), lists)
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
-      flat = jax.tree.map(lambda x: jnp.asarray(x).reshape(batch * heads, -1), lists)
-      row, tile, kind = jax.vmap(lambda each: _walk(each, most))(flat)
-      arrays = row.ravel(), tile.ravel(), kind.ravel()
+      arrays = _walks(flat, most)
     return cls(most, most if known else used, batch, heads, arrays)
 
   def entry(self, b: Array, n: Array, s: Array) -> Array:
     """Where step s of batch row b and query head n is in the arrays."""
     batch, head = (i if count > 1 else 0 for i, count in ((b, self.batch), (n, self.heads)))
     return (batch * self.heads + head) * self.steps + s
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _walks(lists: TileList, most: int) -> tuple[Array, Array, Array]:
+  """The arrays of a walk through each of the lists, end to end."""
+  return jax.tree.map(jnp.ravel, jax.vmap(lambda each: _walk(each, most))(lists))
 
 
 def _walk(lists: TileList, most: int) -> tuple[Array, Array, Array]:

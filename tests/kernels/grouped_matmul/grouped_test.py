@@ -6,11 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.core import linear, weights
+from effjax import core
+from effjax.core import weights
 from effjax.kernels.grouped_matmul import Grouped
 
 ROWS, GROUP = 7, np.array([0, 0, 2, 2, 2, 3])  # and one row of no group
 SIZES = jnp.array([2, 0, 3, 1])
+linear = jax.jit(core.linear)
 
 
 def grouped(*shape, seed=0):

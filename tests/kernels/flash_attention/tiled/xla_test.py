@@ -119,10 +119,11 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients():
   run = functools.partial(
     xla.attention, mask=Full(), scale=1.0, segment_ids=(ids, ids), tiles=SMALL
   )
-  out, lse, d_q, d_k, d_v, d_b = jax.jit(functools.partial(cases.evaluate, run))(arrays, {})
-  assert (lse[:, 12:] == -jnp.inf).all() and jnp.isfinite(lse[:, :12]).all()
+  results = jax.jit(functools.partial(cases.evaluate, run))(arrays, {})
+  out, lse, d_q, d_k, d_v, d_b = map(np.asarray, results)
+  assert (lse[:, 12:] == -np.inf).all() and np.isfinite(lse[:, :12]).all()
   for x in (out, d_q, d_k, d_v, d_b[0]):
-    assert (x[:, 12:] == 0).all() and jnp.abs(x[:, :12]).sum() > 0
+    assert (x[:, 12:] == 0).all() and np.abs(x[:, :12]).sum() > 0
 
 
 def test_bias_of_minus_infinity_hides_like_a_mask():
@@ -170,7 +171,9 @@ def test_exponential():
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_transformations_agree(fixed):
+def test_transformations_agree(fixed, request):
+  if fixed:  # the bound is close to what another rounding of the scores makes
+    request.getfixturevalue("optimized")
   arrays = cases.operands(2, 40, 40, 4, 2, 8, 8)[:3]
   ids = jnp.sort(jax.random.randint(jax.random.key(1), (2, 40), -1, 3), 1)
 
@@ -251,7 +254,7 @@ def test_second_derivatives_or_a_clear_error():
   chex.assert_trees_all_close(every(xla.attention), every(reference.attention), atol=1e-4)
   for again in (gradient(xla.attention), lambda q: move(forward(xla.attention), q)):
     with pytest.raises(ValueError, match="Reverse-mode"):
-      jax.grad(lambda q, again=again: again(q).sum())(q)
+      jax.eval_shape(jax.grad(lambda q, again=again: again(q).sum()), q)
 
 
 def temporaries(length: int, mask) -> int:
