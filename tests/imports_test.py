@@ -101,7 +101,8 @@ def test_modules_do_not_import_one_another_in_a_circle():
     name: {whole if whole in files else module for module, whole in statements(path)}
     for name, path in files.items()
   }
-  graphlib.TopologicalSorter(needs).prepare()  # raises CycleError, which names them
+  order = [*graphlib.TopologicalSorter(needs).static_order()]  # or CycleError, which names them
+  assert set(files) <= set(order)
 
 
 @pytest.mark.parametrize("folder, other", [("tiled", "fused"), ("fused", "tiled")])

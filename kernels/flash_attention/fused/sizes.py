@@ -39,8 +39,9 @@ class Sizes:
 _SM90 = "NVIDIA H"  # 100, 200, …
 _LARGEST = Size(128, 128, 8, 2)
 # The first row that matches: part of the device's name, bytes of an element, widest head.
-# GPU rows compile for sm_90 without spilling registers (by jax 0.10.2): for Hopper the fastest that
-# do on an H200, causal at 8192 keys (not timed: the bias's), for others the largest of two bytes.
+# GPU rows compile for sm_90 without spilling registers, by jax 0.10.2 and as far as was compiled:
+# for Hopper the fastest that do on an H200, causal at 8192 keys (not timed: the bias's; over
+# documents not compiled: heads of 64, and the bias's at 128), for others the largest of two bytes.
 _TABLE = {
   "gpu": [
     (_SM90, 2, 64, Sizes(Size(64, 128, 4), Size(64, 64, 4), Size(128, 64, 4), Size(128, 64, 8))),
