@@ -9,7 +9,7 @@ from flax import struct
 from effjax.attention import masks
 from effjax.attention.attend import attend
 from effjax.core.typing import Array, DTypeLike, Float
-from effjax.layers import Context, Linear, RMSNorm, Rope, taps
+from effjax.layers import Context, Linear, RMSNorm, Rope, taps, without_padding
 from effjax.layers.axes import linear_axes
 
 
@@ -66,6 +66,7 @@ class Attention(nn.Module):
   implementation: str | None = None
 
   @nn.compact
+  @without_padding
   def __call__(
     self,
     x: Float[Array, "B T D"],
