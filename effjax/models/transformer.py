@@ -97,7 +97,8 @@ class Transformer(nn.Module):
   ):
     """Logits [B, T, V], or hidden states [B, T, D]; with a `cache`, (those, the new cache).
 
-    At padding they are zero, and what comes back there has no influence.
+    At padding they are zero, and cotangents that come back there have no influence: any of hidden
+    states, of logits those that are finite, since another pass over all logits is not for free.
 
     Args:
       tokens: token ids; what padding holds has no influence, an id out of the vocabulary included.
@@ -137,8 +138,8 @@ class Transformer(nn.Module):
       caches.append(new)
     if config.final_norm:
       x = config.norm.copy(name="final_norm")(x)
-    x = x if config.head is None else self._logits(embed, x)
     x = context.blank(x)
+    x = x if config.head is None else self._logits(embed, x)
     return x if cache is None else (x, tuple(caches))
 
   @property
