@@ -92,20 +92,21 @@ class Context:
     return before if ids is None else jnp.where((ids >= 0) & (shift(ids) == ids), before, -1)
 
   def blanked(self) -> "Context":
-    """The same with id 0 at position 0, −1 before it and zero memory in place of what padding holds."""
-    blank = lambda ids, x, value: x if ids is None or x is None else jnp.where(ids >= 0, x, value)
+    """The same with id 0 at position 0, −1 before it, and zero memory in place of padding's."""
     ids, memory_ids = self.segment_ids, self.memory_segment_ids
+    blank = lambda x, value: x if ids is None or x is None else jnp.where(ids >= 0, x, value)
+    memory = None if self.memory is None or memory_ids is None else memory_ids >= 0
     return dataclasses.replace(
       self,
-      tokens=blank(ids, self.tokens, 0),
-      positions=blank(ids, self.positions, 0),
-      memory=blank(None if memory_ids is None else memory_ids[..., None], self.memory, 0),
-      previous=blank(ids, self.previous, -1),
+      tokens=blank(self.tokens, 0),
+      positions=blank(self.positions, 0),
+      memory=self.memory if memory is None else zero_unless(memory, self.memory),
+      previous=blank(self.previous, -1),
     )
 
 
 def without_padding(call: Call) -> Call:
-  """A module's call(x, context, …) as if padding were not there: x and what it gives are zero there.
+  """A module's call(x, context, …) as if padding were not there: x and y are zero in its place.
 
   y = m ⊙ f(m ⊙ x), where m is 0 at padding and 1 elsewhere: neither what padding holds nor the
   cotangent that comes back to it has influence, NaN and inf included, on values, on what is sown
