@@ -93,14 +93,15 @@ class Context:
 
   def blanked(self) -> "Context":
     """The same with id 0 at position 0, −1 before it, and zero memory in place of padding's."""
-    ids, memory_ids = self.segment_ids, self.memory_segment_ids
+    ids, memory = self.segment_ids, self.memory
     blank = lambda x, value: x if ids is None or x is None else jnp.where(ids >= 0, x, value)
-    memory = None if self.memory is None or memory_ids is None else memory_ids >= 0
+    if memory is not None and self.memory_segment_ids is not None:
+      memory = zero_unless(self.memory_segment_ids >= 0, memory)
     return dataclasses.replace(
       self,
       tokens=blank(self.tokens, 0),
       positions=blank(self.positions, 0),
-      memory=self.memory if memory is None else zero_unless(memory, self.memory),
+      memory=memory,
       previous=blank(self.previous, -1),
     )
 

@@ -10,6 +10,7 @@ import optax
 from jax.tree_util import Partial
 
 from effjax.core import trees
+from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, Key, PyTree
 from effjax.parallel.placement import Anywhere, Placement
 from effjax.train.objectives import Batch, Objective
@@ -131,7 +132,10 @@ def _split(batch: Batch, parts: int) -> Batch:
 
 
 def _accumulate(compute, parts: Batch, key: Key) -> tuple[PyTree, dict[str, Array]]:
-  """Gradients and metrics averaged over `parts` by "weight", which itself is summed."""
+  """Gradients and metrics averaged over `parts` by "weight", which itself is summed.
+
+  What a part of weight 0 gives has no influence, NaN included.
+  """
   count = jax.tree.leaves(parts)[0].shape[0]
   if count == 1:
     return compute(jax.tree.map(lambda x: x[0], parts), key)
@@ -140,14 +144,15 @@ def _accumulate(compute, parts: Batch, key: Key) -> tuple[PyTree, dict[str, Arra
     part, key = inputs
     grads, metrics = compute(part, key)
     weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
-    scaled = jax.tree.map(lambda x: weight * x.astype(jnp.float32), (grads, metrics))
+    scale = lambda x: weight * zero_unless(weight != 0, x.astype(jnp.float32))
+    scaled = jax.tree.map(scale, (grads, metrics))
     return jax.tree.map(jnp.add, total, (*scaled, weight)), None
 
   inputs = (parts, jax.random.split(key, count))
   first = jax.eval_shape(lambda inputs: compute(*inputs), jax.tree.map(lambda x: x[0], inputs))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (*first, jnp.zeros(())))
   (grads, metrics, weight), _ = jax.lax.scan(add, zeros, inputs)
-  mean = lambda x: x / jnp.maximum(weight, 1e-9)
+  mean = lambda x: x / jnp.where(weight == 0, 1, weight)
   grads = jax.tree.map(lambda x, like: mean(x).astype(like.dtype), grads, first[0])
   return grads, {
     **jax.tree.map(mean, metrics),
