@@ -79,7 +79,7 @@ def ring_attend(
       given = f"shape {segment_ids.shape} of {segment_ids.dtype}"
       raise ValueError(f"segment_ids has {given}, expected {(B, T)} of integers")
     mask &= masks.Documents(lax.all_gather(segment_ids, axis, axis=1, tiled=True))
-  check_places(B, size * T, size * T, N, mask, None)
+  check_places(B, size * T, size * T, N, mask, None, None)
   scale = H**-0.5 if scale is None else float(scale)
   ring = _Ring(axis, size, T, _needed(mask, size, T), scale, logit_softcap)
   operands = (query, key, value, mask)
