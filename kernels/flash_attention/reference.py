@@ -38,7 +38,7 @@ def attention(
     logits = logits + bias.astype(wide)
   if scores is not None:
     terms = Terms.of(scores, None, T, S, query_positions, wide)
-    logits = logits + terms.dense(query_positions)
+    logits = logits + terms.dense(query_positions).astype(wide)
   logits = jnp.where(_seen(T, S, mask, segment_ids, query_positions), logits, -jnp.inf)
   weights, lse = _softmax(logits)
   weights = weights.reshape(B, K, N // K, T, S).astype(value.dtype)

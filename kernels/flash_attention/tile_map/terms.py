@@ -95,25 +95,23 @@ class Terms:
       q, k = q + self.start[0], k + self.start[1]
     return score.term(q, k, queries, keys, line)
 
-  def dense(self, positions: Any) -> Array | None:
-    """All that is added, [b, n, T or 1, S or 1]; positions [b, T] as given to `of`."""
-    if self.structure is None:
-      return None
-    q, k = (
-      np.arange(self.S - self.T, self.S, dtype=np.int32)[None],
-      np.arange(self.S, dtype=np.int32),
-    )
-    q, k = (q if positions is None else positions)[:, None, :, None], k[None, None, None]
+  def dense(self, positions: Any) -> Array:
+    """All that the score adds, [b, n, T or 1, S or 1]; positions [b, T] as given to `of`."""
+    q, k = np.arange(self.S - self.T, self.S, dtype=np.int32)[None], np.arange(self.S)
+    q = (q if positions is None else positions)[:, None, :, None]
+    k = k.astype(np.int32)[None, None, None]
     if self.diagonal:
       pairs = functools.partial(diagonals, rows=self.T, columns=self.S)
     else:
       pairs = functools.partial(entries, q=q, k=k, length=self.S)
-    return self.value(
-      jax.tree.map(lambda x: x[..., :, None], self.queries),
-      jax.tree.map(lambda x: x[..., None, :], self.keys),
-      jax.tree.map(lambda x: pairs(jnp.asarray(x)), self.line),
-      q,
-      k,
+    return jnp.asarray(
+      self.value(
+        jax.tree.map(lambda x: x[..., :, None], self.queries),
+        jax.tree.map(lambda x: x[..., None, :], self.keys),
+        jax.tree.map(lambda x: pairs(jnp.asarray(x)), self.line),
+        q,
+        k,
+      )
     )
 
   def padded(self, rows: int, columns: int) -> "Terms":

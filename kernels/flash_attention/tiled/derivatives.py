@@ -2,7 +2,7 @@
 
 Backward, with D = rowsum(dO∘O) − dLSE:
   P = exp(S − LSE);  dV += PᵀdO;  dS = P∘(dOVᵀ − D);  dQ += scale·dS·K;  dK += scale·dSᵀQ.
-Tangents, with Ṡ = scale·(Q̇Kᵀ + QK̇ᵀ) through the soft cap, + the bias's:
+Tangents, with Ṡ = scale·(Q̇Kᵀ + QK̇ᵀ) through the soft cap, + the bias's and the score's:
   LṠE = rowsum P∘Ṡ;  Ȯ = (P∘Ṡ)V + PV̇ − LṠE∘O.
 
 Reference: FlashAttention-2, arXiv 2307.08691, algorithm 2.
@@ -12,19 +12,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from effjax.kernels.flash_attention.tiled import layout, steps
+from effjax.kernels.flash_attention.tiled.added import TermTiles
 from effjax.kernels.flash_attention.tiled.steps import FLOOR
 from effjax.kernels.flash_attention.tiled.visits import GroupedSight
 
 
 def backward(plan, saved, cotangents):
-  """Gradients of query, key, value and bias."""
-  query, key, value, bias, where, out, lse = saved
+  """Gradients of query, key, value and bias, and of what trains in the terms."""
+  query, key, value, bias, where, terms, out, lse = saved
   d_out, d_lse = cotangents
   sight = GroupedSight(plan, where)
   compute = steps.compute_type(query)
   wide = jnp.promote_types(query.dtype, jnp.float32)
   addressed = None if bias is None else layout.Bias(plan, bias.shape)
   padded = None if bias is None else addressed.pad(bias)
+  terms = TermTiles(plan, sight, terms, wide)
   some = lse > -jnp.inf
   pair = d_out.astype(wide), out.astype(wide)
   # A sum of a product in XLA on CPUs takes ten times as long.
@@ -35,7 +37,7 @@ def backward(plan, saved, cotangents):
   rows = [layout.pad_rows(plan, x) for x in (query, d_out, delta)]
 
   def group(carry, c):
-    (d_query, d_key, d_value), d_bias = carry
+    (d_query, d_key, d_value), *d_added = carry
     take = lambda x: layout.take(plan, x, c).astype(compute)
     keys, keys_across = (layout.to_keys(plan, take(key), across) for across in (False, True))
     values_across = layout.to_keys(plan, take(value), across=True)
@@ -47,19 +49,21 @@ def backward(plan, saved, cotangents):
       q_across, do_across = jnp.swapaxes(q, 1, 2), jnp.swapaxes(do, 1, 2)
 
       def tile(j, seen, carry):
-        d_q, d_k, d_v, d_bias = carry
+        d_q, d_k, d_v, d_bias, d_terms = carry
         extra = None if bias is None else addressed.read(plan, padded, c, i, j)
-        scores, capped = steps.scores(plan, q, keys_across[j], extra)
+        term, pull = terms.pulled(c, i, j)
+        scores, capped = steps.scores(plan, q, keys_across[j], terms.cap, extra, term)
         weights = steps.exp(steps.masked(seen, scores.reshape(*ends.shape[:2], -1)) - ends)
         d_v = d_v.at[j].add(steps.dot(do_across, weights.astype(compute)))
         d_scores = weights * (steps.dot(do, values_across[j]) - delta)
         if bias is not None:
           d_bias = addressed.add(plan, d_bias, d_scores.reshape(scores.shape), c, i, j)
-        if plan.softcap is not None:
-          d_scores = d_scores * (1 - jnp.square(capped.reshape(d_scores.shape) / plan.softcap))
+        d_terms = terms.collect(d_terms, pull, d_scores.reshape(scores.shape), capped, c, i, j)
+        if terms.cap is not None:
+          d_scores = d_scores * (1 - jnp.square(capped[1].reshape(d_scores.shape) / terms.cap))
         d_scores = lax.optimization_barrier(d_scores.astype(compute))
         d_k = d_k.at[j].add(steps.dot(q_across, d_scores))
-        return d_q + steps.dot(d_scores, keys[j]), d_k, d_v, d_bias
+        return d_q + steps.dot(d_scores, keys[j]), d_k, d_v, d_bias, d_terms
 
       carry = steps.zeros(q.shape, wide, query), *carry
       d_q, *carry = sight.visit(c, i, tile, carry)
@@ -67,29 +71,32 @@ def backward(plan, saved, cotangents):
 
     d_k = steps.zeros(keys_across.shape, wide, query)
     d_v = steps.zeros(values_across.shape, wide, query)
-    carry = d_query, d_k, d_v, d_bias
-    d_query, d_k, d_v, d_bias = lax.scan(row, carry, jnp.arange(plan.q_tiles))[0]
+    carry = d_query, d_k, d_v, *d_added
+    d_query, d_k, d_v, *d_added = lax.scan(row, carry, jnp.arange(plan.q_tiles))[0]
     d_key = layout.put(plan, d_key, layout.from_keys(plan, d_k), c)
     d_value = layout.put(plan, d_value, layout.from_keys(plan, d_v), c)
-    return ((d_query, d_key, d_value), d_bias), None
+    return ((d_query, d_key, d_value), *d_added), None
 
   start = tuple(steps.zeros(x.shape, x.dtype, query) for x in (rows[0], key, value))
   d_bias = None if bias is None else steps.zeros(addressed.shape, wide, query)
-  (gradients, d_bias), _ = lax.scan(group, (start, d_bias), jnp.arange(plan.groups))
+  start = start, d_bias, terms.zeros(query)
+  (gradients, d_bias, d_terms), _ = lax.scan(group, start, jnp.arange(plan.groups))
   d_query, d_key, d_value = gradients
   if bias is not None:
     d_bias = d_bias[:, :, : bias.shape[2], : bias.shape[3]].astype(bias.dtype)
-  return d_query[:, : plan.T], d_key, d_value, d_bias
+  return d_query[:, : plan.T], d_key, d_value, d_bias, terms.unpad(d_terms)
 
 
 def tangents(plan, saved, moves):
-  """Tangents of out and lse."""
-  query, key, value, bias, where, out, lse = saved
+  """Tangents of out and lse, from those of query, key, value, bias and what trains in the terms."""
+  query, key, value, bias, where, terms, out, lse = saved
   sight = GroupedSight(plan, where)
   compute = steps.compute_type(query)
   wide = jnp.promote_types(query.dtype, jnp.float32)
   addressed = None if bias is None else layout.Bias(plan, bias.shape)
   padded = [None if bias is None else addressed.pad(x) for x in (bias, moves[3])]
+  terms = TermTiles(plan, sight, terms, wide)
+  term_moves = terms.pad(moves[4]) if moves[4] else []
   some = lse > -jnp.inf
   ends = layout.pad_rows(plan, jnp.where(some, lse, -FLOOR), -FLOOR)[..., None]
   rows = [layout.pad_rows(plan, x) for x in (query, moves[0])]
@@ -106,11 +113,16 @@ def tangents(plan, saved, moves):
 
       def tile(j, seen, carry):
         extra = [None if x is None else addressed.read(plan, x, c, i, j) for x in padded]
-        scores, capped = steps.scores(plan, q, keys[0][j], extra[0])
+        term, term_move = terms.moved(term_moves, c, i, j)
+        scores, capped = steps.scores(plan, q, keys[0][j], terms.cap, extra[0], term)
         weights = steps.exp(steps.masked(seen, scores.reshape(*end.shape[:2], -1)) - end)
         move = (steps.dot(q_move, keys[0][j]) + steps.dot(q, keys[1][j])).reshape(scores.shape)
-        if plan.softcap is not None:
-          move = move * (1 - jnp.square(capped / plan.softcap))
+        if terms.cap is not None:
+          move = move * (1 - jnp.square(capped[1] / terms.cap))
+        if terms.cap is not plan.softcap:
+          move = move + terms.slope(*capped) * term_moves[-1]
+        if term_move is not None:
+          move = move + term_move
         if bias is not None:
           move = move + extra[1].astype(move.dtype)
         move = lax.optimization_barrier(weights * move.reshape(weights.shape))

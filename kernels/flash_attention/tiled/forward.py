@@ -2,7 +2,7 @@
 
 For a tile of queries Q and each visited tile of keys (online softmax, running maximum m and sum l
 per query):
-  S = scale·QKᵀ → softcap → + bias → mask;  m' = max(m, rowmax S);  P = exp(S − m')
+  S = scale·QKᵀ → softcap → + bias, score → mask;  m' = max(m, rowmax S);  P = exp(S − m')
   l ← l·exp(m − m') + rowsum P;  A ← A·exp(m − m') + PV;  at the end O = A / l, LSE = m + log l.
 Any m that keeps l in range gives the same O and LSE. With `fixed` tiles the maximum over the first
 keys stays; where some l then ends outside 2^±60, those queries start again with the running one.
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effjax.kernels.flash_attention.tiled import layout, steps
+from effjax.kernels.flash_attention.tiled.added import TermTiles
 from effjax.kernels.flash_attention.tiled.steps import FLOOR, LOG2E
 from effjax.kernels.flash_attention.tiled.visits import GroupedSight
 
@@ -23,13 +24,14 @@ _MOST = 2.0**60  # sums up to it, and down to its inverse, are far from float32'
 _FIRST = 32  # keys of a query's first tile that a fixed maximum is over
 
 
-def attention(plan, query, key, value, bias, where):
+def attention(plan, query, key, value, bias, where, terms):
   """out and log-sum-exp."""
   sight = GroupedSight(plan, where)
   compute = steps.compute_type(query)
   wide = jnp.promote_types(query.dtype, jnp.float32)
   addressed = None if bias is None else layout.Bias(plan, bias.shape)
   padded = None if bias is None else addressed.pad(bias)
+  terms = TermTiles(plan, sight, terms, wide)
   queries = layout.pad_rows(plan, query)
 
   def group(results, c):
@@ -50,7 +52,7 @@ def attention(plan, query, key, value, bias, where):
 
       def unmasked(j):
         extra = None if bias is None else addressed.read(plan, padded, c, i, j)
-        return flat(steps.scores(plan, q, keys[j], extra)[0])
+        return flat(steps.scores(plan, q, keys[j], terms.cap, extra, terms.value(c, i, j))[0])
 
       def running(j, seen, carry):
         total, top, out = carry

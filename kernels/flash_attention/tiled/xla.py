@@ -7,12 +7,14 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from effjax.core import numerics
 from effjax.core.linear_map import linear_map
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import row_bias
 from effjax.kernels.flash_attention.tile_map.sight import Where
+from effjax.kernels.flash_attention.tile_map.terms import Terms
 from effjax.kernels.flash_attention.tiled import derivatives, forward
 from effjax.kernels.flash_attention.tiled.layout import Plan
 from effjax.kernels.flash_attention.tiled.tiles import Tiles, choose
@@ -37,16 +39,20 @@ def attention(
 
   Args:
     mask: a pytree with `features`, `predicate` and `spans`, as in `effjax.attention.masks`.
+    scores: a pytree with `features`, `line` and `term`, as in `effjax.attention.scores`.
     segment_ids: of queries and keys; equal ids ≥ 0 see each other, within the mask.
     query_positions: absolute position of each query; the last T of S when None.
     tiles: sizes to work in, chosen for the backend when None.
 
-  Derivatives of out and lse by query, key, value and bias are exact in both modes, forwards over
-  each included. Reverse-mode over derivatives raises ValueError; the reference does that too.
+  Derivatives of out and lse by query, key, value, bias, the scores' arrays and a cap that is data
+  are exact in both modes, forwards over each included. Reverse-mode over derivatives raises
+  ValueError; the reference does that too.
   """
   plan = _planned(query, key, value, mask, scale, logit_softcap, tiles)
   where = Where(mask, segment_ids, query_positions)
-  operands = (query, key, value, bias, where)
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  terms = Terms.of(scores, logit_softcap, plan.T, plan.S, query_positions, wide)
+  operands = (query, key, value, bias, where, terms)
   return _attention(plan, *numerics.vary_alike(operands, operands))
 
 
@@ -68,7 +74,7 @@ def gradients(
     cotangents: theirs.
   """
   plan = _planned(query, key, value, mask, scale, logit_softcap)
-  saved = (query, key, value, None, Where(mask, None, None), *results)
+  saved = (query, key, value, None, Where(mask, None, None), None, *results)
   return derivatives.backward(plan, saved, cotangents)[:3]
 
 
@@ -76,12 +82,13 @@ def _planned(query, key, value, mask, scale, softcap, tiles=None) -> Plan:
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
   tiles = tiles or choose(B, T, S, K, N // K, mask)
+  softcap = None if isinstance(softcap, jax.Array) else softcap
   return Plan(B, T, S, K, N // K, H, value.shape[-1], tiles, float(scale), softcap)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attention(plan, query, key, value, bias, where):
-  return forward.attention(plan, query, key, value, bias, where)
+def _attention(plan, query, key, value, bias, where, terms):
+  return forward.attention(plan, query, key, value, bias, where, terms)
 
 
 @_attention.defjvp
@@ -89,4 +96,5 @@ def _attention_jvp(plan, primals, tangents):
   results = _attention(plan, *primals)
   along = functools.partial(derivatives.tangents, plan)
   back = functools.partial(derivatives.backward, plan)
-  return results, linear_map(along, back, (*primals, *results), tangents[:4], results)
+  moves = *tangents[:4], [] if tangents[5] is None else tangents[5].trained
+  return results, linear_map(along, back, (*primals, *results), moves, results)
