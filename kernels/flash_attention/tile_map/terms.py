@@ -153,9 +153,17 @@ class Terms:
 
   def with_trained(self, arrays: Any) -> "Terms":
     """The same with these in place of `trained`."""
-    rest = iter(arrays)
-    leaves, tree = jax.tree.flatten((self.queries, self.keys, self.line))
-    leaves = [next(rest) if trains else x for x, trains in zip(leaves, self.trains, strict=True)]
+    return self._with(arrays, jax.tree.leaves((self.queries, self.keys, self.line)))
+
+  def gradient(self, arrays: Any) -> "Terms":
+    """What a custom derivative gives for terms: these for `trained`, None for the rest."""
+    return dataclasses.replace(self._with(arrays, [None] * len(self.trains)), start=())
+
+  def _with(self, trained: Any, others: Any) -> "Terms":
+    rest = iter(trained)
+    pairs = zip(self.trains, others, strict=True)
+    leaves = [next(rest) if trains else x for trains, x in pairs]
+    tree = jax.tree.structure((self.queries, self.keys, self.line))
     queries, keys, line = jax.tree.unflatten(tree, leaves)
     softcap = None if self.softcap is None else next(rest)
     return dataclasses.replace(self, queries=queries, keys=keys, line=line, softcap=softcap)

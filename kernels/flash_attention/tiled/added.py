@@ -1,4 +1,4 @@
-"""What a score adds to tiles, and the gradients of its arrays and of a soft cap that is data.
+"""What a bias and a score add to tiles, and the gradients of these and of a cap that is data.
 
 Each array is read, and its gradient added to, where a tile lies in it, so that a tile costs the
 same for any T and S. With the score's term t on a tile, dS the gradient of the scores, c the cap:
@@ -21,11 +21,14 @@ from effjax.kernels.flash_attention.tiled.visits import GroupedSight
 Pull = Callable[[Array], Any] | None
 
 
-class TermTiles:
-  """Terms addressed by tiles; with None there is nothing to add, and no array to train."""
+class Added:
+  """A bias and terms addressed by tiles. Where one is None, there is nothing of it to add."""
 
-  def __init__(self, plan: Plan, sight: GroupedSight, terms: Terms | None, dtype: Any):
+  def __init__(self, plan: Plan, sight: GroupedSight, bias: Array | None, terms: Any, dtype: Any):
     self.plan, self.sight, self.dtype, self.given = plan, sight, dtype, terms
+    self.biases = None if bias is None else layout.Bias(plan, bias.shape)
+    self.padded_bias = None if bias is None else self.biases.pad(bias)
+    self.bias_like = bias
     self.scored = terms is not None and terms.structure is not None
     self.cap = plan.softcap if terms is None or terms.softcap is None else terms.softcap
     self.trained = [] if terms is None else self.pad(terms.trained)
@@ -39,12 +42,12 @@ class TermTiles:
     """Arrays like the `trained` of the terms, up to whole tiles."""
     return self._padded(self.given.with_trained(trained)).trained
 
-  def unpad(self, totals: list[Array]) -> list[Array]:
-    """Gradients of what `pad` gave, as those of what it took."""
-    return [] if self.given is None else jax.vjp(self.pad, self.given.trained)[1](totals)[0]
+  def bias(self, *place: Array) -> Array | None:
+    """Of the tile at `place`: a group, a query tile and a key tile."""
+    return None if self.biases is None else self.biases.read(self.plan, self.padded_bias, *place)
 
   def value(self, *place: Array) -> Array | None:
-    """What is added to the tile at `place`, a group, a query tile and a key tile."""
+    """What the score adds to the tile."""
     return self._value(self._read(self.trained, place), place) if self.scored else None
 
   def pulled(self, *place: Array) -> tuple[Array | None, Pull]:
@@ -65,26 +68,41 @@ class TermTiles:
     part = capped / self.cap
     return part - products / self.cap * (1 - jnp.square(part))
 
-  def collect(
-    self, totals: list[Array], pull: Pull, d_scores: Array, capped: Any, *place: Array
-  ) -> list[Array]:
-    """The gradients of the padded `trained`, with what the scores of a tile give added.
+  def collect(self, totals: Any, pull: Pull, d_scores: Array, capped: Any, *place: Array) -> Any:
+    """`totals` with the gradients that the scores of a tile give added.
 
     Args:
+      totals: as of `zeros`; None for the bias collects nothing for it.
+      pull: as `pulled` gave it.
       capped: products of the tile and what the cap made of them.
     """
-    found = list(totals)
+    d_bias, d_terms = totals[0], list(totals[1])
+    if d_bias is not None:
+      d_bias = self.biases.add(self.plan, d_bias, d_scores, *place)
     if pull is not None:
       for n, (kind, part) in enumerate(zip(self._trained_kinds, pull(d_scores)[0], strict=True)):
-        start, sizes = self._part(kind, found[n].shape, *place)
-        sums = lax.dynamic_slice(found[n], start, sizes) + part
-        found[n] = lax.dynamic_update_slice(found[n], sums, start)
-    if self.given is not None and self.given.softcap is not None:
-      found[-1] = found[-1] + jnp.sum(d_scores * self.slope(*capped))
-    return found
+        start, sizes = self._part(kind, d_terms[n].shape, *place)
+        sums = lax.dynamic_slice(d_terms[n], start, sizes) + part
+        d_terms[n] = lax.dynamic_update_slice(d_terms[n], sums, start)
+    if self.cap is not self.plan.softcap:
+      d_terms[-1] = d_terms[-1] + jnp.sum(d_scores * self.slope(*capped))
+    return d_bias, d_terms
 
-  def zeros(self, like: Array) -> list[Array]:
-    return [steps.zeros(x.shape, x.dtype, like) for x in self.trained]
+  def zeros(self, like: Array) -> tuple[Array | None, list[Array]]:
+    """Gradients of the padded bias and of the padded `trained`, to begin with."""
+    d_terms = [steps.zeros(x.shape, x.dtype, like) for x in self.trained]
+    bias = None if self.biases is None else steps.zeros(self.biases.shape, self.dtype, like)
+    return bias, d_terms
+
+  def gradients(self, totals: Any) -> tuple[Array | None, list[Array]]:
+    """Of the bias and of what trains in the terms."""
+    d_bias, d_terms = totals
+    if d_bias is not None:
+      like = self.bias_like
+      d_bias = d_bias[:, :, : like.shape[2], : like.shape[3]].astype(like.dtype)
+    if d_terms:
+      (d_terms,) = jax.vjp(self.pad, self.given.trained)[1](d_terms)
+    return d_bias, d_terms
 
   def _padded(self, terms: Terms) -> Terms:
     t = self.plan.tiles

@@ -56,6 +56,21 @@ def attention(
   return _attention(plan, *numerics.vary_alike(operands, operands))
 
 
+def values(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K Hv"],
+  *,
+  where: Where,
+  terms: Terms | None,
+  scale: float,
+  logit_softcap: float | None = None,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+  """`attention` with what is seen and added worked out before, and without derivatives."""
+  plan = _planned(query, key, value, where.mask, scale, logit_softcap)
+  return forward.attention(plan, query, key, value, None, where, terms)
+
+
 def gradients(
   query: Float[Array, "B T N H"],
   key: Float[Array, "B S K H"],
@@ -63,19 +78,45 @@ def gradients(
   results: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]],
   cotangents: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]],
   *,
-  mask: Any,
+  where: Where,
+  terms: Terms | None,
   scale: float,
   logit_softcap: float | None = None,
-) -> tuple[Array, Array, Array]:
-  """Gradients of query, key and value as far as these keys go.
+) -> tuple[Array, Array, Array, list[Array]]:
+  """Gradients of query, key, value and what trains in the terms, as far as these keys go.
 
   Args:
     results: out and log-sum-exp of attention to these keys and any others.
     cotangents: theirs.
   """
-  plan = _planned(query, key, value, mask, scale, logit_softcap)
-  saved = (query, key, value, None, Where(mask, None, None), None, *results)
-  return derivatives.backward(plan, saved, cotangents)[:3]
+  plan = _planned(query, key, value, where.mask, scale, logit_softcap)
+  saved = (query, key, value, None, where, terms, *results)
+  d_query, d_key, d_value, _, d_terms = derivatives.backward(plan, saved, cotangents)
+  return d_query, d_key, d_value, d_terms
+
+
+def term_gradients(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K Hv"],
+  bias: Float[Array, "#B #N #T #S"] | None,
+  where: Where,
+  terms: Terms,
+  results: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]],
+  cotangents: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]],
+  *,
+  scale: float,
+  logit_softcap: float | None = None,
+) -> list[Array]:
+  """Gradients of what trains in the terms alone, for kernels that leave them to XLA.
+
+  Args:
+    results: out and log-sum-exp.
+    cotangents: theirs.
+  """
+  plan = _planned(query, key, value, where.mask, scale, logit_softcap)
+  saved = (query, key, value, bias, where, terms, *results)
+  return derivatives.of_terms(plan, saved, cotangents)
 
 
 def _planned(query, key, value, mask, scale, softcap, tiles=None) -> Plan:
