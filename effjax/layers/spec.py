@@ -36,7 +36,8 @@ class Mixer(Protocol):
   ) -> tuple[Float[Array, "B T D"], PyTree]:
     """y, and the cache after x: it has absorbed each token once, those that are not there never.
 
-    Whether a token is there, `context.segment_ids` says; see `Context`.
+    Whether a token is there, `context.segment_ids` says; see `Context`. A cache without room for a
+    position refuses it, or, where it is not known while tracing, makes y NaN there.
     """
     ...
 
