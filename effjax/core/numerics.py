@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from effjax.core.known import check_ids, is_id, known
-from effjax.core.typing import Array, Float, Integer, PyTree, Shaped
+from effjax.core.typing import Array, Bool, Float, Integer, PyTree, Shaped
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
@@ -26,10 +26,24 @@ def zero_unless(mask: Array | None, x: Shaped[Array, "..."]) -> Shaped[Array, ".
     >>> zero_unless(jnp.array([True, False]), jnp.array([[1.0], [jnp.nan]])).tolist()
     [[1.0], [0.0]]
   """
-  if mask is None:
-    return x
-  kept = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-  return jnp.where(kept, x, jnp.zeros((), x.dtype))
+  return x if mask is None else jnp.where(_over(mask, x), x, jnp.zeros((), x.dtype))
+
+
+def nan_unless(mask: Bool[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """`x`, with NaN where `mask`, over its leading axes, is False.
+
+  The NaN is computed and no constant: of exp of a constant one XLA makes any number on a CPU.
+
+  Example:
+    >>> nan_unless(jnp.array([True, False]), jnp.ones((2, 1))).tolist()
+    [[1.0], [nan]]
+  """
+  zero = jax.lax.stop_gradient(x - x)
+  return jnp.where(_over(mask, x), x, zero / zero)
+
+
+def _over(mask: Array, x: Array) -> Array:
+  return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
 
 
 def matmul(x: Float[Array, "... D"], w: Array) -> Array:
@@ -73,7 +87,7 @@ def weighted_mean(
   check_weights(weights, values.shape)
   weights = jnp.asarray(weights, jnp.float32)
   most = jax.lax.stop_gradient(weights.max(initial=0))
-  shares = jnp.where(weights >= 0, weights, jnp.nan) / jnp.where(most > 0, most, 1)
+  shares = nan_unless(weights >= 0, weights) / jnp.where(most > 0, most, 1)
   total = shares.sum()
   return (shares * zero_unless(weights != 0, values)).sum() / jnp.where(total == 0, 1, total)
 
@@ -126,7 +140,7 @@ def cross_entropy(
   nll = optax.softmax_cross_entropy_with_integer_labels(
     zero_unless(read, logits.astype(jnp.float32)), jnp.where(right, targets, 0)
   )
-  return zero_unless(read, jnp.where(right, nll, jnp.nan))
+  return zero_unless(read, nan_unless(right, nll))
 
 
 def vary_alike(tree: PyTree, *others: PyTree) -> PyTree:

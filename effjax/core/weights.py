@@ -267,8 +267,7 @@ def take(
   """
   check_ids(name, indices, w.shape[0])
   there = is_id(indices, w.shape[0])
-  found = rows(w, jnp.where(there, indices, 0).astype(jnp.int32))
-  return jnp.where(there[..., None], found, jnp.full((), jnp.nan, found.dtype))
+  return numerics.nan_unless(there, rows(w, jnp.where(there, indices, 0).astype(jnp.int32)))
 
 
 def rows(w: Any, indices: Int[Array, "..."]) -> Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.known import known, number
+from effjax.core.numerics import nan_unless
 from effjax.core.typing import Array, Float, Int, Key, Scalar, Size
 
 NO_TOKEN = -1
@@ -39,7 +40,7 @@ def keep_top_k(logits: Float[Array, "... V"], k: Size | Array) -> Float[Array, "
   k = _rows("top_k", k, logits)
   last = jnp.clip(k, 1, logits.shape[-1]) - 1
   smallest = jnp.take_along_axis(_descending(logits), last, axis=-1)
-  return jnp.where(k < 1, jnp.nan, jnp.where(logits < smallest, -jnp.inf, logits))
+  return nan_unless(k >= 1, jnp.where(logits < smallest, -jnp.inf, logits))
 
 
 def keep_top_p(logits: Float[Array, "... V"], p: Scalar) -> Float[Array, "... V"]:
@@ -68,7 +69,7 @@ def keep_top_p(logits: Float[Array, "... V"], p: Scalar) -> Float[Array, "... V"
   smallest = jnp.where(missing > error, descending, jnp.inf).min(axis=-1, keepdims=True)
   smallest = jnp.minimum(smallest, descending[..., :1])
   kept = jnp.where((logits < smallest) & (p < 1), -jnp.inf, logits)
-  return jnp.where((p > 0) & (p <= 1), kept, jnp.nan)
+  return nan_unless((p > 0) & (p <= 1), kept)
 
 
 def adjust(
@@ -93,7 +94,7 @@ def adjust(
   first = places == below.argmax(axis=-1, keepdims=True)
   cooled = jnp.where(temperature < _TINY, jnp.where(first, 0, -jnp.inf), cooled)
   defined = (temperature >= 0) & (temperature < jnp.inf) & ~jnp.isnan(below)
-  cooled = jnp.where(defined, cooled, jnp.nan)
+  cooled = nan_unless(defined, cooled)
   if top_k is not None:
     cooled = keep_top_k(cooled, top_k)
   return cooled if top_p is None else keep_top_p(cooled, top_p)
@@ -198,4 +199,4 @@ def _from_best(logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
   """Logits less their maximum, which becomes 0, also where it is ∞; NaN where nothing is likely."""
   best = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
   below = jnp.where(logits == best, 0, logits - best)
-  return jnp.where(best > -jnp.inf, below, jnp.nan)
+  return nan_unless(best > -jnp.inf, below)
