@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from effjax.core import weights
 from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.core.weights import Weight, register
 from effjax.quant import basics
@@ -82,10 +83,10 @@ class Int8(Weight):
     wide = jnp.promote_types(x.dtype, self.dtype)
     return multiply(x, basics.restore(self.q, self.scale.astype(wide)))
 
-  def take(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    rows = jnp.take(self.q, indices, axis=0)
+  def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
+    rows = weights.rows(self.q, indices)
     per_row = self.scale.shape[-2] > 1
-    scale = jnp.take(self.scale, indices, axis=0) if per_row else self.scale[0]
+    scale = weights.rows(self.scale, indices) if per_row else self.scale[0]
     scale = scale if per_row else _along_last(scale, rows.ndim)
     return (rows.astype(jnp.float32) * scale.astype(jnp.float32)).astype(self.dtype)
 
