@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend import core as jex
 from jax.tree_util import Partial
 
 from effjax.core import trees
@@ -49,6 +50,12 @@ class Step:
   ) -> jax.stages.Lowered:
     """The program for these arguments, or their shapes, to be compiled or looked at."""
     return self.program.lower(self.objective, state, batch, rng)
+
+  def trace(
+    self, state: TrainState, batch: Batch | Mapping[str, jax.ShapeDtypeStruct], rng: Key
+  ) -> jex.ClosedJaxpr:
+    """The program for these arguments, or their shapes, before it is lowered."""
+    return self.program.trace(self.objective, state, batch, rng).jaxpr
 
 
 def make_train_step(
