@@ -10,7 +10,7 @@ from effjax.attention import masks
 from effjax.attention.attend import attend
 from effjax.core import numerics
 from effjax.core.typing import Array, Bool, DTypeLike, Float, Int
-from effjax.layers import Context, Linear, RMSNorm, Rope, taps
+from effjax.layers import Context, Linear, RMSNorm, Rope, taps, without_padding
 from effjax.layers.axes import linear_axes
 
 
@@ -85,6 +85,7 @@ class Attention(nn.Module):
   implementation: str | None = None
 
   @nn.compact
+  @without_padding
   def __call__(
     self,
     x: Float[Array, "B T D"],
