@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core.typing import Array, Float, PyTree
+from effjax.core.typing import Array, DTypeLike, Float, PyTree
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
@@ -15,6 +15,16 @@ AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 def expand(x: AnyArray, ndim: int) -> AnyArray:
   """`x` with leading axes of size one until it has `ndim` axes."""
   return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def wide(dtype: DTypeLike) -> np.dtype:
+  """The type that numbers of `dtype` are scaled and summed in: float64 for itself, else float32.
+
+  Example:
+    >>> [wide(dtype).name for dtype in (jnp.float16, jnp.int8, jnp.float64)]
+    ['float32', 'float32', 'float64']
+  """
+  return np.dtype(np.float64 if jnp.dtype(dtype) == np.float64 else np.float32)
 
 
 def zero_unless(mask: Array | None, x: Float[Array, "..."]) -> Float[Array, "..."]:
