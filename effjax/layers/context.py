@@ -128,7 +128,7 @@ class Context:
     return before if ids is None else jnp.where((ids >= 0) & (shift(ids) == ids), before, -1)
 
   def blanked(self) -> "Context":
-    """The same with id 0 at position 0, −1 before it and zero memory in place of what padding holds."""
+    """The same with id 0 at position 0, −1 before it, and zero memory where padding is."""
     blank = lambda ids, x, value: x if ids is None or x is None else jnp.where(ids >= 0, x, value)
     ids, memory_ids = self.segment_ids, self.memory_segment_ids
     return dataclasses.replace(
@@ -141,7 +141,7 @@ class Context:
 
 
 def without_padding(call: Call) -> Call:
-  """A module's call(x, context, …) as if padding were not there: x and what it gives are zero there.
+  """A module's call(x, context, …) with zeros at padding, in x and in what it gives.
 
   y = m ⊙ f(m ⊙ x), where m is 0 at padding and 1 elsewhere: neither what padding holds nor the
   cotangent that comes back to it has influence, NaN and inf included, on values, on what is sown
