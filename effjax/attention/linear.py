@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from effjax.core.numerics import vary_alike, zero_unless
+from effjax.core.numerics import nan_unless, vary_alike, zero_unless
 from effjax.core.typing import Array, DTypeLike, Float, Int
 from effjax.layers import Context, Linear, without_padding
 from effjax.layers.axes import linear_axes
@@ -99,7 +99,7 @@ def linear_attention(
   sound = jnp.isfinite(total).all(-1) & jnp.isfinite(norm)
   some = sound & (norm > 0)
   y = zero_unless(some, total) / jnp.where(some, norm, 1)[..., None]
-  y = jnp.where(sound[..., None], y, jnp.nan)
+  y = nan_unless(sound, y)
   return jnp.moveaxis(y, 0, 1).reshape(B, -1, *y.shape[3:])[:, :T].astype(query.dtype), last
 
 
@@ -149,8 +149,7 @@ def _within(q, k, v, ids, causal: bool) -> tuple[Array, Array]:
   scores = jnp.where(seen[:, :, None], jnp.einsum("gbtnh,gbsnh->gbnts", q, k), 0)
   lost = ~(sound[1] & sound[2])
   seen_lost = jnp.einsum("gbts,gbsn->gbtn", seen.astype(q.dtype), lost.astype(q.dtype)) > 0
-  spoilt = jnp.where(seen_lost | ~sound[0], jnp.nan, 0)
-  norm = jnp.moveaxis(scores.sum(-1), 2, 3) + spoilt
+  norm = nan_unless(sound[0] & ~seen_lost, jnp.moveaxis(scores.sum(-1), 2, 3))
   return jnp.einsum("gbnts,gbsnv->gbtnv", scores, v), norm
 
 

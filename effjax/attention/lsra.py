@@ -147,6 +147,8 @@ class LSRA(nn.Module):
     self, x: Float[Array, "B T D"], context: Context = Context(), cache: LSRACache | None = None
   ) -> tuple[Float[Array, "B T D"], LSRACache | None]:
     half = self._half(x.shape[-1])
+    if cache is not None:
+      context = context.after(x, cache.attention.ends)
     far, near = jnp.split(x, 2, axis=-1)
     attention = self._attention(name="attention")
     far, kv_cache = attention(far, context, None if cache is None else cache.attention)
@@ -157,9 +159,11 @@ class LSRA(nn.Module):
       near = convolve(near, taps, causal=self.causal, segment_ids=context.segment_ids)
     else:
       rows = jnp.arange(x.shape[0])[:, None]
-      slots = context.slots_for(x, cache.inputs.shape[1])
+      length = cache.inputs.shape[1]
+      slots = context.slots_for(x, length)
       inputs = cache.inputs.at[rows, slots].set(near.astype(cache.inputs.dtype), mode="drop")
       near = convolve_cached(inputs.astype(x.dtype), taps, context.positions_for(x))
+      near = jnp.where(context.lost(x, length)[..., None], jnp.nan, near)
       cache = LSRACache(kv_cache, inputs)
     return jnp.concatenate([far, Linear(half, name="out")(near)], axis=-1), cache
 

@@ -37,7 +37,8 @@ class Mixer(Protocol):
     """y, and the cache after x: it has absorbed each token once, those that are not there never.
 
     Whether a token is there, `context.segment_ids` says; see `Context`. At padding y is zero, and
-    nothing that stands or comes back there has influence: see `without_padding`.
+    nothing that stands or comes back there has influence: see `without_padding`. A cache without
+    room for a position refuses it, or, where it is not known while tracing, makes y NaN there.
     """
     ...
 

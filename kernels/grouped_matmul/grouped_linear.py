@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from effjax.core import numerics, spmd, trees
+from effjax.core.known import known
 from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.core.weights import Weight, product
 from effjax.kernels.grouped_matmul import reference, tiles
@@ -170,9 +171,9 @@ def _check(x, w, group_sizes, bias, implementation) -> None:
 def _check_sizes(group_sizes, rows: int) -> None:
   if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
     raise ValueError(f"grouped_linear: group_sizes of {group_sizes.dtype}; allowed: integers")
-  if isinstance(group_sizes, jax.core.Tracer):
+  sizes = known(group_sizes)
+  if sizes is None:
     return
-  sizes = np.asarray(group_sizes)
   if sizes.min(initial=0) < 0 or sizes.sum(axis=-1).max(initial=0) > rows:
     allowed = f"from 0, together up to {rows} rows"
     raise ValueError(f"grouped_linear: group_sizes {sizes.tolist()}; allowed: {allowed}")
