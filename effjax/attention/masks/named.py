@@ -125,9 +125,9 @@ class Named(ByValue):
 
     Kernels can take no arrays but those given by name.
     """
-    pairs = (1, 1, 3, 2)
+    pairs = (1, 1, 1, 3, 2)  # of batch rows, heads in groups, queries and keys
     place = lambda shape, x: jax.ShapeDtypeStruct(shape, x.dtype)
-    columns, rows = functools.partial(place, (1, 1, 3, 1)), functools.partial(place, (1, 1, 1, 2))
+    columns, rows = (functools.partial(place, (1, 1, 1, *n)) for n in ((3, 1), (1, 2)))
     queries, keys = self.features()
     arrays = {
       **{name: columns(x) for name, x in queries.items()},
@@ -144,5 +144,5 @@ class Named(ByValue):
         f"queries= or keys=, by which kernels can take it"
       )
     (shape,) = (x.shape for x in traced.out_avals)
-    if len(shape) > 4 or np.broadcast_shapes(shape, pairs) != pairs:
+    if len(shape) > len(pairs) or np.broadcast_shapes(shape, pairs) != pairs:
       raise ValueError(f"{owner}: its function gives {shape} for pairs {pairs}; allowed: the same")
