@@ -144,5 +144,6 @@ class Named(ByValue):
         f"queries= or keys=, by which kernels can take it"
       )
     (shape,) = (x.shape for x in traced.out_avals)
-    if len(shape) > len(pairs) or np.broadcast_shapes(shape, pairs) != pairs:
+    axes = zip(reversed(shape), reversed(pairs), strict=False)
+    if len(shape) > len(pairs) or any(n not in (1, most) for n, most in axes):
       raise ValueError(f"{owner}: its function gives {shape} for pairs {pairs}; allowed: the same")
