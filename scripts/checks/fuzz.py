@@ -143,7 +143,7 @@ def _kinds(rng: np.random.Generator, whole: tuple[int, ...]) -> list[cases.Draw]
   """One draw for each kind of score that goes with the sizes."""
   B, N, T, S = whole
   number = lambda least, most: int(rng.integers(least, most + 1))
-  normal = lambda r, *shape: r.normal(size=shape).astype(np.float32)
+  normal = lambda r, *shape: r.normal(0, 0.5, shape).astype(np.float32)
   buckets, heads, most = 2 * number(2, 8), (1, N)[number(0, 1)], number(10, 90)
   both = bool(number(0, 1))
   shapes = [
@@ -158,7 +158,7 @@ def _kinds(rng: np.random.Generator, whole: tuple[int, ...]) -> list[cases.Draw]
 
   return [
     lambda r: scores.ALiBi.standard(N),
-    lambda r: scores.ALiBi(np.abs(normal(r, N)) / 8),
+    lambda r: scores.ALiBi(np.abs(normal(r, N)) / 4),
     lambda r: scores.RelativeBias(normal(r, buckets, heads), both, most),
     own,
   ]
