@@ -80,7 +80,7 @@ def structure(rng: np.random.Generator) -> cases.Structure:
     sizes=Sizes(size(), size(), size()),
   )
   learned = drawn.softcap is not None and bool(rng.random() < 0.5)
-  return dataclasses.replace(drawn, scores=_scores(rng, whole), learned_cap=learned)
+  return dataclasses.replace(drawn, scores=_scores(rng, drawn.dtype, whole), learned_cap=learned)
 
 
 def _mask(
@@ -131,15 +131,15 @@ def _leaves(rng: np.random.Generator, whole: tuple[int, ...], positions: bool) -
   return draws
 
 
-def _scores(rng: np.random.Generator, whole: tuple[int, ...]) -> cases.Draw | None:
+def _scores(rng: np.random.Generator, dtype: str, whole: tuple[int, ...]) -> cases.Draw | None:
   """A score of one kind, two of them added, or none."""
-  kinds = _kinds(rng, whole)
+  kinds = _kinds(rng, dtype, whole)
   first, second = (kinds[n] for n in rng.integers(len(kinds), size=2))
   number = rng.choice(3, p=(0.5, 0.3, 0.2))
   return (None, first, lambda r: first(r) + second(r))[number]
 
 
-def _kinds(rng: np.random.Generator, whole: tuple[int, ...]) -> list[cases.Draw]:
+def _kinds(rng: np.random.Generator, dtype: str, whole: tuple[int, ...]) -> list[cases.Draw]:
   """One draw for each kind of score that goes with the sizes."""
   B, N, T, S = whole
   number = lambda least, most: int(rng.integers(least, most + 1))
@@ -156,9 +156,11 @@ def _kinds(rng: np.random.Generator, whole: tuple[int, ...]) -> list[cases.Draw]
     u, w, z = (normal(r, *shape) for shape in shapes)
     return scores.Term(_own, {"u": u}, {"w": w}, {"z": z}, **told)
 
+  # A slope's gradient is a sum of distances, in half precision one of their roundings.
+  slopes = (lambda r: np.abs(normal(r, N)) / 4) if dtype == "float32" else lambda r: (0.25,) * N
   return [
     lambda r: scores.ALiBi.standard(N),
-    lambda r: scores.ALiBi(np.abs(normal(r, N)) / 4),
+    lambda r: scores.ALiBi(slopes(r)),
     lambda r: scores.RelativeBias(normal(r, buckets, heads), both, most),
     own,
   ]

@@ -18,8 +18,8 @@ class ByValue:
   def __eq__(self, other: object) -> bool:
     if self is other or type(self) is not type(other):
       return self is other
-    known = not jax.tree.leaves((self, other))
-    return known and jax.tree.structure(self) == jax.tree.structure(other)
+    (values, tree), (others, other_tree) = jax.tree.flatten(self), jax.tree.flatten(other)
+    return not values and not others and bool(tree == other_tree)
 
   def __hash__(self) -> int:
     if jax.tree.leaves(self):
@@ -35,7 +35,7 @@ def rebuilt(data: str, *known: str) -> Callable[[type], type]:
 
   def register(cls: type) -> type:
     def unflatten(values: Any, children: Any) -> Any:
-      x = object.__new__(cls)
+      x: Any = object.__new__(cls)
       for name, value in zip((data, *known), (*children, *values), strict=True):
         object.__setattr__(x, name, value)
       return x
