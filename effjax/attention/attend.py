@@ -199,7 +199,7 @@ def scaled(query: Array, scale: Any) -> tuple[Array, float]:
   if not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale, float)).all():
     raise ValueError(f"scale={scale}; allowed: finite numbers")
   wide = jnp.promote_types(query.dtype, jnp.float32)
-  factor = jnp.asarray(scale).astype(wide)[..., None]
+  factor = jnp.broadcast_to(scale.astype(wide), (N,))[None, None, :, None]
   return (query.astype(wide) * factor).astype(query.dtype), 1.0
 
 

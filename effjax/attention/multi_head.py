@@ -8,6 +8,7 @@ from flax import struct
 
 from effjax.attention import masks
 from effjax.attention.attend import attend
+from effjax.attention.scores import Score
 from effjax.core import numerics
 from effjax.core.typing import Array, Bool, DTypeLike, Float, Int
 from effjax.layers import Context, Linear, RMSNorm, Rope, taps, without_padding
@@ -63,6 +64,7 @@ class Attention(nn.Module):
     qk_norm: epsilon of an RMS norm on each query and key head (arXiv 2302.05442), or None.
     scale: factor of the scores; None means H^(−1/2).
     logit_softcap: caps the scores, see `numerics.softcap`.
+    scores: what is added to them at the tokens' places in the sequence, as in `attend`, or None.
     sinks: whether each head learns the score of a key without value, as in `attend`; 0 at first.
     cross: keys and values come from `context.memory`.
     implementation: as in `attend`.
@@ -80,6 +82,7 @@ class Attention(nn.Module):
   qk_norm: float | None = None
   scale: float | None = None
   logit_softcap: float | None = None
+  scores: Score | None = None
   sinks: bool = False
   cross: bool = False
   implementation: str | None = None
@@ -100,6 +103,10 @@ class Attention(nn.Module):
     if self.cross and self.rope is not None:
       raise ValueError(
         "Attention: cross=True with rope; allowed: rope=None, memory has no positions"
+      )
+    if self.cross and self.scores is not None:
+      raise ValueError(
+        "Attention: cross=True with scores; allowed: scores=None, memory has no positions"
       )
 
     source = source.astype(x.dtype)
@@ -139,7 +146,7 @@ class Attention(nn.Module):
 
   @property
   def _arguments(self) -> dict:
-    names = ("scale", "logit_softcap", "implementation")
+    names = ("scale", "logit_softcap", "scores", "implementation")
     given = {name: getattr(self, name) for name in names}
     return given | {"sinks": self.get_variable("params", "sinks")}
 
