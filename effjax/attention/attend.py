@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.attention import masks, parts
+from effjax.core import spmd
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import reference
 from effjax.kernels.flash_attention.fused import cudnn, frame, gpu, tpu
@@ -27,6 +28,7 @@ _DEVICES: dict[str, dict[str, Callable]] = {
 _KNOWN = (*_EVERYWHERE, *(name for ready in _DEVICES.values() for name in ready))
 
 
+@spmd.on_any_mesh
 @typing.no_type_check  # the checks below name what is wrong
 def attend(
   query: Float[Array, "B T N H"],

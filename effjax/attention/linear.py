@@ -11,6 +11,7 @@ from effjax.core.numerics import vary_alike
 from effjax.core.typing import Array, DTypeLike, Float, Int
 from effjax.layers import Context, Linear
 from effjax.layers.axes import linear_axes
+from effjax.layers.meshes import on_any_mesh
 
 
 @struct.dataclass
@@ -166,6 +167,7 @@ class LinearAttention(nn.Module):
   causal: bool = True
   chunk: int = 64
 
+  @on_any_mesh
   @nn.compact
   def __call__(
     self,

@@ -12,6 +12,7 @@ from effjax.core import numerics
 from effjax.core.typing import Array, Bool, DTypeLike, Float, Int
 from effjax.layers import Context, Linear, RMSNorm, Rope, taps
 from effjax.layers.axes import linear_axes
+from effjax.layers.meshes import on_any_mesh
 
 
 @struct.dataclass
@@ -84,6 +85,7 @@ class Attention(nn.Module):
   cross: bool = False
   implementation: str | None = None
 
+  @on_any_mesh
   @nn.compact
   def __call__(
     self,

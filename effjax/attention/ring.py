@@ -14,12 +14,13 @@ from jax import lax
 
 from effjax.attention import masks, parts
 from effjax.attention.attend import check_arrays, check_places
-from effjax.core import numerics
+from effjax.core import numerics, spmd
 from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.kernels.flash_attention.tile_map.spans import Grid
 from effjax.kernels.flash_attention.tiled import xla
 
 
+@spmd.on_any_mesh
 @typing.no_type_check  # the checks below name what is wrong
 def ring_attend(
   query: Float[Array, "B T N H"],

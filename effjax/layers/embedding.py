@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from effjax.core.typing import Array, Float, Int
 from effjax.core.weights import linear, take, transpose
 from effjax.layers.linear import weight
+from effjax.layers.meshes import on_any_mesh
 
 
 class Embed(nn.Module):
@@ -19,6 +20,7 @@ class Embed(nn.Module):
     init = nn.initializers.normal(self.stddev)
     self.table = weight(self, "embedding", init, (self.entries, self.features))
 
+  @on_any_mesh
   def __call__(self, indices: Int[Array, "B T"], dtype=jnp.float32) -> Float[Array, "B T D"]:
     return take(self.table, indices).astype(dtype)
 
