@@ -15,7 +15,7 @@ from effjax.attention import masks
 from effjax.attention.multi_head import Attention
 from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
-from effjax.layers import Context, Linear, Rope
+from effjax.layers import Context, Linear, Rope, without_padding
 from effjax.layers.axes import linear_axes, renamed, under
 from effjax.layers.meshes import on_any_mesh
 
@@ -58,6 +58,8 @@ def convolve(
   pad = lambda a, fill: jnp.pad(
     a, [(0, 0), (left, right)] + [(0, 0)] * (a.ndim - 2), constant_values=fill
   )
+  if segment_ids is not None and taps.shape[1] == x.shape[1]:
+    taps = zero_unless(segment_ids >= 0, taps)
   shift = lambda a, j: jax.lax.slice_in_dim(a, j, j + x.shape[1], axis=1)
   ids = None if segment_ids is None else pad(segment_ids, -1)
 
@@ -142,6 +144,7 @@ class LSRA(nn.Module):
 
   @on_any_mesh
   @nn.compact
+  @without_padding
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context(), cache: LSRACache | None = None
   ) -> tuple[Float[Array, "B T D"], LSRACache | None]:

@@ -10,7 +10,7 @@ from effjax.attention import masks
 from effjax.attention.attend import attend
 from effjax.core import numerics
 from effjax.core.typing import Array, Bool, DTypeLike, Float, Int
-from effjax.layers import Context, Linear, RMSNorm, Rope, taps
+from effjax.layers import Context, Linear, RMSNorm, Rope, taps, without_padding
 from effjax.layers.axes import linear_axes
 from effjax.layers.meshes import on_any_mesh
 
@@ -87,6 +87,7 @@ class Attention(nn.Module):
 
   @on_any_mesh
   @nn.compact
+  @without_padding
   def __call__(
     self,
     x: Float[Array, "B T D"],

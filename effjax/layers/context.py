@@ -4,13 +4,19 @@ Every fact of a batch that some layer needs is a field of `Context`; models take
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, Bool, Float, Int, Shaped
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 @struct.dataclass
@@ -19,7 +25,7 @@ class Context:
 
   With a cache a row is one sequence, and of `segment_ids` only the sign matters: a token with a
   negative one is not there. Caches do not write it, states do not absorb it, it takes no position,
-  and what comes out in its place is finite and means nothing.
+  and what comes out in its place is zero.
 
   Attributes:
     tokens: [B, T], the token ids (hash layers route by them).
@@ -68,6 +74,10 @@ class Context:
     there = jnp.ones(x.shape[:2], bool) if token is None else token
     places = ends[:, None] + jnp.cumsum(there, axis=1, dtype=ends.dtype) - 1
     return dataclasses.replace(self, positions=jnp.where(there, places, 0))
+
+  def blank(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+    """`x` with zeros in place of what padding holds."""
+    return zero_unless(self.is_token(x), x)
 
   def slots_for(self, x: Shaped[Array, "B T ..."], length: int) -> Int[Array, "B T"]:
     """Where tokens go in a cache of `length` slots: to their positions; past its end if not there.
@@ -118,14 +128,41 @@ class Context:
     return before if ids is None else jnp.where((ids >= 0) & (shift(ids) == ids), before, -1)
 
   def blanked(self) -> "Context":
-    """The same with id 0 at position 0, and −1 before it, in place of what padding holds."""
-    if self.segment_ids is None:
-      return self
-    token = self.segment_ids >= 0
-    blank = lambda x, value: None if x is None else jnp.where(token, x, value)
+    """The same with id 0 at position 0, −1 before it, and zero memory where padding is."""
+    blank = lambda ids, x, value: x if ids is None or x is None else jnp.where(ids >= 0, x, value)
+    ids, memory_ids = self.segment_ids, self.memory_segment_ids
     return dataclasses.replace(
       self,
-      tokens=blank(self.tokens, 0),
-      positions=blank(self.positions, 0),
-      previous=blank(self.previous, -1),
+      tokens=blank(ids, self.tokens, 0),
+      positions=blank(ids, self.positions, 0),
+      memory=blank(None if memory_ids is None else memory_ids[..., None], self.memory, 0),
+      previous=blank(ids, self.previous, -1),
     )
+
+
+def without_padding(call: Call) -> Call:
+  """A module's call(x, context, …) with zeros at padding, in x and in what it gives.
+
+  y = m ⊙ f(m ⊙ x), where m is 0 at padding and 1 elsewhere: neither what padding holds nor the
+  cotangent that comes back to it has influence, NaN and inf included, on values, on what is sown
+  and on gradients. Without segment ids it is `call`.
+
+  Args:
+    call: a mixer's or feed-forward layer's `__call__`, which gives y or (y, state).
+
+  Example:
+    >>> class Mean:
+    ...   @without_padding
+    ...   def __call__(self, x, context=Context()):
+    ...     return jnp.broadcast_to(x.mean(1, keepdims=True), x.shape)
+    >>> context = Context(segment_ids=jnp.array([[0, 0, -1, -1]]))
+    >>> Mean()(jnp.array([[[2.0], [6.0], [jnp.nan], [jnp.inf]]]), context)[0, :, 0].tolist()
+    [2.0, 2.0, 0.0, 0.0]
+  """
+
+  @functools.wraps(call)
+  def masked(self, x, context=Context(), *rest, **named):
+    y = call(self, context.blank(x), context.blanked(), *rest, **named)
+    return (context.blank(y[0]), *y[1:]) if isinstance(y, tuple) else context.blank(y)
+
+  return cast(Call, masked)

@@ -120,6 +120,8 @@ class Transformer(nn.Module):
   ):
     """Logits [B, T, V], or hidden states [B, T, D]; with a `cache`, (those, the new cache).
 
+    At padding they are zero, and what comes back there has no influence.
+
     Args:
       tokens: token ids; what padding holds has no influence, an id out of the vocabulary included.
       segment_ids: packed sequences: equal ids attend to one another, negative is padding. With a
@@ -165,6 +167,7 @@ class Transformer(nn.Module):
     if config.final_norm:
       x = config.norm.copy(name="final_norm")(x)
     x = x if config.head is None else self._logits(embed, x)
+    x = context.blank(x)
     return x if cache is None else (x, cache.write(tuple(caches), slots))
 
   @property
@@ -188,14 +191,14 @@ class Transformer(nn.Module):
   def _embed(self, embed: Embed, context: Context):
     config, tokens = self.config, context.tokens
     assert tokens is not None  # `__call__` has them
-    x = embed(tokens, self.dtype) * jnp.asarray(config.embed_scale, self.dtype)
+    x = context.blank(embed(tokens, self.dtype)) * jnp.asarray(config.embed_scale, self.dtype)
     if config.embed_width is not None:
       x = Linear(config.width, name="embed_in")(x)
     positions = context.positions_for(x)
     if config.positions == "learned":
       entries = config.context + config.position_offset
       table = Embed(entries, config.width, name="positions")
-      x = x + table(positions + config.position_offset, self.dtype)
+      x = x + context.blank(table(positions + config.position_offset, self.dtype))
     if config.positions == "sinusoidal":
       x = x + sinusoidal_positions(positions, config.width).astype(self.dtype)
     if config.token_types:
