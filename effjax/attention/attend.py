@@ -12,6 +12,8 @@ import numpy as np
 
 from effjax.attention import masks, parts
 from effjax.attention import scores as score_values
+from effjax.attention.masks.base import FAR, of_queries
+from effjax.core import spmd
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import reference
 from effjax.kernels.flash_attention.fused import cudnn, frame, gpu, tpu
@@ -30,6 +32,7 @@ _DEVICES: dict[str, dict[str, Callable]] = {
 _KNOWN = (*_EVERYWHERE, *(name for ready in _DEVICES.values() for name in ready))
 
 
+@spmd.on_any_mesh
 @typing.no_type_check  # the checks below name what is wrong
 def attend(
   query: Float[Array, "B T N H"],
@@ -49,8 +52,9 @@ def attend(
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
   """softmax(softcap(scale · query keyᵀ) + bias + scores) value, over the keys each query may see.
 
-  Query head n uses key-value head n // (N / K). A query that may see nothing gives zeros, a
-  log-sum-exp of −inf and no gradients. All implementations honour all arguments or raise.
+  Query head n uses key-value head n // (N / K). Keys and values are taken in the type of query,
+  which is that of the result. A query that may see nothing gives zeros, a log-sum-exp of −inf and
+  no gradients. All implementations honour all arguments or raise.
 
   Args:
     mask: who sees whom (`effjax.attention.masks`); None is everyone.
@@ -64,7 +68,8 @@ def attend(
     segment_ids: [B, S] for a sequence whose last T tokens ask, or a pair for queries and keys:
       equal ids see each other within the mask; a negative id is padding and sees nothing.
     query_positions: absolute position of each query among the keys' slots 0 … S − 1, as decoding
-      against a cache needs; the last T positions when None.
+      against a cache needs; the last T positions when None. Of what a mask or segment ids say of
+      single tokens, nothing is true of a position that is none of these.
     sinks: for each query head the score of one more key, which all see and whose value is zero: it
       takes its part of the softmax's denominator and gives nothing. With it, a query that may see
       nothing has a log-sum-exp of the sink.
@@ -88,7 +93,8 @@ def attend(
   with a score of their own, as gpt-oss learns it.
   """
   mask = masks.Full() if mask is None else mask
-  check_arrays(query, key, value, bias, sinks)
+  query, key, value, bias, sinks = arrays(query, key, value, bias, sinks)
+  query_positions = places(query_positions)
   B, T, N, _ = query.shape
   S = key.shape[1]
   check_places(B, T, S, N, mask, scores, query_positions)
@@ -132,8 +138,39 @@ def _pick(implementation: str | None, query: Array, value: Array) -> Callable:
   )
 
 
-def check_arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> None:
-  """Raises ValueError where the arrays of `attend` do not fit one another."""
+def arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> tuple[Any, ...]:
+  """The arrays of `attend` as JAX's, key and value in the type of query.
+
+  Raises:
+    ValueError: where they are no arrays, or do not fit one another.
+  """
+  given = {"query": query, "key": key, "value": value, "bias": bias, "sinks": sinks}
+  for name, x in given.items():
+    optional = name in ("bias", "sinks")
+    if not (hasattr(x, "dtype") and hasattr(x, "ndim")) and not (optional and x is None):
+      raise ValueError(f"{name} is {type(x).__name__}, expected an array")
+  _check_arrays(query, key, value, bias, sinks)
+  query, key, value, bias, sinks = (x if x is None else jnp.asarray(x) for x in given.values())
+  return query, key.astype(query.dtype), value.astype(query.dtype), bias, sinks
+
+
+def places(positions: Any) -> Array | None:
+  """Positions of queries as int32; those far from any key no further than sums of them fit.
+
+  Raises:
+    ValueError: where they are no integers.
+  """
+  if positions is None:
+    return None
+  if not jnp.issubdtype(getattr(positions, "dtype", jnp.float32), jnp.integer):
+    what = getattr(positions, "dtype", type(positions).__name__)
+    raise ValueError(f"query_positions is of {what}, expected an array of integers")
+  positions = jnp.asarray(positions)
+  wide = positions.astype(jnp.promote_types(positions.dtype, jnp.int32))
+  return wide.clip(-FAR // 2, FAR // 2).astype(jnp.int32)
+
+
+def _check_arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> None:
   for name, x in (("query", query), ("key", key), ("value", value)):
     if x.ndim != 4 or 0 in x.shape:
       raise ValueError(
@@ -152,11 +189,18 @@ def check_arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> Non
       f"value has [length, heads] {value.shape[1:3]}, expected those of key, {(S, K)}"
     )
   if N % K:
-    raise ValueError(f"query has {N} heads, not a multiple of key's {K}")
+    raise ValueError(
+      f"query has {N} heads, not a multiple of key's {K}; axes are [batch, length, heads, width]"
+    )
   if bias is not None:
     whole = (B, N, T, S)
     if bias.ndim != 4 or any(n not in (1, w) for n, w in zip(bias.shape, whole, strict=True)):
       raise ValueError(f"bias has shape {bias.shape}, expected {whole} with any axis 1 instead")
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+      raise ValueError(
+        f"bias has type {bias.dtype}, expected floating point: it is added to the scores; who sees "
+        "whom is a mask=, or a bias of 0 and -inf"
+      )
   if sinks is not None and (sinks.shape != (N,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
     raise ValueError(f"sinks has shape {sinks.shape} of {sinks.dtype}, expected {(N,)} of floats")
 
@@ -233,12 +277,17 @@ def _id_pair(ids: Any, B: int, T: int, S: int, positions: Any) -> tuple[Array, A
   """Segment ids of the queries [B, T] and of the keys [B, S]."""
   if ids is None:
     return None
-  q_ids, k_ids = ids if isinstance(ids, tuple | list) else (None, ids)
+  pair = ids if isinstance(ids, tuple | list) else (None, ids)
+  if len(pair) != 2 or not all(x is None or hasattr(x, "dtype") for x in pair):
+    raise ValueError("segment_ids: expected an integer array, or a pair of them (queries, keys)")
+  q_ids, k_ids = pair
   for name, x, length in (("queries", q_ids, T), ("keys", k_ids, S)):
     if x is not None and (x.ndim != 2 or x.shape[0] not in (1, B) or x.shape[1] != length):
       raise ValueError(f"segment_ids of the {name} have shape {x.shape}, expected {(B, length)}")
     if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
       raise ValueError(f"segment_ids of the {name} have type {x.dtype}, expected integers")
+  if k_ids is None:
+    raise ValueError("segment_ids: the keys' are None; expected an array, or a pair of them")
   if q_ids is not None:
     return jnp.asarray(q_ids), jnp.asarray(k_ids)
   if T > S:
@@ -246,5 +295,4 @@ def _id_pair(ids: Any, B: int, T: int, S: int, positions: Any) -> tuple[Array, A
   k_ids = jnp.asarray(k_ids)
   if positions is None:
     return k_ids[:, S - T :], k_ids
-  rows = jnp.broadcast_to(positions, (B, T))
-  return jnp.take_along_axis(jnp.broadcast_to(k_ids, (B, S)), rows, axis=1, mode="clip"), k_ids
+  return of_queries(k_ids, positions, -1), k_ids

@@ -11,6 +11,7 @@ from effjax.core.numerics import nan_unless, vary_alike, zero_unless
 from effjax.core.typing import Array, DTypeLike, Float, Int
 from effjax.layers import Context, Linear, without_padding
 from effjax.layers.axes import linear_axes
+from effjax.layers.meshes import on_any_mesh
 
 
 @struct.dataclass
@@ -180,6 +181,7 @@ class LinearAttention(nn.Module):
   causal: bool = True
   chunk: int = 64
 
+  @on_any_mesh
   @nn.compact
   @without_padding
   def __call__(

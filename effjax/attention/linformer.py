@@ -11,6 +11,7 @@ from effjax.core.weights import materialize
 from effjax.layers import Context, Linear, weight, without_padding
 from effjax.layers.axes import linear_axes
 from effjax.layers.linear import KERNEL_INIT
+from effjax.layers.meshes import on_any_mesh
 
 
 def project_length(
@@ -111,6 +112,7 @@ class Linformer(nn.Module):
   causal: bool = False
   implementation: str | None = None
 
+  @on_any_mesh
   @nn.compact
   @without_padding
   def __call__(

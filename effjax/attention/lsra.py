@@ -17,6 +17,7 @@ from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Linear, Rope, without_padding
 from effjax.layers.axes import linear_axes, renamed, under
+from effjax.layers.meshes import on_any_mesh
 
 TAPS_INIT = nn.initializers.xavier_uniform()
 
@@ -141,6 +142,7 @@ class LSRA(nn.Module):
   rope: Rope | None = None
   implementation: str | None = None
 
+  @on_any_mesh
   @nn.compact
   @without_padding
   def __call__(

@@ -13,6 +13,7 @@ from effjax.core import numerics
 from effjax.core.typing import Array, Bool, DTypeLike, Float, Int
 from effjax.layers import Context, Linear, RMSNorm, Rope, taps, without_padding
 from effjax.layers.axes import linear_axes
+from effjax.layers.meshes import on_any_mesh
 
 
 @struct.dataclass
@@ -87,6 +88,7 @@ class Attention(nn.Module):
   cross: bool = False
   implementation: str | None = None
 
+  @on_any_mesh
   @nn.compact
   @without_padding
   def __call__(

@@ -14,8 +14,8 @@ from jax import lax
 
 from effjax.attention import masks, parts
 from effjax.attention import scores as score_values
-from effjax.attention.attend import cap, check_arrays, check_places, scaled
-from effjax.core import numerics
+from effjax.attention.attend import arrays, cap, check_places, scaled
+from effjax.core import numerics, spmd
 from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.kernels.flash_attention.tile_map.sight import Where
 from effjax.kernels.flash_attention.tile_map.spans import Grid
@@ -23,6 +23,7 @@ from effjax.kernels.flash_attention.tile_map.terms import Terms
 from effjax.kernels.flash_attention.tiled import xla
 
 
+@spmd.on_any_mesh
 @typing.no_type_check  # the checks below name what is wrong
 def ring_attend(
   query: Float[Array, "B T N H"],
@@ -74,7 +75,7 @@ def ring_attend(
   Reference: Ring Attention with Blockwise Transformers, arXiv 2310.01889, section 3.
   """
   mask = masks.Full() if mask is None else mask
-  check_arrays(query, key, value, None, sinks)
+  query, key, value, _, sinks = arrays(query, key, value, None, sinks)
   B, T, N, _ = query.shape
   if key.shape[1] != T:
     raise ValueError(f"ring_attend: key has {key.shape[1]} tokens; allowed: {T}, query's")

@@ -7,6 +7,7 @@ import numpy as np
 from effjax.core.typing import Array, Float, Int, Integer
 from effjax.core.weights import linear, take, transpose
 from effjax.layers.linear import weight
+from effjax.layers.meshes import on_any_mesh
 
 
 class Embed(nn.Module):
@@ -20,6 +21,7 @@ class Embed(nn.Module):
     init = nn.initializers.normal(self.stddev)
     self.table = weight(self, "embedding", init, (self.entries, self.features))
 
+  @on_any_mesh
   def __call__(
     self, indices: Integer[Array | np.ndarray, "B T"], dtype=jnp.float32
   ) -> Float[Array, "B T D"]:

@@ -10,6 +10,7 @@ from flax import struct
 from effjax.core.numerics import softcap
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Embed, Linear, sinusoidal_positions
+from effjax.layers.meshes import on_any_mesh
 from effjax.layers.spec import LayerSpec, TransformerConfig, ask, facts
 from effjax.layers.stack import Segment, segments
 
@@ -102,6 +103,7 @@ class Transformer(nn.Module):
   dtype: DTypeLike = jnp.float32
   remat: bool = False
 
+  @on_any_mesh
   @nn.compact
   def __call__(
     self,
@@ -136,9 +138,9 @@ class Transformer(nn.Module):
         one, so steps with a cache have to give it.
 
     Raises:
-      ValueError: when T exceeds `config.context`, and for a position that the cache has no room for.
-        Where that is not known while tracing, keys and values there are not kept, and the output of
-        layers that keep them is NaN.
+      ValueError: when T exceeds `config.context`, and for a position that the cache lacks. Where it
+        is not known while tracing, its keys and values are not kept, and layers that keep them give
+        NaN there.
     """
     config = self.config
     if tokens.shape[1] > config.context:

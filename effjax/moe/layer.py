@@ -11,6 +11,7 @@ from effjax.core.weights import is_weight
 from effjax.kernels.grouped_matmul import Grouped
 from effjax.layers import Context, Router, taps, without_padding
 from effjax.layers.axes import lead, renamed, under
+from effjax.layers.meshes import on_any_mesh
 from effjax.layers.spec import ask
 from effjax.moe.dispatch import mix_experts
 
@@ -42,6 +43,7 @@ class MoE(nn.Module):
   expert: nn.Module
   shared: nn.Module | None = None
 
+  @on_any_mesh
   @nn.compact
   @without_padding
   def __call__(
