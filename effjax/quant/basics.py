@@ -13,9 +13,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core.numerics import wide
-from effjax.core.typing import Array, DTypeLike, Float, Int, Integer
+from effjax.core.typing import Array, DTypeLike, Float, Int, Integer, Num
 
 GRANULARITIES = ("tensor", "row", "channel", "group")
 # Outside a program too, a large matrix is gone through once, without copies of it in between.
@@ -25,7 +26,7 @@ _compiled = functools.partial(jax.jit, static_argnames=_STATIC)
 
 @_compiled
 def symmetric(
-  w: Float[Array, "... D F"],
+  w: Num[Array | np.ndarray, "... D F"],
   *,
   bits: int = 8,
   granularity: str = "channel",
@@ -65,7 +66,7 @@ def symmetric(
 
 @_compiled
 def affine(
-  w: Float[Array, "... D F"],
+  w: Num[Array | np.ndarray, "... D F"],
   *,
   bits: int = 8,
   granularity: str = "channel",
@@ -126,7 +127,7 @@ def restore(
 def _spread(values: Array, shape: tuple[int, ...]) -> Array:
   """One value a tile, repeated over its tile."""
   for axis in (-2, -1):
-    values = jnp.repeat(values, shape[axis] // values.shape[axis], axis=axis)
+    values = jnp.repeat(values, shape[axis] // max(1, values.shape[axis]), axis=axis)
   return values
 
 
@@ -152,7 +153,7 @@ def _tiles(w: Array, bits: int, granularity: str, group: int) -> Float[Array, ".
 
 
 def _scale(scale: Array, peak: Array, dtype: DTypeLike) -> Array:
-  """`scale` rounded up to `dtype`; 1 where everything is zero, NaN where `peak` would be lost."""
+  """`scale` rounded up to `dtype`, NaN where a largest magnitude of `peak` would be lost."""
   if not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"scale_dtype {jnp.dtype(dtype).name}; allowed: floating point")
   tiny = jnp.finfo(wide(dtype)).tiny  # what is less may count as 0
@@ -161,4 +162,4 @@ def _scale(scale: Array, peak: Array, dtype: DTypeLike) -> Array:
   above = jnp.nextafter(near, jnp.full_like(near, jnp.inf))
   near = jnp.where(near.astype(scale.dtype) < scale, above, near)
   lost = (peak >= jnp.finfo(peak.dtype).tiny) & (2 * peak < near.astype(peak.dtype))
-  return jnp.where(peak == 0, 1, jnp.where(lost, jnp.nan, near)).astype(dtype)
+  return jnp.where(lost, jnp.nan, near)

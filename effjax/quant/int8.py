@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import numerics
-from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
+from effjax.core.typing import Array, DTypeLike, Float, Int, Num, PyTree
 from effjax.core.weights import Weight, register
 from effjax.quant import basics
 from effjax.quant.product import integer_product
@@ -39,7 +39,7 @@ class Int8(Weight):
   @classmethod
   def quantize(
     cls,
-    w: Float[Array, "... D F"],
+    w: Num[Array | np.ndarray, "... D F"],
     *,
     granularity: str = "channel",
     scale_dtype: DTypeLike = jnp.float32,
@@ -71,7 +71,7 @@ class Int8(Weight):
     return cls(q, scale, dtype=jnp.result_type(w.dtype))
 
   @classmethod
-  def represent(cls, path: str, w: Float[Array, "... D F"]) -> "Int8":
+  def represent(cls, path: str, w: Num[Array | np.ndarray, "... D F"]) -> "Int8":
     """The `Int8` of the parameter at `path`: a table named "embedding" has one scale a row."""
     table = path.rsplit("/", 1)[-1] == "embedding"
     return cls.quantize(w, granularity="row" if table else "channel")
