@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core import numerics
+from effjax.core import numerics, weights
 from effjax.core.typing import Array, DTypeLike, Float, Int, Num, PyTree
 from effjax.core.weights import Weight, register
 from effjax.quant import basics
@@ -114,10 +114,10 @@ class Int8(Weight):
     )
     return multiply(x, basics.restore(self.q, self.scale, dtype=x.dtype if same else computed))
 
-  def take(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    rows = jnp.take(self.q, indices, axis=0)
+  def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
+    rows = weights.rows(self.q, indices)
     if self.scale.shape[-2] > 1:
-      scale = jnp.take(self.scale, indices, axis=0)
+      scale = weights.rows(self.scale, indices)
     else:
       scale = numerics.expand(self.scale[0], rows.ndim)
     computed = numerics.wide(self.scale.dtype)
