@@ -96,9 +96,7 @@ class Int8(Weight):
     return basics.restore(self.q, self.scale, dtype=self.dtype)
 
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-    computed = numerics.wide(
-      x.dtype
-    )  # what an integer product has not been scaled by may overflow 16 bits
+    computed = numerics.wide(x.dtype)  # in 16 bits what is not scaled yet may overflow
     scale = self.scale.astype(computed)
     if scale.shape[-2] > 1:
       y = integer_product(_scaled(x.astype(computed), scale[:, 0]), self.q, turned=self.turned)
@@ -108,11 +106,9 @@ class Int8(Weight):
     return y.astype(x.dtype)
 
   def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
-    same, computed = (
-      x.dtype == self.dtype,
-      np.promote_types(*map(numerics.wide, (x.dtype, self.dtype))),
-    )
-    return multiply(x, basics.restore(self.q, self.scale, dtype=x.dtype if same else computed))
+    both = x.dtype, self.dtype
+    common = x.dtype if x.dtype == self.dtype else np.promote_types(*map(numerics.wide, both))
+    return multiply(x, basics.restore(self.q, self.scale, dtype=common))
 
   def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
     rows = weights.rows(self.q, indices)
