@@ -5,17 +5,18 @@ arithmetic over different tiles. Background: Nagel et al., "A White Paper on Neu
 Quantization", arXiv 2106.08295, section 2.
 
 A scale is rounded up to its type, so that the bound of s/2 holds in each. The least there is, L, is
-the least normal number of float32 and bfloat16, 2^−126, and the least of float16, 2^−24; a tile
-below L/2 would be lost, and has the scale NaN instead, as one has that holds NaN or infinity.
+2^−125 in float32 and bfloat16, whose numbers below 2^−126 may count as 0, and 2^−24 in float16. A
+tile below L/2 would be lost, and has the scale NaN instead, as one has that holds NaN or infinity.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core.numerics import wide
-from effjax.core.typing import Array, DTypeLike, Float, Int, Integer
+from effjax.core.typing import Array, DTypeLike, Float, Int, Integer, Num
 
 GRANULARITIES = ("tensor", "row", "channel", "group")
 # Outside a program too, a large matrix is gone through once, without copies of it in between.
@@ -25,7 +26,7 @@ _compiled = functools.partial(jax.jit, static_argnames=_STATIC)
 
 @_compiled
 def symmetric(
-  w: Float[Array, "... D F"],
+  w: Num[Array | np.ndarray, "... D F"],
   *,
   bits: int = 8,
   granularity: str = "channel",
@@ -55,17 +56,17 @@ def symmetric(
     >>> q.tolist(), scale.shape
     ([[64, 127], [-127, 0]], (1, 2))
   """
-  tiles = _tiles(w, bits, granularity, group)
+  tiles, factor = _tiles(w, bits, granularity, group)
   top = 2 ** (bits - 1) - 1
-  peak = jnp.abs(tiles).max((-3, -1), keepdims=True, initial=0)
-  scale = _scale(peak / top, peak, scale_dtype)
-  q = jnp.clip(jnp.round(tiles / scale.astype(tiles.dtype)), -top, top)
+  peak = _peak(tiles)
+  scale = _scale(peak / top, peak, factor, scale_dtype)
+  q = jnp.clip(_steps(tiles, factor, scale), -top, top)
   return q.astype(jnp.int8).reshape(w.shape), scale[..., 0, :, 0]
 
 
 @_compiled
 def affine(
-  w: Float[Array, "... D F"],
+  w: Num[Array | np.ndarray, "... D F"],
   *,
   bits: int = 8,
   granularity: str = "channel",
@@ -87,14 +88,13 @@ def affine(
     >>> q.tolist(), scale.tolist(), zero.tolist()
     ([[0], [255]], [[1.0]], [[0]])
   """
-  tiles = _tiles(w, bits, granularity, group)
+  tiles, factor = _tiles(w, bits, granularity, group)
   top = 2**bits - 1
   low = tiles.min((-3, -1), keepdims=True, initial=0)
   high = tiles.max((-3, -1), keepdims=True, initial=0)
-  scale = _scale(high / top - low / top, jnp.maximum(high, -low), scale_dtype)
-  steps = lambda x: jnp.round(x / scale.astype(tiles.dtype))
-  zero = steps(-low)
-  q = jnp.clip(steps(tiles) + zero, 0, top)
+  scale = _scale((high - low) / top, jnp.maximum(high, -low), factor, scale_dtype)
+  zero = _steps(-low, factor, scale)
+  q = jnp.clip(_steps(tiles, factor, scale) + zero, 0, top)
   zero = zero[..., 0, :, 0].astype(jnp.int32)
   return q.astype(jnp.uint8).reshape(w.shape), scale[..., 0, :, 0], zero
 
@@ -126,12 +126,16 @@ def restore(
 def _spread(values: Array, shape: tuple[int, ...]) -> Array:
   """One value a tile, repeated over its tile."""
   for axis in (-2, -1):
-    values = jnp.repeat(values, shape[axis] // values.shape[axis], axis=axis)
+    values = jnp.repeat(values, shape[axis] // max(1, values.shape[axis]), axis=axis)
   return values
 
 
-def _tiles(w: Array, bits: int, granularity: str, group: int) -> Float[Array, "... m d n f"]:
-  """`w` in float32 at least, cut into [m, d, n, f]: m × n tiles of d × f."""
+def _tiles(w: Array, bits: int, granularity: str, group: int) -> tuple[Array, Array]:
+  """`w` in float32 at least, cut into [..., m, d, n, f]: m × n tiles of d × f.
+
+  Each is multiplied by the power of two [..., m, 1, n, 1] that comes with it, so that neither what
+  is computed with it nor the reciprocal of its scale leaves the normal numbers.
+  """
   if w.ndim < 2:
     raise ValueError(f"w has shape {w.shape}; allowed: matrices [..., D, F]")
   if not jnp.issubdtype(w.dtype, jnp.floating):
@@ -148,17 +152,29 @@ def _tiles(w: Array, bits: int, granularity: str, group: int) -> Float[Array, ".
     raise ValueError(f"granularity {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
   m, n = counts[granularity]
   d, f = (group if granularity == "group" else D // max(m, 1)), F // max(n, 1)
-  return w.astype(wide(w.dtype)).reshape(*w.shape[:-2], m, d, n, f)
+  tiles = w.astype(wide(w.dtype)).reshape(*w.shape[:-2], m, d, n, f)
+  factor = jnp.where(_peak(tiles) > 1, 2.0**-4, 2.0**24).astype(tiles.dtype)
+  return tiles * factor, factor
 
 
-def _scale(scale: Array, peak: Array, dtype: DTypeLike) -> Array:
-  """`scale` rounded up to `dtype`; 1 where everything is zero, NaN where `peak` would be lost."""
+def _peak(tiles: Array) -> Array:
+  return jnp.abs(tiles).max((-3, -1), keepdims=True, initial=0)
+
+
+def _steps(x: Array, factor: Array, scale: Array) -> Array:
+  """x, which is multiplied by `factor`, in steps of `scale`."""
+  return jnp.round(x / (scale.astype(x.dtype) * factor))
+
+
+def _scale(scale: Array, peak: Array, factor: Array, dtype: DTypeLike) -> Array:
+  """`scale` / `factor` rounded up to `dtype`, NaN where a tile up to `peak` would be lost."""
   if not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"scale_dtype {jnp.dtype(dtype).name}; allowed: floating point")
   tiny = jnp.finfo(wide(dtype)).tiny  # what is less may count as 0
-  scale = jnp.maximum(scale, max(tiny, float(jnp.finfo(dtype).smallest_subnormal)))
+  least = max(2 * tiny, float(jnp.finfo(dtype).smallest_subnormal))
+  scale, peak = jnp.maximum(scale / factor, least), peak / factor
   near = scale.astype(dtype)
   above = jnp.nextafter(near, jnp.full_like(near, jnp.inf))
   near = jnp.where(near.astype(scale.dtype) < scale, above, near)
   lost = (peak >= jnp.finfo(peak.dtype).tiny) & (2 * peak < near.astype(peak.dtype))
-  return jnp.where(peak == 0, 1, jnp.where(lost, jnp.nan, near)).astype(dtype)
+  return jnp.where(lost, jnp.nan, near)

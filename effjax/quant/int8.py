@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import numerics, weights
-from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
+from effjax.core.typing import Array, DTypeLike, Float, Int, Num, PyTree
 from effjax.core.weights import Weight, register
 from effjax.quant import basics
 from effjax.quant.product import integer_product
@@ -39,7 +39,7 @@ class Int8(Weight):
   @classmethod
   def quantize(
     cls,
-    w: Float[Array, "... D F"],
+    w: Num[Array | np.ndarray, "... D F"],
     *,
     granularity: str = "channel",
     scale_dtype: DTypeLike = jnp.float32,
@@ -71,7 +71,7 @@ class Int8(Weight):
     return cls(q, scale, dtype=jnp.result_type(w.dtype))
 
   @classmethod
-  def represent(cls, path: str, w: Float[Array, "... D F"]) -> "Int8":
+  def represent(cls, path: str, w: Num[Array | np.ndarray, "... D F"]) -> "Int8":
     """The `Int8` of the parameter at `path`: a table named "embedding" has one scale a row."""
     table = path.rsplit("/", 1)[-1] == "embedding"
     return cls.quantize(w, granularity="row" if table else "channel")
@@ -96,9 +96,7 @@ class Int8(Weight):
     return basics.restore(self.q, self.scale, dtype=self.dtype)
 
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-    computed = numerics.wide(
-      x.dtype
-    )  # what an integer product has not been scaled by may overflow 16 bits
+    computed = numerics.wide(x.dtype)  # in 16 bits what is not scaled yet may overflow
     scale = self.scale.astype(computed)
     if scale.shape[-2] > 1:
       y = integer_product(_scaled(x.astype(computed), scale[:, 0]), self.q, turned=self.turned)
@@ -108,11 +106,9 @@ class Int8(Weight):
     return y.astype(x.dtype)
 
   def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
-    same, computed = (
-      x.dtype == self.dtype,
-      np.promote_types(*map(numerics.wide, (x.dtype, self.dtype))),
-    )
-    return multiply(x, basics.restore(self.q, self.scale, dtype=x.dtype if same else computed))
+    both = x.dtype, self.dtype
+    common = x.dtype if x.dtype == self.dtype else np.promote_types(*map(numerics.wide, both))
+    return multiply(x, basics.restore(self.q, self.scale, dtype=common))
 
   def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
     rows = weights.rows(self.q, indices)

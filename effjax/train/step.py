@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 
 from effjax.core import trees
 from effjax.core.known import number
+from effjax.core.numerics import wide
 from effjax.core.typing import Array, Key, PyTree, Size
 from effjax.parallel.placement import Anywhere, Placement
 from effjax.train.objectives import Batch, Objective
@@ -114,7 +115,7 @@ def make_train_step(
 
     key = jax.random.fold_in(rng, state.step)
     grads, metrics = _accumulate(compute, _split(batch, microbatches), key)
-    norm = optax.tree.norm(grads)
+    norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(wide(x.dtype)), grads))
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     metrics = {**metrics, "grad_norm": norm, "finite": finite}
     updates, opt_state = optimizer.update(grads, state.opt_state, chosen)
