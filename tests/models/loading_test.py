@@ -86,7 +86,7 @@ def test_folders_without_or_with_damaged_config(tmp_path):
   with pytest.raises(ValueError, match=r"config\.json: damaged"):
     models.load(tmp_path)
   (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-  with pytest.raises(ValueError, match="model_type 't5'; allowed"):
+  with pytest.raises(ValueError, match=r"config\.json: model_type 't5'; allowed"):
     models.load(tmp_path)
 
 
@@ -209,6 +209,113 @@ def test_gemma_gguf_computes_as_transformers(tiny_folder, reference, tmp_path):
   write_gguf(tmp_path / "x.gguf", "gemma3", tensors, GGUF_FIELDS | fields, rename)
   got = models.load(tmp_path / "x.gguf")(TOKENS)
   np.testing.assert_allclose(got, reference(theirs, TOKENS), atol=2e-5)
+
+
+def write_llama(path, folder, more=(), **fields):
+  """The saved Llama as a GGUF file, with other metadata and more tensors."""
+
+  def rename(name, value):
+    heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+    if name.startswith("model.") or name in gguf_names.TOP_NAMES.values():
+      name = gguf_name("llama", name)
+    return name, interleaved(value, heads) if heads else value
+
+  described = {"block_count": 3, "attention.head_count_kv": 2, "rope.freq_base": 10_000.0}
+  described["attention.layer_norm_rms_epsilon"] = 1e-5
+  tensors = safetensors.numpy.load_file(folder / SINGLE) | dict(more)
+  write_gguf(path, "llama", tensors, GGUF_FIELDS | described | fields, rename)
+  return path
+
+
+def test_divisors_of_rotary_frequencies_in_a_tensor(folder, tmp_path):
+  divisors = np.array([1.0, 1.5, 4.0, 8.0], np.float32)
+  path = write_llama(tmp_path / "x.gguf", folder, [("rope_freqs.weight", divisors)])
+  plain = models.load(write_llama(tmp_path / "y.gguf", folder))
+  model = models.load(path)
+  chex.assert_trees_all_equal(model.params, plain.params)
+  rope = model.config.layers[0].mixer.rope
+  frequencies, _ = rope._frequencies(8, jnp.arange(13)[None])
+  np.testing.assert_allclose(frequencies[0], 1e4 ** (-np.arange(4) / 4) / divisors, rtol=1e-6)
+  assert np.abs(model(TOKENS) - plain(TOKENS)).max() > 1e-3
+  saved = models.load(models.save(model, tmp_path / "saved"))
+  np.testing.assert_allclose(saved(TOKENS), model(TOKENS), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"expert_count": 4}, "llama.expert_count=4; allowed"),
+    ({"logit_scale": 0.5}, "metadata 'llama.logit_scale'=0.5 is not known"),
+    ({"rope.scaling.attn_factor": 2.0}, "llama.rope.scaling.attn_factor=2.0; allowed"),
+    ({"rope.dimension_count": 4, "attention.key_length": 8}, "rope.dimension_count=4; allowed"),
+    ({"attention.value_length": 4}, "attention.value_length=4; allowed"),
+    ({"vocab_size": 63}, "llama.vocab_size=63; allowed"),
+    ({"block_count": 10_000_000}, "llama.block_count=10000000; allowed: up to"),
+    ({"attention.head_count": 0}, "llama.attention.head_count=0; allowed: from 1"),
+    ({"embedding_length": 3.5}, "llama.embedding_length=3.5; allowed: integers"),
+  ],
+)
+def test_gguf_metadata_are_honoured_or_refused_by_name(fields, message, folder, tmp_path):
+  with pytest.raises(ValueError, match=rf"x\.gguf: .*{message}"):
+    models.load(write_llama(tmp_path / "x.gguf", folder, **fields))
+
+
+def test_linear_and_yarn_scaling_of_gguf_files(folder, tmp_path):
+  linear = {"rope.scaling.factor": 4.0}
+  yarn = {"rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 32}
+  for number, (fields, want) in enumerate(
+    ((linear, {"rope_type": "linear", "factor": 4.0}), (yarn, {"rope_type": "linear"}))
+  ):
+    path = write_llama(tmp_path / f"{number}.gguf", folder, **fields)
+    rope = models.load(path).config.layers[0].mixer.rope
+    assert (rope.factor, rope.scaling) == (fields["rope.scaling.factor"], None), want
+
+
+def bf16(folder, path):
+  """The folder with its tensors in bfloat16."""
+  shutil.copytree(folder, path)
+  tensors = safetensors.numpy.load_file(folder / SINGLE)
+  halved = {name: value.astype(jnp.bfloat16) for name, value in tensors.items()}
+  safetensors.numpy.save_file(halved, path / SINGLE)
+  return halved
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gemma2"])
+def test_norms_stored_less_one_come_back_from_bfloat16(model_type, tiny_folder, tmp_path):
+  stored = bf16(tiny_folder(model_type)[0], tmp_path / "half")
+  model = models.load(tmp_path / "half", dtype=jnp.bfloat16)
+  kinds = {path: leaf.dtype for path, leaf in trees.items(model.params).items()}
+  norms = [path for path in kinds if "norm" in path]
+  assert {kinds.pop(path) for path in norms} == {jnp.dtype(jnp.float32)}
+  assert set(kinds.values()) == {jnp.dtype(jnp.bfloat16)}
+  saved = safetensors.numpy.load_file(models.save(model, tmp_path / "saved") / SINGLE)
+  for name, value in stored.items():
+    np.testing.assert_array_equal(saved[name].astype(jnp.bfloat16), value, name)
+  again = models.load(tmp_path / "saved", dtype=jnp.bfloat16)
+  chex.assert_trees_all_equal(again.params, model.params)
+  assert model(TOKENS).dtype == jnp.bfloat16
+
+
+def test_ids_that_end_a_text_are_read_and_written(folder, copy, tmp_path):
+  path = copy(lambda tensors: None)
+  config = json.loads((path / "config.json").read_text())
+  (path / "config.json").write_text(
+    json.dumps(config | {"eos_token_id": [5, 6], "pad_token_id": 0})
+  )
+  (path / "generation_config.json").unlink()
+  model = models.load(path)
+  assert (model.ids.eos, model.ids.pad, model.ids.bos) == ((5, 6), 0, None)
+  (path / "generation_config.json").write_text('{"eos_token_id": [6, 7, 8], "bos_token_id": 1}')
+  model = models.load(path)
+  assert (model.ids.eos, model.ids.pad, model.ids.bos) == ((6, 7, 8), 0, 1)
+  saved = models.save(model, tmp_path / "saved")
+  assert models.load(saved).ids == model.ids
+  for name in ("config.json", "generation_config.json"):
+    found = json.loads((saved / name).read_text())
+    assert (found["eos_token_id"], found["bos_token_id"]) == ([6, 7, 8], 1)
+  (path / "generation_config.json").write_text('{"eos_token_id": "x"}')
+  with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id='x'; allowed"):
+    models.load(path)
 
 
 @pytest.mark.parametrize(
