@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax import models
 from effjax.core import trees
+from effjax.layers import Rope
+from effjax.layers.rope_scaling import Yarn
 from effjax.models import packages, presets
 from effjax.models.families import gguf_names
 from effjax.models.safetensors_files import INDEX, SINGLE
@@ -147,9 +150,9 @@ GGUF_FIELDS = {
 def write_gguf(path, architecture, tensors, fields, rename):
   """A GGUF file as llama.cpp's converter lays it out, from the tensors of a folder."""
   writer = gguf.GGUFWriter(path, architecture)
+  adders = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
   for name, value in fields.items():
-    add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-    add(f"{architecture}.{name}", value)
+    getattr(writer, f"add_{adders[type(value)]}")(f"{architecture}.{name}", value)
   for name, value in tensors.items():
     writer.add_tensor(*rename(name, value))
   writer.write_header_to_file()
@@ -165,7 +168,8 @@ def gguf_name(model_type, name):
     return top[name]
   _, i, rest = name.split(".", 2)
   layer = {hf: ours for ours, hf in gguf_names.LAYER_NAMES[model_type].items()}
-  return f"blk.{i}.{layer[rest.removesuffix('.weight')]}.weight"
+  stem, kind = rest.rsplit(".", 1)
+  return f"blk.{i}.{layer[stem]}.{kind}"
 
 
 def interleaved(x, heads):
@@ -193,20 +197,64 @@ def test_llama_gguf_computes_as_the_folder_it_came_from(folder, tmp_path):
   np.testing.assert_allclose(model(TOKENS), models.load(folder)(TOKENS), atol=1e-5)
 
 
-def test_gemma_gguf_computes_as_transformers(tiny_folder, reference, tmp_path):
-  folder, theirs = tiny_folder("gemma3_text", query_pre_attn_scalar=16)
-  shift = lambda name, x: x + 1 if name.endswith("norm.weight") else x
-  rename = lambda name, value: (gguf_name("gemma3", name), shift(name, value))
-  fields = {
-    "block_count": 7,
-    "attention.head_count_kv": 1,
-    "attention.key_length": 16,
-    "attention.sliding_window": 4,
-    "attention.layer_norm_rms_epsilon": 1e-6,
-    "rope.freq_base": 1e6,
-  }
+GEMMA_FIELDS = {
+  "attention.head_count_kv": 1,
+  "attention.key_length": 16,
+  "attention.sliding_window": 4,
+  "attention.layer_norm_rms_epsilon": 1e-6,
+}
+QWEN_FIELDS = {
+  "block_count": 3,
+  "attention.head_count_kv": 2,
+  "attention.layer_norm_rms_epsilon": 1e-6,
+  "rope.freq_base": 10_000.0,
+}
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+# model_type, fields of transformers' configuration, metadata.
+PEERS = {
+  "gemma3": ("gemma3_text", {}, {"block_count": 7, "rope.freq_base": 1e6}),
+  "gemma3-local-base-and-period": (
+    "gemma3_text",
+    {
+      "num_hidden_layers": 3,
+      "rope_local_base_freq": 500.0,
+      "sliding_window_pattern": 3,
+      "final_logit_softcapping": 3.0,
+    },
+    {
+      "block_count": 3,
+      "rope.freq_base_swa": 500.0,
+      "attention.sliding_window_pattern": 3,
+      "final_logit_softcapping": 3.0,
+    },
+  ),
+  "gemma3-every-layer": (
+    "gemma3_text",
+    {"num_hidden_layers": 3, "layer_types": [GLOBAL, LOCAL, LOCAL]},
+    {"block_count": 3, "attention.sliding_window_pattern": [False, True, True]},
+  ),
+  "gemma2": (
+    "gemma2",
+    {},
+    {"block_count": 4, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+  ),
+  "qwen2": ("qwen2", {}, QWEN_FIELDS),
+  "qwen3": ("qwen3", {"head_dim": 12}, QWEN_FIELDS | {"attention.key_length": 12}),
+}
+
+
+@pytest.mark.parametrize("case", PEERS)
+def test_gguf_computes_as_transformers(case, tiny_folder, reference, tmp_path):
+  model_type, changes, metadata = PEERS[case]
+  architecture = model_type.removesuffix("_text")
+  gemma = architecture.startswith("gemma")
+  changes = changes | ({"query_pre_attn_scalar": 16} if gemma else {})
+  folder, theirs = tiny_folder(model_type, **changes)
+  shift = lambda name, x: x + 1 if gemma and name.endswith("norm.weight") else x
+  rename = lambda name, value: (gguf_name(architecture, name), shift(name, value))
   tensors = safetensors.numpy.load_file(folder / SINGLE)
-  write_gguf(tmp_path / "x.gguf", "gemma3", tensors, GGUF_FIELDS | fields, rename)
+  fields = GGUF_FIELDS | (GEMMA_FIELDS if gemma else {}) | metadata
+  write_gguf(tmp_path / "x.gguf", architecture, tensors, fields, rename)
   got = models.load(tmp_path / "x.gguf")(TOKENS)
   np.testing.assert_allclose(got, reference(theirs, TOKENS), atol=2e-5)
 
@@ -260,15 +308,26 @@ def test_gguf_metadata_are_honoured_or_refused_by_name(fields, message, folder, 
     models.load(write_llama(tmp_path / "x.gguf", folder, **fields))
 
 
-def test_linear_and_yarn_scaling_of_gguf_files(folder, tmp_path):
-  linear = {"rope.scaling.factor": 4.0}
-  yarn = {"rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 32}
-  for number, (fields, want) in enumerate(
-    ((linear, {"rope_type": "linear", "factor": 4.0}), (yarn, {"rope_type": "linear"}))
-  ):
-    path = write_llama(tmp_path / f"{number}.gguf", folder, **fields)
-    rope = models.load(path).config.layers[0].mixer.rope
-    assert (rope.factor, rope.scaling) == (fields["rope.scaling.factor"], None), want
+@pytest.mark.parametrize(
+  ("fields", "want"),
+  [
+    ({"rope.scale_linear": 4.0}, Rope(1e4, 4.0)),
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, Rope(1e4, 4.0)),
+    ({"rope.scaling.type": "none", "rope.scaling.factor": 1.0}, Rope(1e4)),
+    (
+      {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 2.0,
+        "rope.scaling.original_context_length": 32,
+        "rope.scaling.yarn_beta_fast": 16.0,
+      },
+      Rope(1e4, scaling=Yarn(2.0, 32, 1 + 0.1 * math.log(2), 16.0)),
+    ),
+  ],
+)
+def test_rotary_scaling_of_gguf_files(fields, want, folder, tmp_path):
+  path = write_llama(tmp_path / "x.gguf", folder, **fields)
+  assert models.load(path).config.layers[0].mixer.rope == want
 
 
 def bf16(folder, path):
@@ -337,6 +396,8 @@ MEMORY = """
 import re, sys, jax, jax.numpy as jnp
 from effjax import models
 from effjax.core import trees
+from effjax.layers import Rope
+from effjax.layers.rope_scaling import Yarn
 jnp.ones(3).block_until_ready()
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = peak()
