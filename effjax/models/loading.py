@@ -16,10 +16,11 @@ from effjax.layers.spec import TransformerConfig
 from effjax.layers.stack import places
 from effjax.models import families, gguf_tokenizers, packages, tokenizers
 from effjax.models.families import gguf_names
+from effjax.models.families.fields import Fields
 from effjax.models.families.table import Entry, Family, Span
 from effjax.models.folders import Folder
 from effjax.models.gguf_file import GGUFFile
-from effjax.models.model import Model
+from effjax.models.model import Model, TokenIds
 from effjax.models.safetensors_files import SafetensorsFolder
 from effjax.models.sources import TensorSource
 from effjax.models.tokenizers import PretrainedTokenizer
@@ -38,6 +39,7 @@ class Checkpoint:
   config: TransformerConfig
   source: TensorSource
   tokenizer: PretrainedTokenizer | None
+  ids: TokenIds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ def load(
   checkpoint = open_checkpoint(packages.locate(name_or_path))
   module = Transformer(checkpoint.config, dtype=dtype)
   params = read_params(checkpoint, module, dtype, sharding)
-  return Model(checkpoint.config, module, params, checkpoint.tokenizer)
+  return Model(checkpoint.config, module, params, checkpoint.tokenizer, checkpoint.ids)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -92,7 +94,8 @@ def _open_gguf(path: Path) -> Checkpoint:
   family = families.of_model_type(fields["model_type"])
   config = family.to_config(fields, f"{path}: metadata", len(file.names()))
   tokenizer = gguf_tokenizers.from_gguf(file.metadata) if _has_tokenizer(file) else None
-  return Checkpoint(path, family, config, gguf_names.RenamedGGUF(file, fields), tokenizer)
+  ids = gguf_tokenizers.token_ids(file.metadata)
+  return Checkpoint(path, family, config, gguf_names.RenamedGGUF(file, fields), tokenizer, ids)
 
 
 def _has_tokenizer(file: GGUFFile) -> bool:
@@ -114,7 +117,21 @@ def _open_folder(path: Path) -> Checkpoint:
     tokenizer = tokenizers.from_folder(path)
   except FileNotFoundError:
     tokenizer = None
-  return Checkpoint(path, family, _as_stored(config, family, source), source, tokenizer)
+  config, ids = _as_stored(config, family, source), _token_ids(folder, tokenizer)
+  return Checkpoint(path, family, config, source, tokenizer, ids)
+
+
+def _token_ids(folder: Folder, tokenizer: PretrainedTokenizer | None) -> TokenIds:
+  """Those of generation_config.json, else of config.json, else of the tokenizer."""
+  found = dataclasses.asdict(TokenIds.of(tokenizer))
+  for name in ("config.json", "generation_config.json"):
+    if folder.has(name):
+      fields = Fields(str(folder.file(name)), folder.json(name))
+      for role in found:
+        given = fields.ids(f"{role}_token_id")
+        if given:
+          found[role] = given if role == "eos" else given[0]
+  return TokenIds(**found)
 
 
 def _as_stored(
@@ -190,7 +207,8 @@ def plan_tensors(
     for entry in family.layer:
       path = f"{segment}/{name}/{entry.path}"
       if path in shapes:
-        span = _span(entry, lambda path: shapes[f"{segment}/{name}/{path}"][-1])
+        layer = {other: shapes[f"{segment}/{name}/{other}"] for other in entry.together}
+        span = _span(entry, layer)
         piece = Piece(entry, entry.name.format(i=i), index, span)
         plan.setdefault(path, []).append(piece)
   for path in shapes:
@@ -199,11 +217,11 @@ def plan_tensors(
   return plan
 
 
-def _span(entry: Entry, width: Callable[[str], int]) -> Span | None:
-  """Which part of the last axis of a tensor a parameter is, from the widths of all in it."""
+def _span(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> Span | None:
+  """Which part of the last axis of a tensor a parameter is, from the shapes of all in it."""
   if not entry.together:
     return None
-  widths = [width(path) for path in entry.together]
+  widths = [shapes[path][-1] for path in entry.together]
   which = entry.together.index(entry.path)
   return sum(widths[:which]), sum(widths[: which + 1]), sum(widths)
 

@@ -42,7 +42,7 @@ MODEL_TYPES = {name: name for name in FAMILIES} | {"gemma3_text": "gemma3"}
 __all__ = ["FAMILIES", "Entry", "Family", "family_of", "hf_config", "of_model_type"]
 
 
-def of_model_type(model_type: str | None) -> Family:
+def of_model_type(model_type: Any) -> Family:
   """The family of config.json's `model_type`.
 
   Raises:

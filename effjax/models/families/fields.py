@@ -143,6 +143,7 @@ class Fields:
     values: the object.
     defaults: name → value of each field that may be left out.
     layers: the most layers that there can be.
+    noun: what errors call a field.
 
   Raises:
     ValueError: when `values` is no object; by all methods for a field that is missing, of another
@@ -155,11 +156,12 @@ class Fields:
     values: Any,
     defaults: Mapping[str, Any] | None = None,
     layers: int = MOST_LAYERS,
+    noun: str = "field",
   ):
     if not isinstance(values, Mapping):
       raise ValueError(f"{where}: {_shown(values)}; allowed: an object")
     self.where, self._values, self._defaults = where, values, defaults or {}
-    self.most_layers = layers
+    self.most_layers, self._noun = layers, noun
     self._read: set[str] = set()
 
   def __contains__(self, name: str) -> bool:
@@ -167,6 +169,14 @@ class Fields:
 
   def __bool__(self) -> bool:
     return bool(self._values)
+
+  def names(self) -> list[str]:
+    """The names of all fields."""
+    return list(self._values)
+
+  def assume(self, values: Mapping[str, Any]) -> None:
+    """Adds fields that are not there."""
+    self._values = {**values, **self._values}
 
   def unused(self, *names: str) -> None:
     """Passes over fields that have no influence in this family."""
@@ -230,6 +240,15 @@ class Fields:
       raise self.wrong(name, "a list of positive numbers")
     return tuple(map(float, values))
 
+  def ids(self, name: str) -> tuple[int, ...]:
+    """A token id, or a list of some; none where it is null or left out."""
+    self._read.add(name)
+    value = self._values.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in ids):
+      raise self.wrong(name, "a token id, or a list of some")
+    return tuple(ids)
+
   def need(self, name: str, *allowed: Any) -> Any:
     """The field, which must be one of `allowed`; left out, it stands for the first of them."""
     self._read.add(name)
@@ -282,7 +301,7 @@ class Fields:
     for name, value in self._values.items():
       if name not in self._read and name not in harmless and value is not None:
         raise ValueError(
-          f"{self.where}: field {name!r}={_shown(value)} is not known here, and might change what "
+          f"{self.where}: {self._noun} {name!r}={_shown(value)} is not known, and might change what "
           "is computed; allowed: to leave it out, if it has no influence"
         )
 
@@ -297,7 +316,7 @@ class Fields:
     return value
 
   def _missing(self, name: str) -> ValueError:
-    return ValueError(f"{self.where}: field {name!r} is missing")
+    return ValueError(f"{self.where}: {self._noun} {name!r} is missing")
 
 
 def _shown(value: Any) -> str:
