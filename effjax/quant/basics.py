@@ -56,7 +56,7 @@ def symmetric(
     >>> q.tolist(), scale.shape
     ([[64, 127], [-127, 0]], (1, 2))
   """
-  tiles, factor = _tiles(w, bits, granularity, group)
+  tiles, factor = _tiles(jnp.asarray(w), bits, granularity, group)
   top = 2 ** (bits - 1) - 1
   peak = _peak(tiles)
   scale = _scale(peak / top, peak, factor, scale_dtype)
@@ -88,7 +88,7 @@ def affine(
     >>> q.tolist(), scale.tolist(), zero.tolist()
     ([[0], [255]], [[1.0]], [[0]])
   """
-  tiles, factor = _tiles(w, bits, granularity, group)
+  tiles, factor = _tiles(jnp.asarray(w), bits, granularity, group)
   top = 2**bits - 1
   low = tiles.min((-3, -1), keepdims=True, initial=0)
   high = tiles.max((-3, -1), keepdims=True, initial=0)
@@ -170,7 +170,7 @@ def _scale(scale: Array, peak: Array, factor: Array, dtype: DTypeLike) -> Array:
   """`scale` / `factor` rounded up to `dtype`, NaN where a tile up to `peak` would be lost."""
   if not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"scale_dtype {jnp.dtype(dtype).name}; allowed: floating point")
-  tiny = jnp.finfo(wide(dtype)).tiny  # what is less may count as 0
+  tiny = float(jnp.finfo(wide(dtype)).tiny)  # what is less may count as 0
   least = max(2 * tiny, float(jnp.finfo(dtype).smallest_subnormal))
   scale, peak = jnp.maximum(scale / factor, least), peak / factor
   near = scale.astype(dtype)

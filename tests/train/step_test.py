@@ -207,3 +207,15 @@ def test_after_carries_what_the_optimiser_does_not(key):
     state, metrics = step(state, {"x": jnp.full(2, x)}, key)
     scales.append((float(metrics["seen"]), float(state.extra["scale"]), float(state.params["w"])))
   assert scales == [(1.0, 2.0, 0.0), (2.0, 1.0, 0.0), (1.0, 2.0, -1.0)]
+
+
+def test_the_norm_of_16_bit_gradients_does_not_overflow(key):
+  objective = lambda params, batch, rng: (
+    (params["w"] * batch["x"][0]).astype(jnp.float32).sum(),
+    {},
+  )
+  state = init_state({"w": jnp.ones(4, jnp.float16)}, optax.sgd(2.0**-9))
+  step = make_train_step(objective, optax.sgd(2.0**-9))
+  state, metrics = step(state, {"x": jnp.full((1, 4), 512, jnp.float16)}, key)
+  assert bool(metrics["finite"]) and float(metrics["grad_norm"]) == 1024
+  np.testing.assert_array_equal(state.params["w"], np.zeros(4))
