@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from effjax.core import trees
 from effjax.core.typing import Array, Key, PyTree
 from effjax.parallel.placement import Anywhere, Placement
+from effjax.train.masters import master_copies
 from effjax.train.objectives import Batch, Objective
 from effjax.train.state import TrainState
 
@@ -98,7 +99,7 @@ def make_train_step(
   """
   if microbatches < 1:
     raise ValueError(f"microbatches={microbatches}; allowed: from 1")
-  place = placement or Anywhere()
+  place, optimizer = placement or Anywhere(), master_copies(optimizer)
 
   def step(objective: Objective, state: TrainState, batch: Batch, rng: Key):
     chosen, rest = state.partition()
