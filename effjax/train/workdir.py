@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from effjax.core.lines import json_lines
+
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 
@@ -71,12 +73,16 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows of a JSONL file, without a last line that was cut off; [] when there is no file."""
+  """The rows of a JSONL file, without a last line that was cut off; [] when there is no file.
+
+  Raises:
+    ValueError: for a line that is not JSON, naming file and line.
+  """
   path = Path(path)
   if not path.exists():
     return []
-  whole, _, _ = path.read_text().rpartition("\n")
-  return [json.loads(line) for line in whole.splitlines() if line]
+  whole, _, _ = path.read_text("utf-8", errors="replace").rpartition("\n")
+  return [row for _, row in json_lines(whole, path)]
 
 
 def append_row(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
