@@ -21,7 +21,7 @@ from effjax.parallel.gathered import Gathered, gather
 from effjax.parallel.shards import Shards
 
 T = TypeVar("T")
-NOTEWORTHY = 0.01
+NOTEWORTHY = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Zero:
     )
 
   def _report(self, parts: tuple[PyTree, ...]) -> None:
-    """Warns when more than a hundredth of what this stage splits stays whole on every device."""
+    """Warns when more than a twentieth of what this stage splits stays whole on every device."""
     n = self.mesh.shape[self.axis]
     leaves = jax.tree_util.tree_leaves_with_path(parts)
     whole = [(p, x) for p, x in leaves if self.shards.split(x).is_fully_replicated]

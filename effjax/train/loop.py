@@ -1,11 +1,12 @@
 """The training loop: batches in, checkpoints and metrics out, resumed to the bit."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -99,7 +100,8 @@ def fit(
     OSError: when `workdir` cannot be written, or another process trains in it.
   """
   directory = Path(workdir)
-  with _Stop() as stop, Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints:
+  opened = Checkpoints(directory / "checkpoints", keep=config.keep)
+  with _Stop() as stop, opened as checkpoints, _naming(opened):
     settings = Settings(directory, step, rng, placement, moments(state))
     state = _resume(checkpoints, state, batches, config.steps, settings)
     number = start = int(state.step)
@@ -189,6 +191,18 @@ class _Stop:
     os.write(2, f"\n{self.asked.name}: the step is finished and saved{again}\n".encode())
 
 
+@contextlib.contextmanager
+def _naming(checkpoints: Checkpoints) -> Iterator[None]:
+  """Adds to the error of a file where the run can go on from."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None:
+      raise
+    what = f"{error.strerror}; {checkpoints.newest()}"
+    raise OSError(error.errno, what, error.filename) from error
+
+
 def _put(batch: Batch, placement: Placement | None) -> Batch:
   return batch if placement is None else jax.device_put(batch, placement.batch(batch))
 
@@ -224,11 +238,9 @@ def _drain(pending: list[tuple[int, dict]], checkpoints: Checkpoints) -> dict[st
   for number, metrics in jax.device_get(pending):
     row = {"step": number} | {name: np.asarray(x).tolist() for name, x in metrics.items()}
     if not row.pop("finite", math.isfinite(row["loss"])):
-      steps = checkpoints.steps()
-      good = f"step {steps[-1]} in {checkpoints.directory}" if steps else "none yet"
       raise FloatingPointError(
         f"step {number}: loss is {row['loss']} and the norm of the gradients"
-        f" {row.get('grad_norm')}; last good checkpoint: {good}"
+        f" {row.get('grad_norm')}; {checkpoints.newest()}"
       )
   pending.clear()
   return row
