@@ -224,7 +224,7 @@ def plot(
   try:
     path.write_bytes(image.getvalue())
   except OSError as error:
-    raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from error
+    raise files.unwritable(path, error) from error
   return path
 
 

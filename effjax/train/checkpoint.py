@@ -112,7 +112,7 @@ class Checkpoints:
       _to_disk(self.directory)
     except Exception as error:  # Orbax and TensorStore raise many types for a failed write.
       self._clear()
-      told = f"checkpoint of step {step} could not be written; {self.newest()}: {error}"
+      told = f"checkpoint of step {step} could not be written to disk; {self.newest()}: {error}"
       raise OSError(told) from error
     for old in self.steps()[: -self._keep]:
       shutil.rmtree(self.directory / str(old))

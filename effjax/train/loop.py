@@ -107,30 +107,29 @@ def fit(
     number = start = int(state.step)
     log = Log(directory, start, tensorboard=config.tensorboard)
     pending, observe = [], getattr(batches, "observe", None)
-    bar = tqdm(total=config.steps, initial=start, disable=not config.progress, unit="step")
-    for number in range(start + 1, config.steps + 1):
-      batch = _put(next(batches), placement)
-      if number == start + 1:
-        settings.write(state, batch)
-      state, metrics = step(state, batch, rng)
-      pending.append((number, metrics))
-      due = lambda every, number=number: number in (config.steps, number // every * every)
-      judge = evaluate if due(config.evaluate_every) else None
-      if judge or due(config.log_every) or observe is not None:
-        row = _drain(pending, checkpoints) | (judge(state.params) if judge else {})
-        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-      if observe is not None:
-        observe(row)
-      if judge or due(config.log_every):
-        log.write(row)
-      leaving = stop.asked  # read once: what is asked for later is for the next step
-      if due(config.checkpoint_every) or leaving:
-        _drain(pending, checkpoints)
-        checkpoints.save(number, state, data=batches.get_state())
-      bar.update()
-      if leaving:
-        break
-    bar.close()
+    with tqdm(total=config.steps, initial=start, disable=not config.progress, unit="step") as bar:
+      for number in range(start + 1, config.steps + 1):
+        batch = _put(next(batches), placement)
+        if number == start + 1:
+          settings.write(state, batch)
+        state, metrics = step(state, batch, rng)
+        pending.append((number, metrics))
+        due = lambda every, number=number: number in (config.steps, number // every * every)
+        judge = evaluate if due(config.evaluate_every) else None
+        if judge or due(config.log_every) or observe is not None:
+          row = _drain(pending, checkpoints) | (judge(state.params) if judge else {})
+          bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        if observe is not None:
+          observe(row)
+        if judge or due(config.log_every):
+          log.write(row)
+        leaving = stop.asked  # read once: what is asked for later is for the next step
+        if due(config.checkpoint_every) or leaving:
+          _drain(pending, checkpoints)
+          checkpoints.save(number, state, data=batches.get_state())
+        bar.update()
+        if leaving:
+          break
     stop.leave(f"step {number} is saved in {checkpoints.directory}; run again to go on")
   return state
 
