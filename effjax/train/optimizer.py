@@ -8,6 +8,7 @@ import optax
 from effjax.core import trees
 from effjax.core.typing import PyTree
 from effjax.train.adafactor import scale_by_adafactor
+from effjax.train.masters import master_copies
 
 
 @dataclasses.dataclass
@@ -70,7 +71,9 @@ def matrices(params: PyTree, pattern: str = OptimizerConfig.decay) -> PyTree:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Clipping, then the optimiser of `config` on its schedule.
+  """Clipping, then the optimiser of `config` on its schedule, all in float32 (`master_copies`).
+
+  Norms, moments and updates are in float32 where parameters and gradients have 16 bits.
 
   Raises:
     ValueError: for an unknown name, or a number out of range.
@@ -88,7 +91,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   else:
     decayed = optax.add_decayed_weights(config.weight_decay, mask=decay)
     rule = optax.chain(scale_by_adafactor(decay), decayed, optax.scale_by_learning_rate(rate))
-  return optax.chain(optax.clip_by_global_norm(config.clip), rule) if config.clip else rule
+  clipped = optax.chain(optax.clip_by_global_norm(config.clip), rule) if config.clip else rule
+  return master_copies(clipped)
 
 
 def _check(config: OptimizerConfig) -> None:
