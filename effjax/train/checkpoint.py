@@ -6,9 +6,11 @@ every file. It is made under another name and renamed when all of it is on disk.
 
 import contextlib
 import dataclasses
+import logging
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,7 @@ class Checkpoints:
   def __enter__(self):
     self._held.enter_context(locked(self.directory.with_name(self.directory.name + ".lock")))
     self._writes = True
-    for path in self.directory.glob("*" + UNFINISHED):
-      shutil.rmtree(path)
+    self._clear()
     return self
 
   def __exit__(self, *_):
@@ -104,15 +105,15 @@ class Checkpoints:
       )
     unfinished = self.directory / f"{step}{UNFINISHED}"
     try:
-      v1.save_checkpointables(unfinished, {"state": state}, overwrite=True)
+      with _quiet():
+        v1.save_checkpointables(unfinished, {"state": state}, overwrite=True)
       records.write(unfinished, {"data": data, "arrays": _layout(state)})
       unfinished.rename(self.directory / str(step))
       _to_disk(self.directory)
     except Exception as error:  # Orbax and TensorStore raise many types for a failed write.
-      shutil.rmtree(unfinished, ignore_errors=True)
-      good = f"; last good checkpoint: step {before[-1]}" if before else ""
-      message = f"checkpoint of step {step} could not be written to {self.directory}{good}: {error}"
-      raise OSError(message) from error
+      self._clear()
+      told = f"checkpoint of step {step} could not be written to disk; {self.newest()}: {error}"
+      raise OSError(told) from error
     for old in self.steps()[: -self._keep]:
       shutil.rmtree(self.directory / str(old))
 
@@ -145,6 +146,13 @@ class Checkpoints:
       return saved
     raise Damaged(f"{self.directory}: {_told(damage)}; good ones: {self.good_steps() or 'none'}")
 
+  def newest(self) -> str:
+    """Where a run could go on from, for messages."""
+    steps = self.steps()
+    return (
+      f"last good checkpoint: {f'step {steps[-1]}' if steps else 'none yet'} in {self.directory}"
+    )
+
   def good_steps(self) -> list[int]:
     """Steps that have an undamaged checkpoint, ascending; reads all of their files."""
     good = []
@@ -153,6 +161,10 @@ class Checkpoints:
         records.read(self.directory / str(step))
         good.append(step)
     return good
+
+  def _clear(self) -> None:
+    for path in self.directory.glob(f"*{UNFINISHED}*"):
+      shutil.rmtree(path, ignore_errors=True)
 
   def _read(self, step: int, like: PyTree) -> Saved:
     path = self.directory / str(step)
@@ -173,6 +185,20 @@ class Checkpoints:
       aside = f", and kept as *{DAMAGED}"
     told = f"{self.directory}: {_told(damage)}; passed over{aside}: going on from step {good}"
     warnings.warn(told, stacklevel=3)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Without the log of what goes wrong, tracebacks in it: that is raised too."""
+  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+  before = [logger.disabled for logger in loggers]
+  for logger in loggers:
+    logger.disabled = True
+  try:
+    yield
+  finally:
+    for logger, disabled in zip(loggers, before, strict=True):
+      logger.disabled = disabled
 
 
 def _told(damage: dict[int, str]) -> str:

@@ -32,7 +32,7 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
   """
   path = Path(path)
   workdir.make(path.parent)
-  with open(path, "a+", encoding="utf-8") as file:
+  with open(path, "ab+", buffering=0) as file:
     _take(file, path)
     yield
 
@@ -44,12 +44,14 @@ def _take(file, path: Path) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:
     file.seek(0)
-    holder = file.read().strip() or "another process"
+    holder = file.read().decode() or "another process"
     allowed = "allowed: wait until it ends, or another directory"
     raise BlockingIOError(error.errno, f"in use by {holder}; {allowed}", str(path.parent)) from None
   except OSError as error:
     warnings.warn(f"{path} cannot be locked ({error.strerror}): keep others away", stacklevel=4)
     return
-  file.truncate(0)
-  file.write(f"process {os.getpid()} on {socket.gethostname()}")
-  file.flush()
+  try:
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+  except OSError as error:
+    raise workdir.unwritable(path, error) from error

@@ -1,11 +1,12 @@
 """The training loop: batches in, checkpoints and metrics out, resumed to the bit."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -99,36 +100,36 @@ def fit(
     OSError: when `workdir` cannot be written, or another process trains in it.
   """
   directory = Path(workdir)
-  with _Stop() as stop, Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints:
+  opened = Checkpoints(directory / "checkpoints", keep=config.keep)
+  with _Stop() as stop, opened as checkpoints, _naming(opened):
     settings = Settings(directory, step, rng, placement, moments(state))
     state = _resume(checkpoints, state, batches, config.steps, settings)
     number = start = int(state.step)
     log = Log(directory, start, tensorboard=config.tensorboard)
     pending, observe = [], getattr(batches, "observe", None)
-    bar = tqdm(total=config.steps, initial=start, disable=not config.progress, unit="step")
-    for number in range(start + 1, config.steps + 1):
-      batch = _put(next(batches), placement)
-      if number == start + 1:
-        settings.write(state, batch)
-      state, metrics = step(state, batch, rng)
-      pending.append((number, metrics))
-      due = lambda every, number=number: number in (config.steps, number // every * every)
-      judge = evaluate if due(config.evaluate_every) else None
-      if judge or due(config.log_every) or observe is not None:
-        row = _drain(pending, checkpoints) | (judge(state.params) if judge else {})
-        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-      if observe is not None:
-        observe(row)
-      if judge or due(config.log_every):
-        log.write(row)
-      leaving = stop.asked  # read once: what is asked for later is for the next step
-      if due(config.checkpoint_every) or leaving:
-        _drain(pending, checkpoints)
-        checkpoints.save(number, state, data=batches.get_state())
-      bar.update()
-      if leaving:
-        break
-    bar.close()
+    with tqdm(total=config.steps, initial=start, disable=not config.progress, unit="step") as bar:
+      for number in range(start + 1, config.steps + 1):
+        batch = _put(next(batches), placement)
+        if number == start + 1:
+          settings.write(state, batch)
+        state, metrics = step(state, batch, rng)
+        pending.append((number, metrics))
+        due = lambda every, number=number: number in (config.steps, number // every * every)
+        judge = evaluate if due(config.evaluate_every) else None
+        if judge or due(config.log_every) or observe is not None:
+          row = _drain(pending, checkpoints) | (judge(state.params) if judge else {})
+          bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        if observe is not None:
+          observe(row)
+        if judge or due(config.log_every):
+          log.write(row)
+        leaving = stop.asked  # read once: what is asked for later is for the next step
+        if due(config.checkpoint_every) or leaving:
+          _drain(pending, checkpoints)
+          checkpoints.save(number, state, data=batches.get_state())
+        bar.update()
+        if leaving:
+          break
     stop.leave(f"step {number} is saved in {checkpoints.directory}; run again to go on")
   return state
 
@@ -189,6 +190,18 @@ class _Stop:
     os.write(2, f"\n{self.asked.name}: the step is finished and saved{again}\n".encode())
 
 
+@contextlib.contextmanager
+def _naming(checkpoints: Checkpoints) -> Iterator[None]:
+  """Adds to the error of a file where the run can go on from."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None:
+      raise
+    what = f"{error.strerror}; {checkpoints.newest()}"
+    raise OSError(error.errno, what, error.filename) from error
+
+
 def _put(batch: Batch, placement: Placement | None) -> Batch:
   return batch if placement is None else jax.device_put(batch, placement.batch(batch))
 
@@ -224,11 +237,9 @@ def _drain(pending: list[tuple[int, dict]], checkpoints: Checkpoints) -> dict[st
   for number, metrics in jax.device_get(pending):
     row = {"step": number} | {name: np.asarray(x).tolist() for name, x in metrics.items()}
     if not row.pop("finite", math.isfinite(row["loss"])):
-      steps = checkpoints.steps()
-      good = f"step {steps[-1]} in {checkpoints.directory}" if steps else "none yet"
       raise FloatingPointError(
         f"step {number}: loss is {row['loss']} and the norm of the gradients"
-        f" {row.get('grad_norm')}; last good checkpoint: {good}"
+        f" {row.get('grad_norm')}; {checkpoints.newest()}"
       )
   pending.clear()
   return row

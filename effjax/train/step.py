@@ -16,6 +16,7 @@ from effjax.core.known import number
 from effjax.core.numerics import wide
 from effjax.core.typing import Array, Key, PyTree, Size
 from effjax.parallel.placement import Anywhere, Placement
+from effjax.train.masters import master_copies
 from effjax.train.objectives import Batch, Objective
 from effjax.train.state import TrainState
 
@@ -100,7 +101,7 @@ def make_train_step(
     (1.0, 1.0)
   """
   microbatches = number("microbatches", microbatches, integer=True, least=1)
-  place = placement or Anywhere()
+  place, optimizer = placement or Anywhere(), master_copies(optimizer)
 
   def step(objective: Objective, state: TrainState, batch: Batch, rng: Key):
     chosen, rest = state.partition()

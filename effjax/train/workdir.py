@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from effjax.core.lines import json_lines
+
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 
@@ -55,7 +57,7 @@ def make(directory: str | os.PathLike) -> None:
   try:
     Path(directory).mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise _unwritable(directory, error) from error
+    raise unwritable(directory, error) from error
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -71,12 +73,16 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows of a JSONL file, without a last line that was cut off; [] when there is no file."""
+  """The rows of a JSONL file, without a last line that was cut off; [] when there is no file.
+
+  Raises:
+    ValueError: for a line that is not JSON, naming file and line.
+  """
   path = Path(path)
   if not path.exists():
     return []
-  whole, _, _ = path.read_text().rpartition("\n")
-  return [json.loads(line) for line in whole.splitlines() if line]
+  whole, _, _ = path.read_text("utf-8", errors="replace").rpartition("\n")
+  return [row for _, row in json_lines(whole, path)]
 
 
 def append_row(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
@@ -102,7 +108,7 @@ def append_row(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
       file.flush()
       os.fsync(file.fileno())
   except OSError as error:
-    raise _unwritable(path, error) from error
+    raise unwritable(path, error) from error
 
 
 def write_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -125,7 +131,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
       os.fsync(file.fileno())
     new.replace(path)
   except OSError as error:
-    raise _unwritable(path, error) from error
+    raise unwritable(path, error) from error
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -160,5 +166,6 @@ def _end_of_last_line(file, block: int = 65536) -> int:
   return 0
 
 
-def _unwritable(path: str | os.PathLike, error: OSError) -> OSError:
+def unwritable(path: str | os.PathLike, error: OSError) -> OSError:
+  """The error of a file that cannot be written, naming it, which Python's own may not."""
   return OSError(error.errno, f"cannot write ({error.strerror})", str(path))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,52 @@ def test_adafactor_holds_a_row_and_a_column_for_a_matrix():
   params = {"kernel": jnp.ones((256, 128))}
   state = make_optimizer(OptimizerConfig(name="adafactor")).init(params)
   assert sum(x.size for x in jax.tree.leaves(state)) < 256 + 128 + 10
+
+
+def _updates(optimizer, grads, steps=3):
+  """The last of some updates; gradients grow, so that clipping is at work."""
+  state, update = optimizer.init(grads), jax.jit(optimizer.update)
+  for i in range(steps):
+    scaled = jax.tree.map(lambda x, i=i: x * 10**i, grads)
+    updates, state = update(scaled, state, grads)
+  return updates
+
+
+def _draw(*shape):
+  sizes = np.exp(np.random.default_rng(sum(shape)).normal(size=(*shape[:-2], 1, 1)))
+  return jnp.asarray(sizes * np.random.default_rng(1).normal(size=shape), jnp.float32)
+
+
+@pytest.fixture
+def adafactor():
+  config = OptimizerConfig(
+    name="adafactor", learning_rate=0.1, warmup=0, clip=0.0, weight_decay=0.0
+  )
+  return make_optimizer(dataclasses.replace(config, steps=10**9))
+
+
+def test_adafactor_is_optaxs_for_single_matrices_and_vectors(adafactor):
+  peer = optax.adafactor(0.1, multiply_by_parameter_scale=False)
+  grads = {
+    "kernel": _draw(130, 140),
+    "small": {"kernel": _draw(5, 300)},
+    "bias": _draw(1, 1, 7)[0, 0],
+  }
+  ours, theirs = _updates(adafactor, grads), _updates(peer, grads)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, theirs)
+
+
+@pytest.mark.parametrize("repeats", [3, 200])
+def test_adafactor_takes_stacked_layers_as_single_ones(adafactor, repeats):
+  """200 layers are more than the columns that are factored, 3 are fewer."""
+  stack = {"kernel": _draw(repeats, 130, 140)[..., :136], "norm": _draw(repeats, 1, 9)[:, 0]}
+  stack["experts"] = {"kernel": _draw(repeats, 2, 3, 4)}
+  whole = _updates(adafactor, stack)
+  for i in (0, repeats - 1):
+    alone = _updates(adafactor, jax.tree.map(lambda x, i=i: x[i], stack))
+    jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5), whole, alone)
+  sizes = np.sqrt(np.square(whole["norm"]).mean(-1))
+  assert sizes.max() <= 0.1 * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("wrong", [{"name": "sgd"}, {"steps": 0}, {"clip": -1.0}, {"warmup": -1}])
