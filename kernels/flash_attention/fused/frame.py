@@ -2,12 +2,14 @@
 
 Forward, by rows of tiles: O and LSE. Backward, by rows: dQ; by columns: dK and dV; and the gradient
 of the bias, whose size is T × S in any case. The backward kernels compute P = exp(S − LSE) again
-from the inputs and LSE alone, with D = rowsum(dO∘O) − dLSE.
+from the inputs and LSE alone, with D = rowsum(dO∘O) − dLSE; LSE is kept as a row's greatest score
+and the logarithm of a sum, since scores near −3e38 leave no digits of that.
 
 Reference: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,11 +18,12 @@ import jax.numpy as jnp
 from effjax.core import numerics
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention.fused import steps
-from effjax.kernels.flash_attention.fused.jobs import Job, Kernels, Settings
+from effjax.kernels.flash_attention.fused.jobs import NOTHING, Job, Kernels, Settings
 from effjax.kernels.flash_attention.fused.sizes import Sizes, choose
 from effjax.kernels.flash_attention.tile_map.sight import Where
 
 WIDEST = 256
+_MOST = 2.0**11  # from where on float32 has too few digits for a log-sum-exp
 
 
 def refusal(query: Array, value: Array) -> str | None:
@@ -74,38 +77,49 @@ def attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(settings, query, key, value, bias, where):
-  return _forward(settings, query, key, value, bias, where)
+  return _forward(settings, query, key, value, bias, where)[:2]
 
 
 def _attention_fwd(settings, query, key, value, bias, where):
-  out, lse = _forward(settings, query, key, value, bias, where)
-  return (out, lse), (query, key, value, bias, where, out, lse)
+  out, lse, *parts = _forward(settings, query, key, value, bias, where)
+  return (out, lse), (query, key, value, bias, where, out, *parts)
 
 
 def _forward(settings, query, key, value, bias, where):
+  """Output, log-sum-exp, and its two parts in the unit of the scores and of log 2."""
   job = Job.of(settings, settings.sizes.forward, query, key, value, bias, where)
-  out, lse = settings.kernels.forward(job)
   T = query.shape[1]
-  out, lse = out[..., :T, :, : value.shape[-1]], jnp.swapaxes(lse, 2, 3)[:, :, :T]
-  return (out[0], lse[0]) if settings.splits == 1 else _joined(out, lse, query.dtype)
+  out, *lines = settings.kernels.forward(job)
+  out = out[..., :T, :, : value.shape[-1]]
+  top, log_sum = (jnp.swapaxes(x, 2, 3)[:, :, :T] for x in lines)
+  if settings.splits == 1:
+    out, top, log_sum = out[0], top[0], log_sum[0]
+  else:
+    out, top, log_sum = _joined(out, top, log_sum, job.log2)
+  return out.astype(query.dtype), top * job.unit + log_sum * math.log(2), top, log_sum
 
 
-def _joined(out: Array, lse: Array, dtype: Any) -> tuple[Array, Array]:
+def _joined(out: Array, top: Array, log_sum: Array, log2: float) -> tuple[Array, Array, Array]:
   """Attention from its parts over disjoint keys, along the first axis."""
-  whole = jax.nn.logsumexp(lse, axis=0)
-  share = jnp.exp(lse - jnp.where(whole > -jnp.inf, whole, 0.0)[None])
-  return jnp.sum(out * share[..., None], axis=0).astype(dtype), whole
+  most = top.max(axis=0)
+  base = jnp.where(most == -jnp.inf, 0.0, most)
+  sums = jnp.exp2((top - base[None]) * log2 + log_sum)
+  total = sums.sum(axis=0)
+  safe = jnp.where(total == 0, 1.0, total)
+  return jnp.sum(out * (sums / safe[None])[..., None], axis=0), most, jnp.log2(safe)
 
 
 def _backward(settings, saved, cotangents):
-  query, key, value, bias, where, out, lse = saved
+  query, key, value, bias, where, out, top, log_sum = saved
   d_out, d_lse = cotangents
-  some = lse > -jnp.inf
   delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_lse
-  delta = jnp.where(some, delta, 0.0)
-  # Rows with nothing to attend to, padded ones among them: 2^(score − large) = 0.
-  lse = jnp.where(some, lse * steps.LOG2E, -steps.FLOOR)
-  job = functools.partial(Job.of, settings, d_out=d_out, lse=lse, delta=delta)
+  unit = steps.unit(settings.scale, settings.softcap, bias is not None)
+  lse = top * (unit * steps.LOG2E) + log_sum
+  lse = jnp.where(jnp.abs(lse) < _MOST, lse, jnp.nan)
+  lines = {"top": top, "log_sum": log_sum, "lse": lse, "delta": delta}
+  none = top == -jnp.inf
+  lines = {name: jnp.where(none, NOTHING[name], x) for name, x in lines.items()}
+  job = functools.partial(Job.of, settings, d_out=d_out, lines=lines)
   arguments = (query, key, value, bias, where)
   kernels, sizes = settings.kernels, settings.sizes
   like = lambda x, whole: x[:, : whole.shape[1], :, : whole.shape[3]]

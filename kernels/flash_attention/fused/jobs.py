@@ -13,13 +13,17 @@ from effjax.kernels.flash_attention.fused.sizes import Size, Sizes
 from effjax.kernels.flash_attention.tile_map.blocks import TileList, tile_lists
 from effjax.kernels.flash_attention.tile_map.sight import Sight, Where
 
+# What makes 2^(score − large) = 0 of rows with nothing to attend to, padded ones among them.
+NOTHING = {"top": -steps.FLOOR, "log_sum": 0.0, "lse": -steps.FLOOR, "delta": 0.0}
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
   """A platform's kernels; each takes a `Job` and returns padded arrays.
 
   Attributes:
-    forward: out [P, B, T, N, Hv] and log-sum-exp [P, B, N, T] of P parts of each row's tiles.
+    forward: of P parts of each row's tiles out [P, B, T, N, Hv] and, [P, B, N, T], the maximum of
+      the scores in their unit and log₂ of the sum of 2^(score − maximum).
     queries: dQ [B, T, N, H].
     keys: dK [B, S, K, H] and dV [B, S, K, Hv].
     bias: the bias's gradient, in its shape.
@@ -58,7 +62,9 @@ class Job:
     seen: booleans of a tile from its parts of `queries` and `keys` and the positions of its keys.
     queries, keys: pytrees of integers [b, h, length], see `Sight`.
     query … bias: [B, T, N, H], [B, S, K, H], [B, S, K, Hv], [b, n, T, S].
-    d_out, lse, delta: backward only: [B, T, N, Hv], and [B, N, T] with LSE in units of log 2.
+    d_out: backward only, [B, T, N, Hv].
+    lines: backward only, by name, [B, N, T]: "top" and "log_sum" of the forward kernel; "lse", both
+      in units of log 2, NaN where it has too few digits; "delta".
   """
 
   settings: Settings
@@ -74,8 +80,7 @@ class Job:
   value: Array
   bias: Array | None
   d_out: Array | None = None
-  lse: Array | None = None
-  delta: Array | None = None
+  lines: dict[str, Array] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def of(
@@ -89,8 +94,7 @@ class Job:
     where: Where,
     *,
     d_out: Array | None = None,
-    lse: Array | None = None,
-    delta: Array | None = None,
+    lines: dict[str, Array] | None = None,
     by_columns: bool = False,
   ) -> "Job":
     """The arrays padded, and the tiles of each row (or column) listed."""
@@ -120,8 +124,7 @@ class Job:
       value=head(value, wide),
       bias=bias if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, long - T), (0, wide - S))),
       d_out=d_out if d_out is None else head(d_out, long),
-      lse=lse if lse is None else line(lse, -steps.FLOOR),
-      delta=delta if delta is None else line(delta, 0),
+      lines={name: line(x, NOTHING[name]) for name, x in (lines or {}).items()},
     )
 
   @property
@@ -134,9 +137,27 @@ class Job:
     """Number of query tiles and of key tiles."""
     return self.query.shape[1] // self.size.queries, self.key.shape[1] // self.size.keys
 
-  def scores(self, a: Array, b: Array, bias: Array | None, seen: Array | None):
-    """Those of a tile, see `steps.scores`."""
-    return steps.scores(a, b, bias, seen, self.settings.scale, self.settings.softcap)
+  @property
+  def hides(self) -> bool:
+    """Whether some pairs may not see each other."""
+    return self.any_partial or self.bias is not None
+
+  @property
+  def unit(self) -> float:
+    """Of the scores."""
+    return steps.unit(self.settings.scale, self.settings.softcap, self.bias is not None)
+
+  @property
+  def log2(self) -> float:
+    """A unit of the scores in units of log 2."""
+    return self.unit * steps.LOG2E
+
+  def scores(self, a: Array, b: Array, bias: Array | None, shown: steps.Shown):
+    """Those of a tile, see `steps.scores`, and `shown` with what the bias hides hidden."""
+    if shown.exact and bias is not None:
+      shown = shown.without(bias.astype(jnp.float32) == -jnp.inf)
+    found = steps.scores(a, b, bias, shown, self.settings.scale, self.settings.softcap)
+    return *found, shown
 
   def result(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """A result that varies over the mesh axes that the arguments vary over."""

@@ -27,58 +27,62 @@ from effjax.kernels.flash_attention.fused.sizes import Sizes
 _LANES = 128
 
 
-def _forward(job: Job) -> tuple[Array, Array]:
+def _forward(job: Job) -> tuple[Array, ...]:
   B, T, N, _ = job.query.shape
   Hv, rows = job.value.shape[-1], job.size.queries
 
-  def kernel(step, x, out, lse, *state):
+  def kernel(step, x, out, top, log_sum, *state):
     @pl.when(step.first)
     def _():
       _put(state, steps.start(rows, Hv))
 
-    def tile(masked):
-      logits, _ = job.scores(x.query[...], x.key[...], _read(x.bias), step.seen(x, masked))
-      _put(state, steps.accumulate(tuple(ref[...] for ref in state), logits, x.value[...]))
+    def tile(shown, *carry):
+      logits, _, shown = job.scores(x.query[...], x.key[...], _read(x.bias), shown)
+      return steps.accumulate(carry, logits, x.value[...], shown, job.log2)
 
-    step.visit(tile)
+    step.visit(x, tile, state)
 
     @pl.when(step.last)
     def _():
-      result, log_sum = steps.finish(*(ref[...] for ref in state))
+      result, *sums = steps.finish(*(ref[...] for ref in state))
       out[...] = result.astype(out.dtype)
-      lse[...] = _turned(log_sum)
+      _put((top, log_sum), map(_turned, sums))
 
-  results = ("bnqh", (B, N, T, Hv), job.query.dtype), ("bn1q", (B, N, 1, T), jnp.float32)
+  line = ("bn1q", (B, N, 1, T), jnp.float32)
+  results = ("bnqh", (B, N, T, Hv), job.query.dtype), line, line
   scratch = [(rows, 1), (rows, 1), (rows, Hv)]
-  out, lse = _call(job, kernel, _by_rows(job), results, scratch)
-  return jnp.swapaxes(out, 1, 2)[None], lse[None, :, :, 0]
+  out, *sums = _call(job, kernel, _by_rows(job), results, scratch)
+  return jnp.swapaxes(out, 1, 2)[None], *(x[None, :, :, 0] for x in sums)
 
 
 def _queries(job: Job) -> Array:
   B, T, N, H = job.query.shape
   rows = job.size.queries
 
-  def kernel(step, x, d_query, total, lse, delta):
+  def kernel(step, x, d_query, total, *lines):
     @pl.when(step.first)
     def _():
-      values = jnp.zeros((rows, H), jnp.float32), _turned(x.lse[...]), _turned(x.delta[...])
-      _put((total, lse, delta), values)
+      values = (_turned(ref[...]) for ref in (x.top, x.delta))
+      _put((total, *lines), (jnp.zeros((rows, H), jnp.float32), *values))
 
-    def tile(masked):
+    def tile(shown, total):
       k = x.key[...]
-      logits, slope = job.scores(x.query[...], k, _read(x.bias), step.seen(x, masked))
+      top, delta = (ref[...] for ref in lines)
+      logits, slope, shown = job.scores(x.query[...], k, _read(x.bias), shown)
+      weights = jnp.exp2((logits - top) * job.log2)
       d_weights = steps.dot(x.d_out[...], x.value[...], (1, 1))
-      gradient = steps.score_gradient(jnp.exp2(logits - lse[...]), d_weights, delta[...])
-      total[...] += steps.dot(steps.times(gradient, slope), k)
+      gradient = steps.score_gradient(weights, d_weights, delta, slope)
+      return (total + shown.dot(gradient, k),)
 
-    step.visit(tile)
+    step.visit(x, tile, (total,))
 
     @pl.when(step.last)
     def _():
-      d_query[...] = (total[...] * job.settings.scale).astype(d_query.dtype)
+      share = jnp.exp2(-_turned(x.log_sum[...]))
+      d_query[...] = (total[...] * (job.settings.scale * share)).astype(d_query.dtype)
 
   results = (("bnqh", (B, N, T, H), job.query.dtype),)
-  (d_query,) = _call(job, kernel, _by_rows(job), results, [(rows, H), (rows, 1), (rows, 1)])
+  (d_query,) = _call(job, kernel, _by_rows(job), results, [(rows, H)] + [(rows, 1)] * 2)
   return jnp.swapaxes(d_query, 1, 2)
 
 
@@ -91,17 +95,16 @@ def _keys(job: Job) -> tuple[Array, Array]:
     def _():
       _put(sums, (jnp.zeros((rows, width), jnp.float32) for width in (H, Hv)))
 
-    def tile(masked):
+    def tile(shown, d_k, d_v):
       q, d_out = x.query[...], x.d_out[...]
       bias = None if x.bias is None else x.bias[...].astype(jnp.float32).T
-      logits, slope = job.scores(x.key[...], q, bias, step.seen(x, masked))
-      weights = jnp.exp2(logits - x.lse[...])
+      logits, slope, shown = job.scores(x.key[...], q, bias, shown)
+      weights = steps.weights(logits, job.log2, x.top[...], x.log_sum[...])
       d_weights = steps.dot(x.value[...], d_out, (1, 1))
-      gradient = steps.score_gradient(weights, d_weights, x.delta[...])
-      sums[0][...] += steps.dot(steps.times(gradient, slope), q)
-      sums[1][...] += steps.dot(weights, d_out)
+      gradient = steps.score_gradient(weights, d_weights, x.delta[...], slope)
+      return d_k + shown.dot(gradient, q), d_v + shown.dot(weights, d_out)
 
-    step.visit(tile)
+    step.visit(x, tile, sums)
 
     @pl.when(step.last)
     def _():
@@ -127,10 +130,12 @@ def _bias(job: Job) -> Array:
     def _():
       total[...] = jnp.zeros_like(total)
 
-    logits, _ = job.scores(x.query[...], x.key[...], x.bias[...], step.seen(x, True))
+    top, log_sum, delta = (_turned(ref[...]) for ref in (x.top, x.log_sum, x.delta))
+    shown = step.shown(x, True, True)
+    logits, _, shown = job.scores(x.query[...], x.key[...], x.bias[...], shown)
     d_weights = steps.dot(x.d_out[...], x.value[...], (1, 1))
-    weights = jnp.exp2(logits - _turned(x.lse[...]))
-    total[...] += steps.score_gradient(weights, d_weights, _turned(x.delta[...]))
+    weights = steps.weights(logits, job.log2, top, log_sum)
+    total[...] += shown.hide(steps.score_gradient(weights, d_weights, delta, None), 0.0)
 
     @pl.when(step.last)
     def _():
@@ -235,21 +240,35 @@ class _Step:
     self.last = (self.kind & walks.LAST != 0) & (repeat == route.repeats - 1)
     self.key_tile = route.axes["k"][1](*ids, *lists)
 
-  def visit(self, tile: Any) -> None:
-    """Runs `tile(masked)` if there is a tile to visit."""
+  def visit(self, x: Any, tile: Any, state: Any) -> None:
+    """Puts `tile(shown, *state)` into the state if there is a tile to visit.
+
+    Where something may be hidden, and what the tile gives is not finite, as 0 · NaN is not, what it
+    gives exactly.
+    """
+    run = lambda *how: tile(self.shown(x, *how), *(ref[...] for ref in state))
+
+    def visit(masked):
+      found = run(masked, False)
+      if not (masked or self.job.bias is not None):
+        return _put(state, found)
+      good = steps.finite(*found)
+      pl.when(good)(lambda: _put(state, found))
+      pl.when(~good)(lambda: _put(state, run(masked, True)))
+
     for flag, present in ((walks.FULL, self.job.any_full), (walks.PARTIAL, self.job.any_partial)):
       if present:
-        pl.when(self.kind & flag != 0)(functools.partial(tile, flag == walks.PARTIAL))
+        pl.when(self.kind & flag != 0)(functools.partial(visit, flag == walks.PARTIAL))
 
-  def seen(self, x: Any, masked: bool) -> Array | None:
-    """The predicate on the tile."""
+  def shown(self, x: Any, masked: bool, exact: bool) -> steps.Shown:
+    """The predicate, unless all is seen, on the tile."""
     if not masked:
-      return None
+      return steps.Shown(None, exact)
     size, axis = self.job.size, int(self.route.keys_across)
     shape = (size.queries, size.keys) if axis else (size.keys, size.queries)
     at = self.key_tile * size.keys + lax.broadcasted_iota(jnp.int32, shape, axis)
     whole = lambda tree: jax.tree.map(lambda ref: jnp.broadcast_to(ref[...], shape), tree)
-    return self.job.seen(whole(x.queries), whole(x.keys), at)
+    return steps.Shown(self.job.seen(whole(x.queries), whole(x.keys), at), exact)
 
 
 def _call(
@@ -291,6 +310,7 @@ def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, st
   """Arrays with heads before lengths, and lines laid along or across a tile; and their kinds."""
   heads_first = dict.fromkeys(("query", "d_out"), "bnqh")
   heads_first |= dict.fromkeys(("key", "value"), "bmkh")
+  lines = ("top", "log_sum", "delta")
   along, across = np.s_[..., None], np.s_[:, :, None]
   queries, keys = (along, across) if keys_across else (across, along)
   place = lambda tree, at: jax.tree.map(lambda x: x[at], tree)
@@ -298,11 +318,11 @@ def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, st
   operands |= {
     name: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), getattr(job, name)) for name in heads_first
   }
-  operands |= {name: place(getattr(job, name), across) for name in ("lse", "delta")}
+  operands |= {name: place(job.lines.get(name), across) for name in lines}
   operands |= {"queries": place(job.queries, queries), "keys": place(job.keys, keys)}
-  lines = {"lse": "bn1q", "delta": "bn1q"}
-  lines |= {"queries": "bnq1" if keys_across else "bn1q", "keys": "bn1k" if keys_across else "bnk1"}
-  return operands, heads_first | lines | {"bias": "bnqk"}
+  kinds = heads_first | dict.fromkeys(lines, "bn1q") | {"bias": "bnqk"}
+  kinds |= {"queries": "bnq1" if keys_across else "bn1q", "keys": "bn1k" if keys_across else "bnk1"}
+  return operands, kinds
 
 
 KERNELS = Kernels(_forward, _queries, _keys, _bias, "tpu", lambda width: width)
