@@ -1,14 +1,17 @@
 """Attention on arrays: the one entry through which every module attends."""
 
 import functools
+import math
 import typing
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.attention import masks, parts
+from effjax.attention import scores as score_values
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import reference
 from effjax.kernels.flash_attention.fused import cudnn, frame, gpu, tpu
@@ -34,25 +37,30 @@ def attend(
   value: Float[Array, "B S K Hv"],
   *,
   mask: masks.Mask | None = None,
-  scale: float | None = None,
-  logit_softcap: float | None = None,
+  scale: float | Float[Array, "#N"] | None = None,
+  logit_softcap: float | Float[Array, ""] | None = None,
   bias: Float[Array, "#B #N #T #S"] | None = None,
+  scores: score_values.Score | None = None,
   segment_ids: Int[Array, "B S"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
   query_positions: Int[Array, "B T"] | None = None,
   sinks: Float[Array, "N"] | None = None,
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-  """softmax(softcap(scale · query keyᵀ) + bias) value, over the keys each query may see.
+  """softmax(softcap(scale · query keyᵀ) + bias + scores) value, over the keys each query may see.
 
   Query head n uses key-value head n // (N / K). A query that may see nothing gives zeros, a
   log-sum-exp of −inf and no gradients. All implementations honour all arguments or raise.
 
   Args:
     mask: who sees whom (`effjax.attention.masks`); None is everyone.
-    scale: factor on the scores, H^−½ when None.
-    logit_softcap: c in c · tanh(score / c), before bias and mask.
+    scale: factor on the scores, H^−½ when None: a number, or an array, of one or of a factor for
+      each head, which may be traced and trains.
+    logit_softcap: c in c · tanh(score / c), before bias and mask: a number above 0, or a traced
+      one, which trains.
     bias: added to the scores; each axis is full or 1. It may hold −inf.
+    scores: what is added to them as a function of positions and small arrays, which train
+      (`effjax.attention.scores`), with no T × S matrix.
     segment_ids: [B, S] for a sequence whose last T tokens ask, or a pair for queries and keys:
       equal ids see each other within the mask; a negative id is padding and sees nothing.
     query_positions: absolute position of each query among the keys' slots 0 … S − 1, as decoding
@@ -81,9 +89,10 @@ def attend(
   """
   mask = masks.Full() if mask is None else mask
   check_arrays(query, key, value, bias, sinks)
-  B, T, N, H = query.shape
+  B, T, N, _ = query.shape
   S = key.shape[1]
-  check_places(B, T, S, N, mask, query_positions)
+  check_places(B, T, S, N, mask, scores, query_positions)
+  query, scale = scaled(query, scale)
   run = _pick(implementation, query, value)
   if run is cudnn.attention:
     run = functools.partial(run, return_lse=return_lse or sinks is not None)
@@ -92,9 +101,10 @@ def attend(
     key,
     value,
     mask=mask,
-    scale=H**-0.5 if scale is None else scale,
-    logit_softcap=logit_softcap,
+    scale=scale,
+    logit_softcap=cap(logit_softcap),
     bias=bias,
+    scores=scores,
     segment_ids=_id_pair(segment_ids, B, T, S, query_positions),
     query_positions=query_positions,
   )
@@ -151,18 +161,72 @@ def check_arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> Non
     raise ValueError(f"sinks has shape {sinks.shape} of {sinks.dtype}, expected {(N,)} of floats")
 
 
-def check_places(B: int, T: int, S: int, N: int, mask: Any, positions: Any) -> None:
-  """Raises ValueError where `mask` or `positions` does not apply to these sizes."""
+def check_places(B: int, T: int, S: int, N: int, mask: Any, scores: Any, positions: Any) -> None:
+  """Raises ValueError where `mask`, `scores` or `positions` does not apply to these sizes."""
   if not isinstance(mask, masks.Mask):
     raise ValueError(
       f"mask is {type(mask).__name__}, expected a mask of effjax.attention.masks; "
-      "booleans can be given as a bias of 0 and -inf"
+      "booleans can be given as a bias of 0 and -inf, and scores as scores="
     )
   mask.check(B, T, S, positions is not None)
   if mask.heads not in (1, N):
     raise ValueError(f"mask: it tells {mask.heads} heads apart, and query has {N}")
+  if scores is not None and not isinstance(scores, score_values.Score):
+    raise ValueError(
+      f"scores is {type(scores).__name__}, expected a score of effjax.attention.scores; "
+      "an array can be given as a bias, and a mask as mask="
+    )
+  if scores is not None:
+    scores.check(B, T, S, N)
   if positions is not None and (positions.ndim != 2 or positions.shape not in ((B, T), (1, T))):
     raise ValueError(f"query_positions has shape {positions.shape}, expected {(B, T)}")
+
+
+def scaled(query: Array, scale: Any) -> tuple[Array, float]:
+  """`query`, and the factor on its scores that is part of the program: an array is multiplied in.
+
+  Raises:
+    ValueError: a scale that is not finite where that is known, or of another shape.
+  """
+  N, H = query.shape[2:]
+  scale = H**-0.5 if scale is None else _known(scale)
+  if isinstance(scale, float):
+    if not math.isfinite(scale):
+      raise ValueError(f"scale={scale}; allowed: finite numbers")
+    return query, scale
+  if scale.shape not in ((), (N,)):
+    raise ValueError(f"scale has shape {scale.shape}, expected () or {(N,)}, one for each head")
+  if not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale, float)).all():
+    raise ValueError(f"scale={scale}; allowed: finite numbers")
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  factor = jnp.asarray(scale).astype(wide)[..., None]
+  return (query.astype(wide) * factor).astype(query.dtype), 1.0
+
+
+def cap(logit_softcap: Any) -> Any:
+  """`logit_softcap` as a float where it is known, None and a traced one as they are.
+
+  Raises:
+    ValueError: one that is not above 0 and finite where that is known, or no scalar.
+  """
+  if logit_softcap is None:
+    return None
+  logit_softcap = _known(logit_softcap)
+  if isinstance(logit_softcap, float):
+    if not 0 < logit_softcap < math.inf:
+      raise ValueError(
+        f"logit_softcap={logit_softcap}; allowed: finite numbers above 0, or None for no cap"
+      )
+  elif logit_softcap.shape != ():
+    raise ValueError(f"logit_softcap has shape {logit_softcap.shape}, expected ()")
+  return logit_softcap
+
+
+def _known(x: Any) -> Any:
+  """A number, of Python, numpy or jax, as a float where its value is known; else an array."""
+  if isinstance(x, jax.core.Tracer):
+    return x
+  return jnp.asarray(x) if np.ndim(x) else float(x)
 
 
 def _id_pair(ids: Any, B: int, T: int, S: int, positions: Any) -> tuple[Array, Array] | None:

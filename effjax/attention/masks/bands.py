@@ -1,13 +1,11 @@
 """Masks of position alone, part of the compiled program."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 
-from effjax.attention.masks.base import FAR, Index, Mask, at_least, namespace
+from effjax.attention.masks.base import FAR, Mask, at_least, namespace
 
 
 class _Band(Mask):
@@ -134,31 +132,3 @@ class BlockWindow(Mask):
       grid.touching(start(first - self.left), start(last + self.right + 1) - 1),
       grid.inside(start(last - self.left), start(first + self.right + 1) - 1),
     )
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Predicate(Mask):
-  """A mask of your own: `function(q, k)`, on arrays of positions that broadcast, gives booleans.
-
-  Args:
-    function: of jax.numpy operations alone, hashable, since it is part of the compiled program.
-    visited: a mask that holds every pair of this one; its tiles are visited.
-
-  Example:
-    >>> Predicate(lambda q, k: (q + k) % 2 == 0, visited=Causal()).dense(3).astype(int).tolist()
-    [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
-  """
-
-  function: Callable[[Index, Index], Any]
-  visited: Mask = Full()
-
-  def __post_init__(self):
-    if jax.tree.leaves(self.visited) or self.visited.heads > 1:
-      raise ValueError("Predicate: visited must be a mask without arrays that is one for all heads")
-
-  def predicate(self, q, k, q_features, k_features):
-    return self.function(q, k) & self.visited.predicate(q, k, (), ())
-
-  def spans(self, grid, q_features, k_features):
-    return self.visited.spans(grid, (), ())[0], Mask.spans(self, grid, (), ())[1]
