@@ -42,7 +42,7 @@ def matmul(x: Float[Array, "... D"], w: Array) -> Array:
   return y.reshape(x.shape[:-1] + w.shape[1:])
 
 
-def softcap(x: Array, cap: float | None) -> Array:
+def softcap(x: Array, cap: float | Array | None) -> Array:
   """cap · tanh(x / cap), or `x` when `cap` is None (Gemma 2, arXiv 2408.00118)."""
   return x if cap is None else cap * jnp.tanh(x / cap)
 

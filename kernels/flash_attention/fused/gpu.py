@@ -31,12 +31,14 @@ def _forward(job: Job) -> tuple[Array, ...]:
 
     def put(here, rows, exact):
       queries = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
+      line = _entries(job, x, lambda ref: ())
 
       def tile(j, n, masked, carry):
         there = pl.ds(j * n, n)
-        shown = _shown(job, queries, _across(x.keys, there), j * n, (1, n), masked, exact)
-        bias = None if x.bias is None else x.bias[here, there]
-        logits, _, shown = job.scores(x.query[here, :], x.key[there, :], bias, shown)
+        keys, at = _across(x.keys, there), _positions(j * n, (1, n))
+        bias, given = None if x.bias is None else x.bias[here, there], (masked, exact)
+        q, k = x.query[here, :], x.key[there, :]
+        logits, _, shown = job.scores(q, k, queries, keys, at, line, bias, _cap(x), given)
         return steps.accumulate(carry, logits, x.value[there, :], shown, job.log2)
 
       start = steps.start(rows, job.value.shape[-1])
@@ -64,14 +66,15 @@ def _queries(job: Job) -> Array:
 
     def put(here, rows, exact):
       queries = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
+      line = _entries(job, x, lambda ref: ())
       top, log_sum, delta = (x.lines[name][here][:, None] for name in _LINES)
 
       def tile(j, n, masked, carry):
         there = pl.ds(j * n, n)
-        shown = _shown(job, queries, _across(x.keys, there), j * n, (1, n), masked, exact)
-        bias = None if x.bias is None else x.bias[here, there]
-        k = x.key[there, :]
-        logits, slope, shown = job.scores(x.query[here, :], k, bias, shown)
+        keys, at = _across(x.keys, there), _positions(j * n, (1, n))
+        bias, given = None if x.bias is None else x.bias[here, there], (masked, exact)
+        q, k = x.query[here, :], x.key[there, :]
+        logits, slope, shown = job.scores(q, k, queries, keys, at, line, bias, _cap(x), given)
         weights = jnp.exp2((logits - top) * job.log2)
         d_weights = steps.dot(x.d_out[here, :], x.value[there, :], (1, 1))
         return carry + shown.dot(steps.score_gradient(weights, d_weights, delta, slope), k)
@@ -95,22 +98,23 @@ def _keys(job: Job) -> tuple[Array, Array]:
 
     def put(here, rows, exact):
       k, v = x.key[here, :], x.value[here, :]
-      names = _LINES if exact or job.bias is not None else ("lse", "delta")
+      names = _LINES if exact or job.adds else ("lse", "delta")
       first = j * size.keys + (here.start if exact else 0)
 
       def head(g, carry):
         of_head = lambda ref: g if ref.shape[0] > 1 else 0
         columns = jax.tree.map(lambda ref: ref[of_head(ref), here][:, None], x.keys)
+        line = _entries(job, x, lambda ref: (of_head(ref),))
 
         def tile(i, n, masked, carry):
           d_k, d_v = carry
           there = pl.ds(i * n, n)
           queries = jax.tree.map(lambda ref: ref[of_head(ref), there][None, :], x.queries)
-          shown = _shown(job, queries, columns, first, (rows, 1), masked, exact)
+          at, given = _positions(first, (rows, 1)), (masked, exact)
           bias = None if x.bias is None else x.bias[of_head(x.bias), there, here].T
           q, d_out = x.query[there, g, :], x.d_out[there, g, :]
           *ends, delta = (x.lines[name][g, there][None, :] for name in names)
-          logits, slope, shown = job.scores(k, q, bias, shown)
+          logits, slope, shown = job.scores(k, q, queries, columns, at, line, bias, _cap(x), given)
           weights = steps.weights(logits, job.log2, *ends)
           d_weights = steps.dot(v, d_out, (1, 1))
           gradient = steps.score_gradient(weights, d_weights, delta, slope)
@@ -146,10 +150,11 @@ def _bias(job: Job) -> Array:
       of = lambda ref: (b if ref.shape[0] > 1 else 0, g if ref.shape[1] > 1 else 0)
       rows = jax.tree.map(lambda ref: ref[(*of(ref), slice(None))][:, None], x.queries)
       columns = jax.tree.map(lambda ref: ref[(*of(ref), slice(None))][None, :], x.keys)
-      shown = _shown(job, rows, columns, j * size.keys, (1, size.keys), True, True)
+      at, line = _positions(j * size.keys, (1, size.keys)), _entries(job, x, of)
       q, k = x.query[b, :, g, :], x.key[b, :, kv, :]
       top, log_sum, delta = (x.lines[name][b, g, :][:, None] for name in _LINES)
-      logits, _, shown = job.scores(q, k, x.bias[0, 0], shown)
+      given = x.bias[0, 0], _cap(x), (True, True)
+      logits, slope, shown = job.scores(q, k, rows, columns, at, line, *given)
       weights = steps.weights(logits, job.log2, top, log_sum)
       d_weights = steps.dot(x.d_out[b, :, g, :], x.value[b, :, kv, :], (1, 1))
       return total + shown.hide(steps.score_gradient(weights, d_weights, delta, None), 0.0)
@@ -215,14 +220,18 @@ def _across(keys: Any, here: Any) -> Any:
   return jax.tree.map(lambda ref: ref[here][None, :], keys)
 
 
-def _shown(
-  job: Job, queries: Any, keys: Any, first: Array, shape: Any, masked: bool, exact: bool
-) -> steps.Shown:
-  """The predicate, unless all is seen, on a tile; its keys, from `first` on, lie as in `shape`."""
-  if not masked:
-    return steps.Shown(None, exact)
-  at = first + lax.broadcasted_iota(jnp.int32, shape, int(shape[0] == 1))
-  return steps.Shown(job.seen(queries, keys, at), exact)
+def _positions(first: Any, shape: tuple[int, int]) -> Array:
+  """Of keys from `first` on, along the axis of `shape` that is not one."""
+  return first + lax.broadcasted_iota(jnp.int32, shape, int(shape[0] == 1))
+
+
+def _entries(job: Job, x: Any, head: Callable[[Any], tuple[Any, ...]]) -> Callable[..., Any]:
+  """A function from positions to the entries of the lines at `head`, looked up one by one."""
+  return lambda q, k: jax.tree.map(lambda ref: ref[(*head(ref), job.entry(q, k))], x.line)
+
+
+def _cap(x: Any) -> Array | None:
+  return None if x.cap is None else x.cap[0, 0]
 
 
 _LINES = "top", "log_sum", "delta"
@@ -236,6 +245,8 @@ _OPERANDS = {
   "bias": "bnqk",
   "d_out": "bqnh",
   "lines": "bnq",
+  "line": "bn.",
+  "cap": "..",
 }
 
 
@@ -301,7 +312,7 @@ _PROGRAMS = 256  # about as many as fill a device
 _LEAST = 256  # keys for which a part is worth its own program
 _FEW = 64  # queries that one tile holds
 
-KERNELS = Kernels(_forward, _queries, _keys, _bias, "gpu", pl.next_power_of_2)
+KERNELS = Kernels(_forward, _queries, _keys, _bias, lambda terms: None, "gpu", pl.next_power_of_2)
 
 
 @row_bias.outside

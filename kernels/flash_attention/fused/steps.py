@@ -63,7 +63,7 @@ class Shown:
     wide = b.astype(jnp.float32)
     kept = jnp.where(jnp.abs(wide) < jnp.inf, wide, 0.0).astype(b.dtype)
     # How many are seen of ∞ and of −∞, NaN being both, as the digits of one number.
-    flags = jnp.where(wide < jnp.inf, 0.0, 1.0) + jnp.where(wide > -jnp.inf, 0.0, _DIGIT)
+    flags = jnp.where(wide < jnp.inf, 0.0, 1.0) + jnp.where(wide > -jnp.inf, 0.0, float(_DIGIT))
     seen = jnp.where(self.seen, 1.0, 0.0).astype(b.dtype)
     ends = dot(seen, flags.astype(b.dtype)).astype(jnp.int32)
     up = jnp.where(ends % _DIGIT > 0, jnp.inf, 0.0)
@@ -75,10 +75,10 @@ def finite(*arrays: Array) -> Array:
   return jnp.abs(sum(jnp.sum(x) for x in arrays)) < jnp.inf
 
 
-def unit(scale: float, softcap: Any, extra: bool) -> float:
+def unit(scale: float, softcap: float | None, extra: bool) -> float:
   """What a unit of `scores` is worth; `extra` says whether something is added to them."""
   factor = scale if softcap is None else softcap
-  return factor if not extra and isinstance(factor, float) and factor > 0 else 1.0
+  return factor if not extra and factor > 0 else 1.0
 
 
 def scores(
@@ -87,14 +87,14 @@ def scores(
   extra: Float[Array, "I J"] | None,
   shown: Shown,
   scale: float,
-  softcap: Any,
+  softcap: float | Array | None,
 ) -> tuple[Array, Array | None]:
   """softcap(scale · a bᵀ) + extra in their `unit`, −inf where not seen; the soft cap's derivative."""
   logits, factor, slope = dot(a, b, (1, 1)), scale, None
   if softcap is not None:
     logits, factor = jnp.tanh(logits * (scale / softcap)), softcap
     slope = 1 - logits * logits
-  if unit(scale, softcap, extra is not None) == 1.0:
+  if not isinstance(factor, float) or unit(scale, softcap, extra is not None) == 1.0:
     logits = logits * factor
   if extra is not None:
     logits = logits + extra.astype(jnp.float32)

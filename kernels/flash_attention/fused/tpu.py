@@ -7,6 +7,7 @@ leaves out. What a row sums stays in VMEM from its first tile to its last.
 
 import dataclasses
 import functools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from effjax.kernels.flash_attention.fused import frame, steps, walks
 from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
 from effjax.kernels.flash_attention.fused.places import Place
 from effjax.kernels.flash_attention.fused.sizes import Sizes
+from effjax.kernels.flash_attention.tile_map.terms import Terms
 
 _LANES = 128
 
@@ -36,8 +38,8 @@ def _forward(job: Job) -> tuple[Array, ...]:
     def _():
       _put(state, steps.start(rows, Hv))
 
-    def tile(shown, *carry):
-      logits, _, shown = job.scores(x.query[...], x.key[...], _read(x.bias), shown)
+    def tile(how, *carry):
+      logits, _, shown = step.scores(x, x.query[...], x.key[...], _read(x.bias), how)
       return steps.accumulate(carry, logits, x.value[...], shown, job.log2)
 
     step.visit(x, tile, state)
@@ -65,10 +67,10 @@ def _queries(job: Job) -> Array:
       values = (_turned(ref[...]) for ref in (x.top, x.delta))
       _put((total, *lines), (jnp.zeros((rows, H), jnp.float32), *values))
 
-    def tile(shown, total):
+    def tile(how, total):
       k = x.key[...]
       top, delta = (ref[...] for ref in lines)
-      logits, slope, shown = job.scores(x.query[...], k, _read(x.bias), shown)
+      logits, slope, shown = step.scores(x, x.query[...], k, _read(x.bias), how)
       weights = jnp.exp2((logits - top) * job.log2)
       d_weights = steps.dot(x.d_out[...], x.value[...], (1, 1))
       gradient = steps.score_gradient(weights, d_weights, delta, slope)
@@ -95,10 +97,10 @@ def _keys(job: Job) -> tuple[Array, Array]:
     def _():
       _put(sums, (jnp.zeros((rows, width), jnp.float32) for width in (H, Hv)))
 
-    def tile(shown, d_k, d_v):
+    def tile(how, d_k, d_v):
       q, d_out = x.query[...], x.d_out[...]
       bias = None if x.bias is None else x.bias[...].astype(jnp.float32).T
-      logits, slope, shown = job.scores(x.key[...], q, bias, shown)
+      logits, slope, shown = step.scores(x, x.key[...], q, bias, how)
       weights = steps.weights(logits, job.log2, x.top[...], x.log_sum[...])
       d_weights = steps.dot(x.value[...], d_out, (1, 1))
       gradient = steps.score_gradient(weights, d_weights, x.delta[...], slope)
@@ -131,8 +133,8 @@ def _bias(job: Job) -> Array:
       total[...] = jnp.zeros_like(total)
 
     top, log_sum, delta = (_turned(ref[...]) for ref in (x.top, x.log_sum, x.delta))
-    shown = step.shown(x, True, True)
-    logits, _, shown = job.scores(x.query[...], x.key[...], x.bias[...], shown)
+    scored = x.query[...], x.key[...], x.bias[...]
+    logits, _, shown = step.scores(x, *scored, (True, True))
     d_weights = steps.dot(x.d_out[...], x.value[...], (1, 1))
     weights = steps.weights(logits, job.log2, top, log_sum)
     total[...] += shown.hide(steps.score_gradient(weights, d_weights, delta, None), 0.0)
@@ -238,19 +240,19 @@ class _Step:
     self.kind = lists[2][route.entry(*ids)] if lists else walks.PARTIAL | walks.FIRST | walks.LAST
     self.first = (self.kind & walks.FIRST != 0) & (repeat == 0)
     self.last = (self.kind & walks.LAST != 0) & (repeat == route.repeats - 1)
-    self.key_tile = route.axes["k"][1](*ids, *lists)
+    self.key_tile, self.query_tile = (route.axes[kind][1](*ids, *lists) for kind in "kq")
 
   def visit(self, x: Any, tile: Any, state: Any) -> None:
-    """Puts `tile(shown, *state)` into the state if there is a tile to visit.
+    """Puts `tile((masked, exact), *state)` into the state if there is a tile to visit.
 
     Where something may be hidden, and what the tile gives is not finite, as 0 · NaN is not, what it
     gives exactly.
     """
-    run = lambda *how: tile(self.shown(x, *how), *(ref[...] for ref in state))
+    run = lambda *how: tile(how, *(ref[...] for ref in state))
 
     def visit(masked):
       found = run(masked, False)
-      if not (masked or self.job.bias is not None):
+      if not (masked or self.job.adds):
         return _put(state, found)
       good = steps.finite(*found)
       pl.when(good)(lambda: _put(state, found))
@@ -260,15 +262,33 @@ class _Step:
       if present:
         pl.when(self.kind & flag != 0)(functools.partial(visit, flag == walks.PARTIAL))
 
-  def shown(self, x: Any, masked: bool, exact: bool) -> steps.Shown:
-    """The predicate, unless all is seen, on the tile."""
-    if not masked:
-      return steps.Shown(None, exact)
-    size, axis = self.job.size, int(self.route.keys_across)
-    shape = (size.queries, size.keys) if axis else (size.keys, size.queries)
-    at = self.key_tile * size.keys + lax.broadcasted_iota(jnp.int32, shape, axis)
-    whole = lambda tree: jax.tree.map(lambda ref: jnp.broadcast_to(ref[...], shape), tree)
-    return steps.Shown(self.job.seen(whole(x.queries), whole(x.keys), at), exact)
+  def scores(self, x: Any, a: Array, b: Array, bias: Array | None, how: tuple[bool, bool]):
+    """As `Job.scores`."""
+    job, size, axis = self.job, self.job.size, int(self.route.keys_across)
+    queries = keys = at = None
+    if how[0] or job.term is not None:
+      shape = (size.queries, size.keys) if axis else (size.keys, size.queries)
+      at = self.key_tile * size.keys + lax.broadcasted_iota(jnp.int32, shape, axis)
+      whole = lambda tree: jax.tree.map(lambda ref: jnp.broadcast_to(ref[...], shape), tree)
+      queries, keys = whole(x.queries), whole(x.keys)
+    return job.scores(a, b, queries, keys, at, self._line(x), bias, _read(x.cap), how)
+
+  def _line(self, x: Any) -> Any:
+    """A function that gives the tile's entries of the lines, which lie on its diagonals."""
+    size = self.job.size
+    along, across = (self.query_tile, size.queries), (self.key_tile, size.keys)
+    if not self.route.keys_across:
+      along, across = across, along
+    (i, rows), (j, columns) = along, across
+    tiles = self.job.tiles[0 if self.route.keys_across else 1]
+
+    def tile(ref):
+      start = j * columns - i * rows + (tiles - 1) * rows
+      start = pl.multiple_of(start, math.gcd(rows, columns))
+      part = jnp.broadcast_to(ref[:, pl.ds(start, rows + columns)], (rows, rows + columns))
+      return pltpu.roll(part, columns + 1, 1, stride=1, stride_axis=0)[:, :columns]
+
+    return lambda q, k: jax.tree.map(tile, x.line)
 
 
 def _call(
@@ -314,18 +334,30 @@ def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, st
   along, across = np.s_[..., None], np.s_[:, :, None]
   queries, keys = (along, across) if keys_across else (across, along)
   place = lambda tree, at: jax.tree.map(lambda x: x[at], tree)
-  operands = {"bias": job.bias}
+  # Row r of a tile begins r entries earlier in a line: of keys across the greatest distance first.
+  turn = lambda x: jnp.pad(x[..., ::-1] if keys_across else x, ((0, 0), (0, 0), (0, 1)))[:, :, None]
+  operands = {"bias": job.bias, "line": jax.tree.map(turn, job.line), "cap": job.cap}
   operands |= {
     name: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), getattr(job, name)) for name in heads_first
   }
   operands |= {name: place(job.lines.get(name), across) for name in lines}
   operands |= {"queries": place(job.queries, queries), "keys": place(job.keys, keys)}
-  kinds = heads_first | dict.fromkeys(lines, "bn1q") | {"bias": "bnqk"}
+  kinds = heads_first | dict.fromkeys(lines, "bn1q") | {"bias": "bnqk", "line": "bn1.", "cap": ".."}
   kinds |= {"queries": "bnq1" if keys_across else "bn1q", "keys": "bn1k" if keys_across else "bnk1"}
   return operands, kinds
 
 
-KERNELS = Kernels(_forward, _queries, _keys, _bias, "tpu", lambda width: width)
+def refusal(terms: Terms | None) -> str | None:
+  """Why the kernels cannot take these terms, or None."""
+  if terms is None or terms.diagonal or not jax.tree.leaves(terms.line):
+    return None
+  return (
+    "scores of distances with query_positions, which a TPU would have to look up one by one; "
+    "implementation='xla' takes them"
+  )
+
+
+KERNELS = Kernels(_forward, _queries, _keys, _bias, refusal, "tpu", lambda width: width)
 
 
 @row_bias.outside

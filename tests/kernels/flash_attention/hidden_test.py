@@ -39,7 +39,8 @@ CASES = {
 
 @functools.cache
 def program(name, case, softcap=None):
-  run = functools.partial(IMPLEMENTATIONS[name], scale=0.4, logit_softcap=softcap, **CASES[case])
+  where = {key: x if key == "mask" else jax.tree.map(jnp.asarray, x) for key, x in CASES[case].items()}
+  run = functools.partial(IMPLEMENTATIONS[name], scale=0.4, logit_softcap=softcap, **where)
   return jax.jit(lambda arrays: cases.evaluate(run, arrays, {}))
 
 
@@ -56,7 +57,6 @@ def problem(case, softcap=None):
     seen = np.asarray(where["mask"].dense(T, S, where.get("query_positions")))
     seen = np.broadcast_to(seen.reshape(-1, T, S), (B, T, S))
   if "segment_ids" in where:
-    q, k = (x[:, side] for x, side in zip(where["segment_ids"], np.s_[:, :, None], strict=False))
     q, k = where["segment_ids"][0][:, :, None], where["segment_ids"][1][:, None]
     seen = seen & (q == k) & (q >= 0)
   touched = seen[:, :, BAD].copy()
