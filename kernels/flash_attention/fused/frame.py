@@ -129,7 +129,11 @@ def _joined(out: Array, top: Array, log_sum: Array, log2: float) -> tuple[Array,
 
 def _attention_bwd(settings, saved, cotangents):
   with jax.enable_x64(False):
-    return *_gradients(settings, saved, cotangents), None, _term_gradients(settings, saved, cotangents)
+    return (
+      *_gradients(settings, saved, cotangents),
+      None,
+      _term_gradients(settings, saved, cotangents),
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -295,7 +295,7 @@ def _call(job: Job, kernel: Any, place: Place, *results: tuple[str, Any]) -> tup
   """Runs `kernel(operands, *results)` over the grid; an operand there is not is None."""
   operands = {name: getattr(job, name) for name in _OPERANDS}
   spec = lambda name: jax.tree.map(lambda x: place.spec(x.shape, _OPERANDS[name]), operands[name])
-  return pl.pallas_call(
+  call = pl.pallas_call(
     lambda refs, *outputs: kernel(SimpleNamespace(**refs), *outputs),
     grid=place.grid,
     in_specs=[{name: spec(name) for name in operands}],
@@ -304,7 +304,8 @@ def _call(job: Job, kernel: Any, place: Place, *results: tuple[str, Any]) -> tup
     name=kernel.__qualname__.split(".")[0].lstrip("_"),
     compiler_params=plgpu.CompilerParams(num_warps=job.size.warps, num_stages=job.size.stages),
     interpret=job.settings.interpret,
-  )(operands)
+  )
+  return job.run(call, operands)
 
 
 _PIECE = 16  # the least side of a product

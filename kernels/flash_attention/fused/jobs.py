@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core.typing import Array
-from effjax.kernels.flash_attention.fused import steps
+from effjax.kernels.flash_attention.fused import interpreted, steps
 from effjax.kernels.flash_attention.fused.sizes import Size, Sizes
 from effjax.kernels.flash_attention.tile_map.blocks import TileList, tile_lists
 from effjax.kernels.flash_attention.tile_map.sight import Sight, Where
@@ -129,7 +129,9 @@ class Job:
       return terms.value(q, k, line(sight_q[0], at), sight_q[0], at)
 
     def entry(q, k):
-      return q - k + (wide - 1 - (S - T)) if terms.diagonal else jnp.clip(q - k, 1 - S, S - 1) + S - 1
+      return (
+        q - k + (wide - 1 - (S - T)) if terms.diagonal else jnp.clip(q - k, 1 - S, S - 1) + S - 1
+      )
 
     head = lambda x, length: _padded(x, length, settings.kernels.width(x.shape[-1]))
     line = lambda x, fill: jnp.pad(
@@ -221,8 +223,12 @@ class Job:
 
   def result(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """A result that varies over the mesh axes that the arguments vary over."""
-    kind = jax.typeof(self.query).manual_axis_type
+    kind = jax.typeof(1.0 if self.settings.interpret else self.query).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+  def run(self, call: Callable[..., Any], *operands: Any) -> Any:
+    """A kernel on its operands."""
+    return interpreted.alone(call, operands) if self.settings.interpret else call(*operands)
 
 
 def _plain(tree: Any, length: int, padded: int) -> tuple[Any, Callable[[Any], Any]]:

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from effjax.core.typing import Array, Float
 from effjax.kernels.flash_attention import row_bias
-from effjax.kernels.flash_attention.fused import frame, steps, walks
+from effjax.kernels.flash_attention.fused import frame, interpreted, steps, walks
 from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
 from effjax.kernels.flash_attention.fused.places import Place
 from effjax.kernels.flash_attention.fused.sizes import Sizes
@@ -308,11 +308,14 @@ def _call(
     kernel(_Step(job, route, refs[: len(lists)]), SimpleNamespace(**x), *rest)
 
   last = len(route.grid) - 2
-  return pl.pallas_call(
+  grid = route.grid
+  if job.settings.interpret:
+    grid = tuple(n if isinstance(n, int) else interpreted.unmarked(n) for n in grid)
+  call = pl.pallas_call(
     body,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(lists),
-      grid=route.grid,
+      grid=grid,
       in_specs=[{name: spec(name) for name in operands}],
       out_specs=[route.spec(shape, kinds) for kinds, shape, _ in results],
       scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
@@ -323,7 +326,8 @@ def _call(
       dimension_semantics=(pltpu.PARALLEL,) * 2 + (pltpu.ARBITRARY,) * last
     ),
     interpret=job.settings.interpret,
-  )(*lists, operands)
+  )
+  return job.run(call, *lists, operands)
 
 
 def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, str]]:

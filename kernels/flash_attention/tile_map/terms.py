@@ -41,7 +41,7 @@ class Terms:
   queries: Any
   keys: Any
   line: Any
-  softcap: Array | None
+  softcap: Any  # not checked: jax rebuilds trees with leaves of other types
   start: tuple[Any, ...]
   structure: Any
   trains: tuple[bool, ...]

@@ -57,14 +57,14 @@ def backward(plan, saved, cotangents):
     d_k = steps.zeros(keys_across.shape, wide, query)
     d_v = steps.zeros(values_across.shape, wide, query)
     carry = d_query, d_k, d_v, d_added
-    d_query, d_k, d_v, d_added = lax.scan(row, carry, jnp.arange(plan.q_tiles))[0]
+    d_query, d_k, d_v, d_added = lax.scan(row, carry, jnp.arange(plan.q_tiles, dtype=jnp.int32))[0]
     d_key = layout.put(plan, d_key, layout.from_keys(plan, d_k), c)
     d_value = layout.put(plan, d_value, layout.from_keys(plan, d_v), c)
     return ((d_query, d_key, d_value), d_added), None
 
   start = tuple(steps.zeros(x.shape, x.dtype, query) for x in (rows[0], key, value))
   start = start, added.zeros(query)
-  (gradients, d_added), _ = lax.scan(group, start, jnp.arange(plan.groups))
+  (gradients, d_added), _ = lax.scan(group, start, jnp.arange(plan.groups, dtype=jnp.int32))
   d_query, d_key, d_value = gradients
   return d_query[:, : plan.T], d_key, d_value, *added.gradients(d_added)
 
@@ -91,10 +91,10 @@ def of_terms(plan, saved, cotangents):
 
       return sight.visit(c, i, tile, d_added), None
 
-    return lax.scan(row, d_added, jnp.arange(plan.q_tiles))
+    return lax.scan(row, d_added, jnp.arange(plan.q_tiles, dtype=jnp.int32))
 
   start = None, added.zeros(query)[1]
-  return added.gradients(lax.scan(group, start, jnp.arange(plan.groups))[0])[1]
+  return added.gradients(lax.scan(group, start, jnp.arange(plan.groups, dtype=jnp.int32))[0])[1]
 
 
 def _rows(plan, query, results, cotangents, wide):
@@ -184,10 +184,10 @@ def tangents(plan, saved, moves):
       parts = sight.visit(c, i, tile, (zeros(1), zeros(plan.Hv)))
       return tuple(layout.put_rows(plan, *x, c, i) for x in zip(results, parts, strict=True)), None
 
-    return lax.scan(row, results, jnp.arange(plan.q_tiles))
+    return lax.scan(row, results, jnp.arange(plan.q_tiles, dtype=jnp.int32))
 
   shape = rows[0].shape[:3]
   results = steps.zeros((*shape, 1), wide, query), steps.zeros((*shape, plan.Hv), wide, query)
-  parts = lax.scan(group, results, jnp.arange(plan.groups))[0]
+  parts = lax.scan(group, results, jnp.arange(plan.groups, dtype=jnp.int32))[0]
   d_lse, d_out = (x[:, : plan.T] for x in parts)
   return (d_out - d_lse * out.astype(wide)).astype(query.dtype), d_lse[..., 0]

@@ -98,12 +98,12 @@ def attention(plan, query, key, value, bias, where, terms):
       put = lambda whole, part: layout.put_rows(plan, whole, part, c, i)
       return tuple(map(put, results, (out / safe, lse, rest))), None
 
-    return lax.scan(row, results, jnp.arange(plan.q_tiles))
+    return lax.scan(row, results, jnp.arange(plan.q_tiles, dtype=jnp.int32))
 
   shape = queries.shape[:3]
   results = (
     steps.zeros((*shape, plan.Hv), query.dtype, query),
     *(steps.zeros((*shape, 1), wide, query) for _ in range(2)),
   )
-  out, *lines = lax.scan(group, results, jnp.arange(plan.groups))[0]
+  out, *lines = lax.scan(group, results, jnp.arange(plan.groups, dtype=jnp.int32))[0]
   return out[:, : plan.T], *(x[:, : plan.T, :, 0] for x in lines)

@@ -39,7 +39,9 @@ CASES = {
 
 @functools.cache
 def program(name, case, softcap=None):
-  where = {key: x if key == "mask" else jax.tree.map(jnp.asarray, x) for key, x in CASES[case].items()}
+  where = {
+    key: x if key == "mask" else jax.tree.map(jnp.asarray, x) for key, x in CASES[case].items()
+  }
   run = functools.partial(IMPLEMENTATIONS[name], scale=0.4, logit_softcap=softcap, **where)
   return jax.jit(lambda arrays: cases.evaluate(run, arrays, {}))
 
@@ -99,3 +101,36 @@ def test_what_is_hidden_may_be_anything(name, case):
     d_out[touched & ~blind] = bad
     got = program(name, case)([query, key, value, bias, d_out, d_lse])
     check(got, seen, touched & ~blind, want)
+
+
+WIDE = {
+  "all least": lambda least: np.full((T, S), least),
+  "huge": lambda least: np.full((T, S), -2e30),
+  "two": lambda least: np.where(np.arange(S) % 3 == 1, -1e30, least)[None].repeat(T, 0),
+  "one row of each": lambda least: np.where(
+    np.arange(T)[:, None] % 2 == 0, least, np.where(np.arange(S) % 2 == 0, -50.0, -1e4)[None]
+  ),
+}
+
+
+@EVERY
+def test_only_minus_infinity_hides(name):
+  """Rows of scores that are all finfo.min, or huge, are uniform; so are their gradients."""
+  arrays = cases.operands(B, T, S, N, K, H, H, (1, 1, T, S))
+  for wide in WIDE.values():
+    arrays[3] = jnp.asarray(wide(np.finfo(np.float32).min), jnp.float32)[None, None]
+    got = program(name, "bias")(arrays)
+    want = cases.exact(scale=0.4, logit_softcap=None)(arrays, CASES["bias"])
+    for x, y in zip(got, want, strict=True):
+      np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=1e-5, atol=2e-5)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_least_number_of_a_short_type_does_not_hide(name, dtype):
+  arrays = cases.operands(B, T, S, N, K, H, H, (1, 1, T, S), dtype)
+  arrays[3] = jnp.full((1, 1, T, S), jnp.finfo(dtype).min, dtype)
+  got = program(name, "bias")(arrays)
+  errors = cases.errors(got, cases.exact(scale=0.4, logit_softcap=None)(arrays, CASES["bias"]))
+  errors.pop("lse")
+  assert max(errors.values()) < cases.TOLERANCE[dtype], errors
