@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from effjax.attention.attend import attend
 from effjax.core.typing import Array, DTypeLike, Float, Int
 from effjax.core.weights import materialize
-from effjax.layers import Context, Linear, weight
+from effjax.layers import Context, Linear, weight, without_padding
 from effjax.layers.axes import linear_axes
 from effjax.layers.linear import KERNEL_INIT
 
@@ -112,6 +112,7 @@ class Linformer(nn.Module):
   implementation: str | None = None
 
   @nn.compact
+  @without_padding
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context(), cache: Any = None
   ) -> tuple[Float[Array, "B T D"], None]:

@@ -83,7 +83,8 @@ class Score(ByValue):
     """
     S = T if S is None else S
     dtype = jnp.zeros(()).dtype
-    added = terms.Terms.of(self, None, T, S, q_positions, dtype).dense(q_positions)
+    known: Any = terms.Terms.of(self, None, T, S, q_positions, dtype)
+    added = known.dense(q_positions)
     return jnp.broadcast_to(added, (*added.shape[:-2], T, S))
 
   def __add__(self, other: "Score") -> "Score":

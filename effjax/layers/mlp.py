@@ -8,7 +8,7 @@ import jax
 
 from effjax.core.typing import Array, Float
 from effjax.layers.axes import linear_axes
-from effjax.layers.context import Context
+from effjax.layers.context import Context, without_padding
 from effjax.layers.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -59,6 +59,7 @@ class MLP(nn.Module):
   use_bias: bool = False
 
   @nn.compact
+  @without_padding
   def __call__(self, x: Float[Array, "B T D"], context: Context = Context()) -> Array:
     up = Linear(self.width, self.use_bias, name="up")(x)
     gate = Linear(self.width, self.use_bias, name="gate")(x) if self.gated else None

@@ -70,7 +70,7 @@ def _description(model: Model) -> dict[str, Any]:
     f"{role}_token_id": getattr(model.tokenizer, f"{role}_id", None)
     for role in ("bos", "eos", "pad")
   }
-  return description | ids
+  return ids | description
 
 
 def _tensors(model: Model) -> dict[str, safetensors_files.Stored]:
@@ -88,16 +88,12 @@ def _tensors(model: Model) -> dict[str, safetensors_files.Stored]:
 
 
 def _stored(parts: list[tuple[Piece, Any]]) -> safetensors_files.Stored:
+  parts = sorted(parts, key=lambda part: part[0].span or (0,))
   piece, leaf = parts[0]
-  shape = piece.entry.tensor_shape(leaf.shape[0 if piece.index is None else 1 :])
+  shape = piece.entry.tensor_shape(leaf.shape[0 if piece.index is None else 1 :], piece.span)
 
   def make() -> np.ndarray:
-    values = [_block(piece, leaf) for piece, leaf in parts]
-    return values[0] if len(values) == 1 else np.concatenate(values, axis=-1)
+    values = [np.asarray(x if p.index is None else x[p.index]) for p, x in parts]
+    return piece.entry.unload(values[0] if len(values) == 1 else np.concatenate(values, axis=-1))
 
   return shape, np.dtype(leaf.dtype), make
-
-
-def _block(piece: Piece, leaf) -> np.ndarray:
-  value = np.asarray(leaf if piece.index is None else leaf[piece.index])
-  return piece.entry.unload(value)

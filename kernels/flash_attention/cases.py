@@ -149,7 +149,8 @@ def errors(got: tuple[Any, ...], want: tuple[Any, ...]) -> dict[str, float]:
 
   The elements of `want` count as at least `LEAST` on average, for gradients that cancel to nothing;
   those of a bias shared along keys, which sum what all its queries' log-sum-exps ask for, and those
-  of a score's arrays and of a cap, as at least what so many terms of `LEAST` add up to by chance.
+  of a score's arrays and of a cap, which sum over pairs, as at least what so many terms of `LEAST`
+  add up to by chance.
   """
   found = {}
   names = itertools.chain(NAMES, (f"d_scores_{n}" for n in itertools.count()))
@@ -160,8 +161,11 @@ def errors(got: tuple[Any, ...], want: tuple[Any, ...]) -> dict[str, float]:
     if (np.isfinite(x) != finite).any() or (x[~finite] != y[~finite]).any():
       found[name] = np.inf
       continue
-    sums = name.startswith("d_scores") or (name == "d_bias" and y.shape[3] == 1)
-    terms = np.size(want[1]) / y.size if sums else 1.0
+    terms = 1.0
+    if name.startswith("d_scores"):
+      terms = np.size(want[1]) * want[3].shape[1] / y.size
+    elif name == "d_bias" and y.shape[3] == 1:
+      terms = np.size(want[1]) / y.size
     x, y = x[finite], y[finite]
     size = max(np.linalg.norm(y), LEAST * (x.size * terms) ** 0.5)
     found[name] = float(np.linalg.norm(x - y) / size) if x.size else 0.0

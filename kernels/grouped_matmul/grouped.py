@@ -1,5 +1,6 @@
 """One of several weights for each row, standing where one weight stood."""
 
+import functools
 from typing import Any
 
 import jax
@@ -57,7 +58,8 @@ class Grouped(Weight):
     self._check_rows(x)
     sizes = self.sizes.reshape(-1, self.sizes.shape[-1])
     group = jax.vmap(lambda each: group_of_row(each, self.rows // sizes.shape[0]))
-    of_row = lambda sizes, base: jnp.take(base, group(sizes).reshape(-1), axis=0, mode="clip")
+    take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)  # 0 past the last group
+    of_row = lambda sizes, base: take(base, group(sizes).reshape(-1))
     return spmd.map_rows(of_row, sizes, self.base).reshape(*x.shape[:-1], *self.shape)
 
   @property

@@ -75,7 +75,8 @@ def test_affine_beats_symmetric_on_one_sided_values():
 def test_zeros_and_narrow_types_restore(dtype):
   w = jnp.asarray([[0, 3], [0, 0], [0, 0], [0, 0]], dtype)
   for parts in (basics.symmetric(w), basics.affine(w)):
-    restored = basics.restore(*parts)
+    assert parts[1].dtype == jnp.float32
+    restored = basics.restore(*parts, dtype=dtype)
     assert restored.dtype == dtype
     np.testing.assert_allclose(
       np.asarray(restored, np.float32), np.asarray(w, np.float32), rtol=4e-3

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.quant.product import _blocks, integer_product
+from effjax.quant.product import integer_product
 
 
 def operands(rows, columns, batch=1):
@@ -42,9 +42,3 @@ def test_unrolled_layers_do_not_hold_widened_matrices(optimized):
   matrices = [jax.ShapeDtypeStruct((1024, 1024), jnp.int8)] * 6
   memory = jax.jit(chain).lower(x, matrices).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 2 * 1024 * 1024 * 4  # of six times that, widened
-
-
-def test_blocks_divide():
-  assert _blocks(576, 1536) == 4
-  assert _blocks(49_152, 576) == 128
-  assert _blocks(1009, 1021) == 1

@@ -18,8 +18,8 @@ class ByValue:
   def __eq__(self, other: object) -> bool:
     if self is other or type(self) is not type(other):
       return self is other
-    known = not jax.tree.leaves((self, other))
-    return known and jax.tree.structure(self) == jax.tree.structure(other)
+    (values, tree), (others, other_tree) = jax.tree.flatten(self), jax.tree.flatten(other)
+    return not values and not others and bool(tree == other_tree)
 
   def __hash__(self) -> int:
     if jax.tree.leaves(self):
@@ -35,7 +35,7 @@ def rebuilt(data: str, *known: str) -> Callable[[type], type]:
 
   def register(cls: type) -> type:
     def unflatten(values: Any, children: Any) -> Any:
-      x = object.__new__(cls)
+      x: Any = object.__new__(cls)
       for name, value in zip((data, *known), (*children, *values), strict=True):
         object.__setattr__(x, name, value)
       return x
@@ -125,9 +125,9 @@ class Named(ByValue):
 
     Kernels can take no arrays but those given by name.
     """
-    pairs = (1, 1, 3, 2)
+    pairs = (1, 1, 1, 3, 2)  # of batch rows, heads in groups, queries and keys
     place = lambda shape, x: jax.ShapeDtypeStruct(shape, x.dtype)
-    columns, rows = functools.partial(place, (1, 1, 3, 1)), functools.partial(place, (1, 1, 1, 2))
+    columns, rows = (functools.partial(place, (1, 1, 1, *n)) for n in ((3, 1), (1, 2)))
     queries, keys = self.features()
     arrays = {
       **{name: columns(x) for name, x in queries.items()},
@@ -144,5 +144,6 @@ class Named(ByValue):
         f"queries= or keys=, by which kernels can take it"
       )
     (shape,) = (x.shape for x in traced.out_avals)
-    if len(shape) > 4 or np.broadcast_shapes(shape, pairs) != pairs:
+    axes = zip(reversed(shape), reversed(pairs), strict=False)
+    if len(shape) > len(pairs) or any(n not in (1, most) for n, most in axes):
       raise ValueError(f"{owner}: its function gives {shape} for pairs {pairs}; allowed: the same")

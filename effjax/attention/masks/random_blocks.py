@@ -37,7 +37,8 @@ class RandomBlocks(Mask):
   ) -> "RandomBlocks":
     """`number` different blocks for each block of queries, none beside it, nor the first or last.
 
-    Where fewer are left than `number`, all of them. With `causal` they lie before the queries.
+    Where fewer are left than `number`, all of them. With `causal` they lie before the queries, and
+    those of a block are the same for any length.
     """
     for name, value in (("length", length), ("block", block), ("heads", heads)):
       at_least(f"RandomBlocks: {name}", value, 1)
@@ -97,10 +98,12 @@ def _table(
   before, next_after = jnp.maximum(own - 2, 0), jnp.maximum(own + 2, 1)
   after = jnp.zeros_like(own) if causal else jnp.maximum(blocks - 1 - next_after, 0)
   shape = (1, heads, blocks)
+  keys = jax.vmap(lambda block: jax.random.split(jax.random.fold_in(key, block), number))(own[0, 0])
   chosen: list[Array] = []
-  for j, key_j in enumerate(jax.random.split(key, number)):
+  for j in range(number):
     left = before + after - j
-    x = jax.random.randint(key_j, shape, 0, jnp.maximum(left, 1))
+    draw = lambda key, most: jax.random.randint(key, (heads,), 0, most)
+    x = jax.vmap(draw, out_axes=1)(keys[:, j], jnp.maximum(left[0, 0], 1))[None]
     for y in jnp.moveaxis(jnp.sort(jnp.stack(chosen, -1), -1), -1, 0) if chosen else ():
       x = x + (x >= y)
     chosen.append(jnp.where(left > 0, x, FAR))

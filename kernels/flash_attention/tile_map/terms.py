@@ -41,7 +41,7 @@ class Terms:
   queries: Any
   keys: Any
   line: Any
-  softcap: Any  # not checked: jax rebuilds trees with leaves of other types
+  softcap: Any  # not checked here: jax rebuilds trees with leaves of other types
   start: tuple[Any, ...]
   structure: Any
   trains: tuple[bool, ...]
@@ -68,12 +68,11 @@ class Terms:
     if score is not None:
       queries, keys = score.features(positions, S)
       line = score.line(np.arange(1 - (T if diagonal else S), S, dtype=np.int32))
+    # What numpy holds is part of the program.
+    data = lambda x: not isinstance(x, np.ndarray) and jnp.issubdtype(x.dtype, jnp.floating)
+    trains = tuple(map(data, jax.tree.leaves((queries, keys, line))))
     cast = functools.partial(_cast, dtype=dtype)
     queries, keys, line = jax.tree.map(cast, (queries, keys, line))
-    trains = tuple(
-      not isinstance(x, np.ndarray) and jnp.issubdtype(x.dtype, jnp.floating)
-      for x in jax.tree.leaves((queries, keys, line))
-    )
     structure = None if score is None else jax.tree.structure(score)
     return cls(queries, keys, line, softcap, (), structure, trains, diagonal, T, S)
 
@@ -192,9 +191,9 @@ def entries(line: Array, q: Any, k: Any, length: int) -> Array:
   return found.reshape(*found.shape[:-1], *at.shape[-2:])
 
 
-def _cast(x: Any, dtype: Any) -> Any:
-  x = x if isinstance(x, np.ndarray) else jnp.asarray(x)
-  return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+def _cast(x: Any, dtype: Any) -> Array:
+  floating = jnp.issubdtype(x.dtype, jnp.floating)
+  return jnp.asarray(x, dtype if floating else None)
 
 
 def _edge(x: Any, before: int, after: int) -> Any:

@@ -26,11 +26,11 @@ class Added:
 
   def __init__(self, plan: Plan, sight: GroupedSight, bias: Array | None, terms: Any, dtype: Any):
     self.plan, self.sight, self.dtype, self.given = plan, sight, dtype, terms
-    self.biases = None if bias is None else layout.Bias(plan, bias.shape)
-    self.padded_bias = None if bias is None else self.biases.pad(bias)
-    self.bias_like = bias
+    self.biases: Any = None if bias is None else layout.Bias(plan, bias.shape)
+    self.padded_bias: Any = None if bias is None else self.biases.pad(bias)
+    self.bias_like: Any = bias
     self.scored = terms is not None and terms.structure is not None
-    self.cap = plan.softcap if terms is None or terms.softcap is None else terms.softcap
+    self.cap: Any = plan.softcap if terms is None or terms.softcap is None else terms.softcap
     self.trained = [] if terms is None else self.pad(terms.trained)
     if terms is not None:
       terms = self._padded(terms)
@@ -60,8 +60,8 @@ class Added:
     """`value`, and its tangent where the padded `trained` move so."""
     if not self.scored:
       return None, None
-    parts = [(self._read(x, place),) for x in (self.trained, moves)]
-    return jax.jvp(lambda parts: self._value(parts, place), *parts)
+    parts, along = ((self._read(x, place),) for x in (self.trained, moves))
+    return jax.jvp(lambda parts: self._value(parts, place), parts, along)
 
   def slope(self, products: Array, capped: Array) -> Array:
     """Derivative of the capped scores by the cap."""
@@ -120,9 +120,12 @@ class Added:
   def _part(self, kind: str, shape: tuple[int, ...], c: Array, i: Array, j: Array) -> Any:
     """Starts and sizes of what belongs to a tile."""
     plan, t = self.plan, self.plan.tiles
-    at = {"queries": (i * t.queries, t.queries), "keys": (j * t.keys, t.keys)}
-    line = i * t.queries + (plan.k_tiles - 1 - j) * t.keys, t.queries + t.keys - 1
-    at["line"] = line if self.given.diagonal else (0, shape[2])
+    line: Any = i * t.queries + (plan.k_tiles - 1 - j) * t.keys, t.queries + t.keys - 1
+    at = {
+      "queries": (i * t.queries, t.queries),
+      "keys": (j * t.keys, t.keys),
+      "line": line if self.given.diagonal else (0, shape[2]),
+    }
     return layout.part(plan, shape, c, *at[kind])
 
   def _value(self, parts: list[Array], place: Any) -> Array:
