@@ -99,7 +99,7 @@ def attend(
   S = key.shape[1]
   check_places(B, T, S, N, mask, scores, query_positions)
   query, scale = scaled(query, scale)
-  run = _pick(implementation, query, value)
+  run = _pick(implementation, query, value, scores is not None and query_positions is not None)
   if run is cudnn.attention:
     run = functools.partial(run, return_lse=return_lse or sinks is not None)
   out, lse = run(
@@ -119,7 +119,8 @@ def attend(
   return (out, lse) if return_lse else out
 
 
-def _pick(implementation: str | None, query: Array, value: Array) -> Callable:
+def _pick(implementation: str | None, query: Array, value: Array, looks_up: bool) -> Callable:
+  """The implementation; `looks_up` says whether scores at positions are given, as no TPU has."""
   backend = jax.default_backend()
   ready = _EVERYWHERE | _DEVICES.get(backend, {})
   if implementation in ready:
@@ -133,9 +134,8 @@ def _pick(implementation: str | None, query: Array, value: Array) -> Callable:
   if query.shape[1] < _FEW and backend != "gpu":
     return reference.attention
   shared = jax.device_count() > 1 and not jax.typeof(query).manual_axis_type.varying
-  return (
-    xla.attention if shared or frame.refusal(query, value) else ready.get(backend, xla.attention)
-  )
+  refused = frame.refusal(query, value) or (looks_up and backend == "tpu")
+  return xla.attention if shared or refused else ready.get(backend, xla.attention)
 
 
 def arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> tuple[Any, ...]:

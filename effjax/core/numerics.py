@@ -1,7 +1,7 @@
 """Numerical building blocks shared by every room."""
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +160,7 @@ def vary_alike(tree: PyTree, *others: PyTree) -> PyTree:
     *(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(others))
   )
 
-  def mark(leaf: Array) -> Array:
+  def mark(leaf: Any) -> Any:
     missing = tuple(sorted(axes - jax.typeof(leaf).manual_axis_type.varying))
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
