@@ -167,9 +167,7 @@ def _loop(module, slots, room, params, prompt, counts, ends, limit, pad, key, ru
     alive = ~state.ended
     return _State(
       step=state.step + 1,
-      tokens=jax.lax.dynamic_update_slice(
-        state.tokens, chosen[:, None], (jnp.int32(0), state.step)
-      ),
+      tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.step, 1),
       lengths=state.lengths + alive,
       last=chosen,
       previous=state.last,

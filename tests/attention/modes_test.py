@@ -98,12 +98,11 @@ def test_decoding_on_an_explicit_mesh(context, params):
     return jnp.concatenate([y, z], axis=1), cache
 
   cache = MODEL.init_cache(4, 8)
-  spec = lambda x: P("data")
   want, _ = decode(params, TOKENS, cache)
   plain = generate(MODEL, params, TOKENS, max_new_tokens=3)
   with jax.set_mesh(MESH) if context else jax.default_matmul_precision("default"):
     placed, tokens = put(params), put(TOKENS, "data")
-    cache = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(MESH, spec(x))), cache)
+    cache = put(cache, "data")
     y, after = decode(placed, tokens, cache)
     new = generate(MODEL, placed, TOKENS, max_new_tokens=3)
   np.testing.assert_allclose(y, want, atol=1e-5)
@@ -119,7 +118,7 @@ def test_what_is_captured_on_an_explicit_mesh(params):
 
 @pytest.mark.parametrize("mode", ["x64", "strict"])
 def test_64_bits_and_strict_types_change_nothing(mode, params):
-  """Parameters stay of 32 bits; ids and positions become of 64."""
+  """Parameters stay of 32 bits, and ids are of 64."""
   ids = np.where(np.arange(6)[None] < np.array([[6], [4], [6], [1]]), 0, -1)
 
   @jax.jit
@@ -131,15 +130,12 @@ def test_64_bits_and_strict_types_change_nothing(mode, params):
     return y, z, jax.grad(loss)(params), cache
 
   want = results(params, TOKENS, ids.astype(np.int32))
-  text = generate(MODEL, params, TOKENS, max_new_tokens=3).tokens
   kind = np.int64 if mode == "x64" else np.int32
   with jax.enable_x64(True) if mode == "x64" else jax.numpy_dtype_promotion("strict"):
     got = results(params, TOKENS.astype(kind), ids.astype(kind))
-    again = generate(MODEL, params, TOKENS.astype(kind), max_new_tokens=3).tokens
     eager = MODEL.apply({"params": params}, jnp.asarray(TOKENS.astype(kind)))
   chex.assert_trees_all_equal_dtypes(got, want)
   chex.assert_trees_all_close(got, want, atol=1e-4)
-  np.testing.assert_array_equal(again, text)
   assert eager.dtype == jnp.float32
 
 
