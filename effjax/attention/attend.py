@@ -13,7 +13,7 @@ import numpy as np
 from effjax.attention import masks, parts
 from effjax.attention import scores as score_values
 from effjax.attention.masks.base import FAR, of_queries
-from effjax.core import spmd
+from effjax.core import numerics, spmd
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import reference
 from effjax.kernels.flash_attention.fused import cudnn, frame, gpu, tpu
@@ -166,7 +166,7 @@ def places(positions: Any) -> Array | None:
     what = getattr(positions, "dtype", type(positions).__name__)
     raise ValueError(f"query_positions is of {what}, expected an array of integers")
   positions = jnp.asarray(positions)
-  wide = positions.astype(jnp.promote_types(positions.dtype, jnp.int32))
+  wide = positions if positions.dtype.itemsize > 4 else positions.astype(jnp.int32)
   return wide.clip(-FAR // 2, FAR // 2).astype(jnp.int32)
 
 
@@ -242,7 +242,7 @@ def scaled(query: Array, scale: Any) -> tuple[Array, float]:
     raise ValueError(f"scale has shape {scale.shape}, expected () or {(N,)}, one for each head")
   if not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale, float)).all():
     raise ValueError(f"scale={scale}; allowed: finite numbers")
-  wide = jnp.promote_types(query.dtype, jnp.float32)
+  wide = numerics.wide(query.dtype)
   factor = jnp.broadcast_to(scale.astype(wide), (N,))[None, None, :, None]
   return (query.astype(wide) * factor).astype(query.dtype), 1.0
 
