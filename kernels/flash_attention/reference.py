@@ -37,7 +37,7 @@ def attention(
   if bias is not None:
     logits = logits + bias.astype(wide)
   if scores is not None:
-    terms = Terms.of(scores, None, T, S, query_positions, wide)
+    terms: Any = Terms.of(scores, None, T, S, query_positions, wide)
     logits = logits + terms.dense(query_positions).astype(wide)
   logits = jnp.where(_seen(T, S, mask, segment_ids, query_positions), logits, -jnp.inf)
   weights, lse = _softmax(logits)

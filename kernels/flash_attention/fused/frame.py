@@ -41,7 +41,7 @@ def attention(
   *,
   mask: Any,
   scale: float,
-  logit_softcap: float | None = None,
+  logit_softcap: float | Float[Array, ""] | None = None,
   bias: Float[Array, "#B #N #T #S"] | None = None,
   scores: Any = None,
   segment_ids: tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None = None,
