@@ -36,7 +36,7 @@ def attention(
   seen = _seen(T, S, mask, segment_ids, query_positions)
   added = [] if bias is None else [bias.astype(wide)]
   if scores is not None:
-    terms = Terms.of(scores, None, T, S, query_positions, wide)
+    terms: Any = Terms.of(scores, None, T, S, query_positions, wide)
     added.append(terms.dense(query_positions).astype(wide))
   for each in added:
     seen = seen & (each != -jnp.inf)
