@@ -15,29 +15,7 @@ from effjax.layers.spec import TransformerConfig
 MOST_LAYERS = 10_000
 # Where a configuration came from, how it was trained and generates, and what its heads are called.
 HARMLESS = frozenset(
-  """
-  model_type architectures auto_map _name_or_path name_or_path _commit_hash transformers_version
-  torch_dtype dtype transformers.js_config unsloth_version unsloth_fixed is_llama_config
-  initializer_range initializer_factor init_std use_cache use_return_dict return_dict torchscript
-  output_hidden_states output_attentions output_scores return_dict_in_generate output_past
-  gradient_checkpointing pretraining_tp chunk_size_feed_forward reorder_and_upcast_attn
-  attn_implementation _attn_implementation _attn_implementation_autoset use_bfloat16 xla_device
-  is_decoder tf_legacy_loss use_flash_attn _flash_attn_2_enabled tie_encoder_decoder
-  attention_dropout hidden_dropout_prob attention_probs_dropout_prob activation_dropout dropout
-  resid_pdrop embd_pdrop attn_pdrop embed_dropout layerdrop classifier_dropout qa_dropout
-  seq_classif_dropout hidden_dropout
-  bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id
-  decoder_start_token_id forced_bos_token_id forced_eos_token_id begin_suppress_tokens
-  suppress_tokens max_length min_length do_sample early_stopping num_beams num_beam_groups
-  diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
-  no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
-  remove_invalid_values exponential_decay_length_penalty cache_implementation
-  num_labels id2label label2id problem_type finetuning_task task_specific_params prefix
-  tokenizer_class model_max_length max_sequence_length summary_type summary_use_proj
-  summary_activation summary_proj_to_labels summary_first_dropout predict_special_tokens
-  pooler_type pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
-  pooler_size_per_head directionality
-  """.split()
+  ["model_type", "architectures", "auto_map", "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "transformers.js_config", "unsloth_version", "unsloth_fixed", "is_llama_config", "initializer_range", "initializer_factor", "init_std", "use_cache", "use_return_dict", "return_dict", "torchscript", "output_hidden_states", "output_attentions", "output_scores", "return_dict_in_generate", "output_past", "gradient_checkpointing", "pretraining_tp", "chunk_size_feed_forward", "reorder_and_upcast_attn", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "use_bfloat16", "xla_device", "is_decoder", "tf_legacy_loss", "use_flash_attn", "_flash_attn_2_enabled", "tie_encoder_decoder", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "embed_dropout", "layerdrop", "classifier_dropout", "qa_dropout", "seq_classif_dropout", "hidden_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens", "suppress_tokens", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "remove_invalid_values", "exponential_decay_length_penalty", "cache_implementation", "num_labels", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "prefix", "tokenizer_class", "model_max_length", "max_sequence_length", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "predict_special_tokens", "pooler_type", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "directionality"]
 )
 # Fields of every family that must be as they are when left out.
 EVERYWHERE = {

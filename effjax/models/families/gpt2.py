@@ -10,7 +10,6 @@ from effjax.models.families import reading
 from effjax.models.families.fields import Fields, complete
 from effjax.models.families.table import Entry, Family, layer_norm, linear
 
-
 DEFAULTS = {
   "n_inner": None,
   "activation_function": "gelu_new",

@@ -8,7 +8,6 @@ import numpy as np
 
 from effjax.layers.spec import TransformerConfig
 
-
 Span = tuple[int, int, int]
 
 
