@@ -24,7 +24,9 @@ SCORES = {
   "alibi": lambda x: {"scores": ALiBi.standard(HEADS)},
   "relative": lambda x: {"scores": RelativeBias(x)},
   "term": lambda x: {
-    "scores": Term(_TERM, {"a": x[:1, :, None]}, {"b": jnp.zeros((1, 1, LENGTH))}, {"w": x.T[None, :, :31]})
+    "scores": Term(
+      _TERM, {"a": x[:1, :, None]}, {"b": jnp.zeros((1, 1, LENGTH))}, {"w": x.T[None, :, :31]}
+    )
   },
   "cap": lambda x: {"logit_softcap": 30 + x[0, 0]},
 }
@@ -68,7 +70,7 @@ class Case:
     return choose(platform, self.dtype, self.width, length, length, device)
 
   def arguments(self, kernel: str, length: int = LENGTH) -> tuple[Any, ...]:
-    """Shapes and types of query, key, value, ids, a table of scores and, where it is used, a bias."""
+    """Shapes and types of query, key, value, ids, a table and, where it is used, a bias."""
     array = lambda heads: (BATCH, length, heads, self.width)
     shapes = [array(HEADS), array(GROUPS), array(GROUPS)]
     *heads, bias = (

@@ -98,7 +98,7 @@ def _keys(job: Job) -> tuple[Array, Array]:
 
     def put(here, rows, exact):
       k, v = x.key[here, :], x.value[here, :]
-      names = _LINES if exact or job.adds else ("lse", "delta")
+      ends = ("top", "log_sum") if exact or job.adds else ("lse",)
       first = j * size.keys + (here.start if exact else 0)
 
       def head(g, carry):
@@ -113,11 +113,11 @@ def _keys(job: Job) -> tuple[Array, Array]:
           at, given = _positions(first, (rows, 1)), (masked, exact)
           bias = None if x.bias is None else x.bias[of_head(x.bias), there, here].T
           q, d_out = x.query[there, g, :], x.d_out[there, g, :]
-          *ends, delta = (x.lines[name][g, there][None, :] for name in names)
+          of_rows = lambda name: x.lines[name][g, there][None, :]  # late, for registers' sake
           logits, slope, shown = job.scores(k, q, queries, columns, at, line, bias, _cap(x), given)
-          weights = steps.weights(logits, job.log2, *ends)
+          weights = steps.weights(logits, job.log2, *map(of_rows, ends))
           d_weights = steps.dot(v, d_out, (1, 1))
-          gradient = steps.score_gradient(weights, d_weights, delta, slope)
+          gradient = steps.score_gradient(weights, d_weights, of_rows("delta"), slope)
           return d_k + shown.dot(gradient, q), d_v + shown.dot(weights, d_out)
 
         listed = of_head(x.lists.offset)
@@ -127,7 +127,7 @@ def _keys(job: Job) -> tuple[Array, Array]:
       d_k, d_v = lax.fori_loop(0, job.group, head, start)
       d_key[here, :] = (d_k * job.settings.scale).astype(d_key.dtype)
       d_value[here, :] = d_v.astype(d_value.dtype)
-      return d_k, d_v
+      return d_k  # not finite where d_v is not
 
     _exactly(job, put, size.keys, always=True)
 

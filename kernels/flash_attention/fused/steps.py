@@ -7,7 +7,6 @@ goes with its rows is [rows, 1]. Scores are in units of their own (`unit`), whic
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np

@@ -6,7 +6,8 @@ per query):
   l ← l·exp(m − m') + rowsum P;  A ← A·exp(m − m') + PV;  at the end O = A / l, LSE = m + log l.
 Any m that keeps l in range gives the same O and LSE. With `fixed` tiles the maximum over the first
 keys stays; where some l then ends outside 2^±60, those queries start again with the running one,
-as they do where O is not finite, with hidden pairs taken out of the products; which a score like ALiBi's would have all of them do: with one, the maximum runs.
+which a score like ALiBi's would have all of them do: with one, the maximum runs. They start again
+too where O is not finite, with what is hidden taken out of the products.
 
 References: Milakov and Gimelshein, arXiv 1805.02867; FlashAttention-2 (arXiv 2307.08691), algorithm
 1.

@@ -15,7 +15,7 @@ from effjax.core import numerics
 from effjax.core.typing import Array
 from effjax.kernels.flash_attention.tiled.layout import Plan
 
-# Least running maximum: finite, so that a row of −inf scores gives exp(−inf) = 0, and below no score.
+# Least running maximum: finite, so that a row of −inf scores gives exp(−inf) = 0; above no score.
 FLOOR = float(np.finfo(np.float32).min)
 LOG2E = math.log2(math.e)
 _ROUND = np.float32(1.5 * 2**23)  # x plus it has round(x) in its lowest bits
