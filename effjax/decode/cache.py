@@ -85,6 +85,8 @@ def prefill(
 def _check_lengths(lengths: Array | np.ndarray, tokens: Array | np.ndarray) -> None:
   if tuple(lengths.shape) != tuple(tokens.shape[:1]):
     raise ValueError(f"lengths: shape {lengths.shape}; allowed: {tokens.shape[:1]}, one a row")
+  if not jnp.issubdtype(lengths.dtype, jnp.integer):
+    raise ValueError(f"lengths: {lengths.dtype}; allowed: integers")
   values = known(lengths)
   wrong = () if values is None else values[(values < 0) | (values > tokens.shape[1])]
   if len(wrong):

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effjax.core.known import check_ids, is_id
 from effjax.core.numerics import softcap
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Embed, Linear, sinusoidal_positions
@@ -98,10 +99,11 @@ class Transformer(nn.Module):
     """Logits [B, T, V], or hidden states [B, T, D]; with a `cache`, (those, the new cache).
 
     Args:
-      tokens: token ids; what padding holds has no influence, an id out of the vocabulary included.
+      tokens: token ids; what padding holds has no influence, an id out of the vocabulary included;
+        elsewhere a traced one gives NaN.
       segment_ids: packed sequences: equal ids attend to one another, negative is padding. With a
         cache each row is one sequence, and a negative id a token that is not there.
-      positions: None means 0 … T−1.
+      positions: None means 0 … T−1. A traced one past a learned table gives NaN.
       cache: what `init_cache` gives or an earlier call returned.
       memory: what cross-attention reads.
       memory_segment_ids: as `segment_ids`, for `memory`.
@@ -111,7 +113,8 @@ class Transformer(nn.Module):
         one, so steps with a cache have to give it.
 
     Raises:
-      ValueError: when T exceeds `config.context`.
+      ValueError: when T exceeds `config.context`, for facts that do not have the shape of `tokens`,
+        and for ids and learned positions, where they are known, that are out of range.
     """
     config = self.config
     if tokens.shape[1] > config.context:
@@ -125,7 +128,9 @@ class Transformer(nn.Module):
       global_positions=global_positions,
       attributes=attributes,
       previous=previous,
-    ).blanked()
+    )
+    context.check()
+    context = context.blanked()
     embed = Embed(config.vocab_size, config.embed_width or config.width, name="embed")
     x = self._embed(embed, context)
     caches = []
@@ -164,9 +169,10 @@ class Transformer(nn.Module):
       x = Linear(config.width, name="embed_in")(x)
     positions = context.positions_for(x)
     if config.positions == "learned":
+      check_ids("positions", positions, config.context)
       entries = config.context + config.position_offset
-      table = Embed(entries, config.width, name="positions")
-      x = x + table(positions + config.position_offset, self.dtype)
+      row = jnp.where(is_id(positions, config.context), positions + config.position_offset, -1)
+      x = x + Embed(entries, config.width, name="positions")(row, self.dtype)
     if config.positions == "sinusoidal":
       x = x + sinusoidal_positions(positions, config.width).astype(self.dtype)
     if config.token_types:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import spmd
+from effjax.core.known import is_id
 from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, Bool, Float, Int
 
@@ -32,7 +33,7 @@ def mix_experts(
       [E], or [P, E] where P devices have M·k / P rows each, sorted by themselves. What is given for
       rows past the last expert's is not read.
     x: tokens.
-    experts: the experts of each token, distinct along k; `count` or more for none.
+    experts: the experts of each token, distinct along k; what is none of 0 … count − 1 for none.
     gates: weight of each choice.
     count: number of experts E.
     mask: False for padding, which no expert computes.
@@ -44,6 +45,7 @@ def mix_experts(
     >>> mix_experts(double_or_negate, x, jnp.array([[1], [0]]), gates, count=2).tolist()
     [[-1.0], [2.0]]
   """
+  experts = jnp.where(is_id(experts, count), experts, count)
   if mask is not None:
     experts = jnp.where(mask[:, None], experts, count)
   send = lambda rows, _: _send(rows[0], rows[1], count)
