@@ -4,7 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from effjax.core.typing import Array, Float, Int
+from effjax.core.known import number
+from effjax.core.typing import Array, Float, Int, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,10 +15,17 @@ class Rope:
   Attributes:
     theta: base of the wavelengths.
     factor: linear stretching of positions (position interpolation, arXiv 2306.15595).
+
+  Raises:
+    ValueError: for a number that is not above 0.
   """
 
-  theta: float = 10_000.0
-  factor: float = 1.0
+  theta: Scalar = 10_000.0
+  factor: Scalar = 1.0
+
+  def __post_init__(self):
+    for name in ("theta", "factor"):
+      object.__setattr__(self, name, number(name, getattr(self, name), of="Rope", above=0))
 
   def __call__(
     self, x: Float[Array, "B T N H"], positions: Int[Array, "B T"]

@@ -10,7 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from effjax.core.typing import Array, Float, Int, Integer
+from effjax.core.known import number
+from effjax.core.typing import Array, Float, Int, Integer, Size
 
 GRANULARITIES = ("tensor", "row", "channel", "group")
 # Outside a program too, a large matrix is gone through once, without copies of it in between.
@@ -19,7 +20,7 @@ _compiled = functools.partial(jax.jit, static_argnames=("bits", "granularity", "
 
 @_compiled
 def symmetric(
-  w: Float[Array, "... D F"], *, bits: int = 8, granularity: str = "channel", group: int = 64
+  w: Float[Array, "... D F"], *, bits: Size = 8, granularity: str = "channel", group: Size = 64
 ) -> tuple[Int[Array, "... D F"], Float[Array, "... M N"]]:
   """q = round(w / s), s = max|w| / (2^(bits−1) − 1) over each tile; |w − q·s| ≤ s/2.
 
@@ -50,7 +51,7 @@ def symmetric(
 
 @_compiled
 def affine(
-  w: Float[Array, "... D F"], *, bits: int = 8, granularity: str = "channel", group: int = 64
+  w: Float[Array, "... D F"], *, bits: Size = 8, granularity: str = "channel", group: Size = 64
 ) -> tuple[Integer[Array, "... D F"], Float[Array, "... M N"], Int[Array, "... M N"]]:
   """q = round(w / s) + z, s = (max − min) / (2^bits − 1), z = −round(min / s); |w − (q−z)s| ≤ s/2.
 
@@ -102,16 +103,16 @@ def _spread(values: Array, shape: tuple[int, ...]) -> Array:
   return values
 
 
-def _tiles(w: Array, bits: int, granularity: str, group: int) -> Float[Array, "... m d n f"]:
+def _tiles(w: Array, bits: Size, granularity: str, group: Size) -> Float[Array, "... m d n f"]:
   """`w` in float32, cut into [m, d, n, f]: m × n tiles of d × f."""
   if w.ndim < 2:
     raise ValueError(f"w has shape {w.shape}; allowed: matrices [..., D, F]")
-  if not 2 <= bits <= 8:
-    raise ValueError(f"bits {bits}; allowed: 2 … 8")
+  number("bits", bits, integer=True, least=2, most=8)
   D, F = w.shape[-2:]
   sizes = {"tensor": (D, F), "row": (1, F), "channel": (D, 1), "group": (group, 1)}
   if granularity not in sizes:
     raise ValueError(f"granularity {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
+  number("group", group, integer=True)
   d, f = sizes[granularity]
   if d < 1 or D % d:
     raise ValueError(f"group {group} does not divide the {D} rows of w {w.shape}")

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1
 
+from effjax.core.known import number
 from effjax.core.trees import path_string
-from effjax.core.typing import PyTree
+from effjax.core.typing import PyTree, Size
 from effjax.train import workdir
 
 
@@ -41,18 +42,16 @@ class Checkpoints:
     (5, {'row': 3}, [1.0, 1.0])
   """
 
-  def __init__(self, directory: str | Path, *, keep: int = 2):
+  def __init__(self, directory: str | Path, *, keep: Size = 2):
     """Opens a directory, made if missing; what an interrupted save left there is removed.
 
     Raises:
       ValueError: for `keep` below 1.
       OSError: when the directory cannot be written.
     """
-    if keep < 1:
-      raise ValueError(f"keep={keep}; allowed: from 1")
+    self._keep = number("keep", keep, of="Checkpoints", integer=True, least=1)
     self.directory = Path(directory).resolve()
     workdir.make(self.directory)
-    self._keep = keep
     self._open()
 
   def _open(self) -> None:

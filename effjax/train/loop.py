@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from effjax.core import known
 from effjax.core.typing import Key, Params
 from effjax.parallel.placement import Placement
 from effjax.train.checkpoint import Checkpoints
@@ -58,8 +59,9 @@ class LoopConfig:
 
   def __post_init__(self):
     for name in ("steps", "checkpoint_every", "log_every", "evaluate_every", "keep"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"LoopConfig: {name}={getattr(self, name)}; allowed: from 1")
+      setattr(
+        self, name, known.number(name, getattr(self, name), of="LoopConfig", integer=True, least=1)
+      )
 
 
 def fit(

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import optax
 
 from effjax.core import trees
+from effjax.core.known import number
 from effjax.core.typing import PyTree
+
+BOUNDS: dict[str, dict] = {
+  **{name: {"least": 0} for name in ("learning_rate", "final", "weight_decay", "clip")},
+  **{name: {"least": 0, "below": 1} for name in ("b1", "b2")},
+  "eps": {"above": 0},
+  "warmup": {"integer": True, "least": 0},
+  "steps": {"integer": True, "least": 1},
+}
 
 
 @dataclasses.dataclass
@@ -109,7 +118,5 @@ def _decay_at(rate: optax.Schedule, weight_decay: float, mask) -> optax.Gradient
 def _check(config: OptimizerConfig) -> None:
   if config.name not in ("adamw", "adafactor"):
     raise ValueError(f"optimizer: name={config.name!r}; allowed: 'adamw', 'adafactor'")
-  bounds = {"learning_rate": 0.0, "warmup": 0, "steps": 1, "final": 0.0, "weight_decay": 0.0}
-  for name, least in {**bounds, "clip": 0.0}.items():
-    if not getattr(config, name) >= least:
-      raise ValueError(f"optimizer: {name}={getattr(config, name)}; allowed: from {least}")
+  for name, bounds in BOUNDS.items():
+    number(name, getattr(config, name), of="optimizer", **bounds)
