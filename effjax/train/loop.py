@@ -59,9 +59,8 @@ class LoopConfig:
 
   def __post_init__(self):
     for name in ("steps", "checkpoint_every", "log_every", "evaluate_every", "keep"):
-      setattr(
-        self, name, known.number(name, getattr(self, name), of="LoopConfig", integer=True, least=1)
-      )
+      given = getattr(self, name)
+      setattr(self, name, known.number(name, given, of="LoopConfig", integer=True, least=1))
 
 
 def fit(
