@@ -69,3 +69,12 @@ def test_masked_tokens_are_not_computed():
   assert [sizes.tolist() for sizes in seen] == [[1, 1]]
   assert not y[~mask].any()
   chex.assert_trees_all_close(y[mask], np.asarray(x)[mask] + 1, atol=1e-6)
+
+
+def test_what_is_no_expert_has_none():
+  apply = lambda rows, sizes: rows * (1 + jnp.repeat(jnp.arange(2), sizes, total_repeat_length=4))[
+    :, None
+  ]  # fmt: skip
+  experts = jnp.array([[-1], [1], [2], [0]])
+  found = mix_experts(apply, jnp.ones((4, 1)), experts, jnp.ones((4, 1)), count=2)
+  np.testing.assert_array_equal(found[:, 0], [0, 2, 0, 1])
