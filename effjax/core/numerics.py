@@ -1,7 +1,7 @@
 """Numerical building blocks shared by every room."""
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ def check_weights(weights: Shaped[Array | np.ndarray, "..."], shape: tuple[int, 
   if tuple(weights.shape) != tuple(shape):
     raise ValueError(f"weights: shape {tuple(weights.shape)}; allowed: {tuple(shape)}")
   values = known(weights)
-  wrong = () if values is None else values[~((values >= 0) & (values < np.inf))]
+  wrong: Any = () if values is None else values[~((values >= 0) & (values < np.inf))]
   if len(wrong):
     raise ValueError(f"weights: one is {wrong[0]}; allowed: finite, from 0")
 

@@ -95,9 +95,9 @@ class LoRA(Weight):
     low_rank = multiply(multiply(x, self.a * self.scale), self.b)
     return weights.product(x, self.base, multiply) + low_rank
 
-  def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    rows = weights.rows(self.base, indices)
-    return rows + self._scaled(linear(weights.rows(self.a, indices), self.b)).astype(rows.dtype)
+  def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
+    rows = weights.lookup(self.base, indices)
+    return rows + self._scaled(linear(weights.lookup(self.a, indices), self.b)).astype(rows.dtype)
 
   @property
   def T(self) -> "LoRA":

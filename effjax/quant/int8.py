@@ -83,10 +83,10 @@ class Int8(Weight):
     wide = jnp.promote_types(x.dtype, self.dtype)
     return multiply(x, basics.restore(self.q, self.scale.astype(wide)))
 
-  def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    rows = weights.rows(self.q, indices)
+  def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
+    rows = weights.lookup(self.q, indices)
     per_row = self.scale.shape[-2] > 1
-    scale = weights.rows(self.scale, indices) if per_row else self.scale[0]
+    scale = weights.lookup(self.scale, indices) if per_row else self.scale[0]
     scale = scale if per_row else _along_last(scale, rows.ndim)
     return (rows.astype(jnp.float32) * scale.astype(jnp.float32)).astype(self.dtype)
 
