@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from effjax.attention.attend import attend
 from effjax.core.typing import Array, DTypeLike, Float, Int
 from effjax.core.weights import materialize
-from effjax.layers import Context, Linear, weight
+from effjax.layers import Context, Linear, weight, without_padding
 from effjax.layers.axes import linear_axes
 from effjax.layers.linear import KERNEL_INIT
+from effjax.layers.meshes import on_any_mesh
 
 
 def project_length(
@@ -111,7 +112,9 @@ class Linformer(nn.Module):
   causal: bool = False
   implementation: str | None = None
 
+  @on_any_mesh
   @nn.compact
+  @without_padding
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context(), cache: Any = None
   ) -> tuple[Float[Array, "B T D"], None]:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from effjax.core.known import check_ids, is_id, known
-from effjax.core.typing import Array, Bool, Float, Integer, PyTree, Shaped
+from effjax.core.typing import Array, Bool, DTypeLike, Float, Integer, PyTree, Shaped
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
@@ -17,6 +17,16 @@ AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 def expand(x: AnyArray, ndim: int) -> AnyArray:
   """`x` with leading axes of size one until it has `ndim` axes."""
   return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def wide(dtype: DTypeLike) -> np.dtype:
+  """The type that numbers of `dtype` are scaled and summed in: float64 for itself, else float32.
+
+  Example:
+    >>> [wide(dtype).name for dtype in (jnp.float16, jnp.int8, jnp.float64)]
+    ['float32', 'float32', 'float64']
+  """
+  return np.dtype(np.float64 if jnp.dtype(dtype) == np.float64 else np.float32)
 
 
 def zero_unless(mask: Array | None, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
@@ -58,7 +68,7 @@ def matmul(x: Float[Array, "... D"], w: Array) -> Array:
   return y.reshape(x.shape[:-1] + w.shape[1:])
 
 
-def softcap(x: Array, cap: float | None) -> Array:
+def softcap(x: Array, cap: float | Array | None) -> Array:
   """cap · tanh(x / cap), or `x` when `cap` is None (Gemma 2, arXiv 2408.00118)."""
   return x if cap is None else cap * jnp.tanh(x / cap)
 

@@ -8,7 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from effjax.core import spmd
 from effjax.core.known import check_ids, number
 from effjax.core.typing import Array, Int, Key, Params, PyTree, Scalar, Size
 from effjax.decode import sampling
@@ -132,7 +134,12 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnames=("module", "slots", "room"))
-def _run(module, params, prompt, counts, ends, limit, pad, key, rule, *, slots, room):
+def _run(module, params, prompt, *rest, slots, room):
+  loop = functools.partial(_loop, module, slots, room)
+  return spmd.automatic(loop, (params, prompt, *rest), prompt, lambda _: PartitionSpec())
+
+
+def _loop(module, slots, room, params, prompt, counts, ends, limit, pad, key, rule):
   batch = prompt.shape[0]
   rows = jnp.arange(batch)
   cache = prefill(module, params, prompt, counts - 1, module.init_cache(batch, slots))

@@ -8,6 +8,7 @@ from effjax.core.known import number
 from effjax.core.typing import Array, Float, Int, Integer, Size
 from effjax.core.weights import linear, take, transpose
 from effjax.layers.linear import weight
+from effjax.layers.meshes import on_any_mesh
 
 
 class Embed(nn.Module):
@@ -21,6 +22,7 @@ class Embed(nn.Module):
     init = nn.initializers.normal(self.stddev)
     self.table = weight(self, "embedding", init, (self.entries, self.features))
 
+  @on_any_mesh
   def __call__(
     self, indices: Integer[Array | np.ndarray, "B T"], dtype=jnp.float32
   ) -> Float[Array, "B T D"]:

@@ -7,17 +7,19 @@ name, shape, type and offset of each tensor; padding; data. The header is read h
 
 import dataclasses
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
-from effjax.models.sources import MappedFile, missing_tensor
+from effjax.models.sources import MappedFile, check_apart, missing_tensor
 
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
+MOST_NESTED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,13 @@ class GGUFFile:
     out = np.empty(info.shape, np.float32) if out is None else out
     values = lambda raw: gguf.quants.dequantize(_typed(raw, info.kind), info.kind)
     row_bytes = (info.stop - info.start) // info.shape[0]
-    self._file.decode(name, info.start, row_bytes, out, values)
+    try:
+      self._file.decode(name, info.start, row_bytes, out, values)
+    except NotImplementedError as error:
+      allowed = "types that the gguf package dequantises"
+      raise ValueError(
+        f"{self.path}: tensor {name!r} is {info.kind.name}; allowed: {allowed}"
+      ) from error
     return out
 
   def _info(self, name: str) -> TensorInfo:
@@ -87,13 +95,27 @@ class _Header:
     if version not in VERSIONS:
       raise ValueError(f"{path}: GGUF version {version}; allowed: {VERSIONS}, little-endian")
     tensor_count, pair_count = self._number("Q"), self._number("Q")
-    self.metadata = {self._string(): self._value(self._number("I")) for _ in range(pair_count)}
-    infos = [self._tensor() for _ in range(tensor_count)]
+    self.metadata = self._once(pair_count, lambda: self._value(self._number("I")))
+    infos = self._once(tensor_count, self._tensor)
     alignment = self.metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-      raise ValueError(f"{path}: damaged: general.alignment={alignment!r}")
+    if type(alignment) is not int or alignment < 1:
+      raise ValueError(f"{path}: damaged: general.alignment={alignment!r}; allowed: from 1")
     base = -(-self.at // alignment) * alignment
-    self.tensors = {name: self._located(name, base, *info) for name, *info in infos}
+    for name, (_, _, offset) in infos.items():
+      if offset % alignment:
+        raise ValueError(f"{path}: damaged: tensor {name!r} begins at {offset}, not aligned")
+    self.tensors = {name: self._located(name, base, *info) for name, info in infos.items()}
+    check_apart(path, {name: (info.start, info.stop) for name, info in self.tensors.items()})
+
+  def _once(self, count: int, value: Callable[[], Any]) -> dict[str, Any]:
+    """So many names, each followed by a value."""
+    found: dict[str, Any] = {}
+    for _ in range(count):
+      name = self._string()
+      if name in found:
+        raise ValueError(f"{self.path}: damaged: {name!r} stands twice")
+      found[name] = value()
+    return found
 
   def _take(self, size: int) -> bytes:
     if self.at + size > self.data.size:
@@ -114,17 +136,19 @@ class _Header:
     except UnicodeDecodeError as error:
       raise ValueError(f"{self.path}: damaged: the text at byte {start} is not UTF-8") from error
 
-  def _value(self, kind: int):
+  def _value(self, kind: int, depth: int = 0):
     if kind == STRING:
       return self._string()
     if kind == ARRAY:
-      return self._array()
+      return self._array(depth + 1)
     return self._number(self._code(kind))
 
-  def _array(self) -> list:
+  def _array(self, depth: int) -> list:
+    if depth > MOST_NESTED:
+      raise ValueError(f"{self.path}: damaged: arrays nested too deeply at byte {self.at}")
     kind, count = self._number("I"), self._number("Q")
     if kind in (STRING, ARRAY):
-      return [self._value(kind) for _ in range(count)]
+      return [self._value(kind, depth) for _ in range(count)]
     code = self._code(kind)
     return list(struct.unpack(f"<{count}{code}", self._take(count * struct.calcsize(code))))
 
@@ -134,12 +158,11 @@ class _Header:
     return SCALARS[kind]
 
   def _tensor(self) -> tuple:
-    name = self._string()
     axes = self._number("I")
     if not 1 <= axes <= 8:
-      raise ValueError(f"{self.path}: damaged: tensor {name!r} has {axes} axes")
+      raise ValueError(f"{self.path}: damaged: a tensor of {axes} axes before byte {self.at}")
     shape = tuple(self._number("Q") for _ in range(axes))[::-1]
-    return name, shape, self._number("I"), self._number("Q")
+    return shape, self._number("I"), self._number("Q")
 
   def _located(self, name: str, base: int, shape: tuple, kind: int, offset: int) -> TensorInfo:
     try:

@@ -1,7 +1,6 @@
 """Loading pretrained models tensor by tensor, each straight to where it shall be."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,9 +16,11 @@ from effjax.layers.spec import TransformerConfig
 from effjax.layers.stack import places
 from effjax.models import families, gguf_tokenizers, packages, tokenizers
 from effjax.models.families import gguf_names
-from effjax.models.families.table import Entry, Family
+from effjax.models.families.fields import Fields
+from effjax.models.families.table import Entry, Family, Span
+from effjax.models.folders import Folder
 from effjax.models.gguf_file import GGUFFile
-from effjax.models.model import Model
+from effjax.models.model import Model, TokenIds
 from effjax.models.safetensors_files import SafetensorsFolder
 from effjax.models.sources import TensorSource
 from effjax.models.tokenizers import PretrainedTokenizer
@@ -38,15 +39,20 @@ class Checkpoint:
   config: TransformerConfig
   source: TensorSource
   tokenizer: PretrainedTokenizer | None
+  ids: TokenIds
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """One tensor of one parameter: `index` in its stack, or None when it is not stacked."""
+  """One tensor of one parameter: `index` in its stack, or None when it is not stacked.
+
+  `span` says which part of the tensor it is, see `Entry`.
+  """
 
   entry: Entry
   tensor: str
   index: int | None
+  span: Span | None = None
 
 
 def load(
@@ -59,7 +65,8 @@ def load(
 
   Args:
     name_or_path: "smollm2-135m", "gemma3-270m", "minilm"; a GGUF file; or a Hugging Face folder.
-    dtype: type of the parameters and of activations.
+    dtype: type of the parameters and of activations; scales of norms that a family stores less 1
+      (Gemma) stay in float32, so that saving gives back what was stored.
     sharding: where each parameter goes: a function of its path and shape, or a tree of
       `jax.sharding.Sharding` like the parameters; None is the default device.
 
@@ -72,7 +79,7 @@ def load(
   checkpoint = open_checkpoint(packages.locate(name_or_path))
   module = Transformer(checkpoint.config, dtype=dtype)
   params = read_params(checkpoint, module, dtype, sharding)
-  return Model(checkpoint.config, module, params, checkpoint.tokenizer)
+  return Model(checkpoint.config, module, params, checkpoint.tokenizer, checkpoint.ids)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -85,9 +92,10 @@ def _open_gguf(path: Path) -> Checkpoint:
   file = GGUFFile(path)
   fields = gguf_names.hf_fields(file)
   family = families.of_model_type(fields["model_type"])
-  source = gguf_names.RenamedGGUF(file, fields)
+  config = family.to_config(fields, f"{path}: metadata", len(file.names()))
   tokenizer = gguf_tokenizers.from_gguf(file.metadata) if _has_tokenizer(file) else None
-  return Checkpoint(path, family, family.to_config(fields), source, tokenizer)
+  ids = gguf_tokenizers.token_ids(file.metadata)
+  return Checkpoint(path, family, config, gguf_names.RenamedGGUF(file, fields), tokenizer, ids)
 
 
 def _has_tokenizer(file: GGUFFile) -> bool:
@@ -95,20 +103,66 @@ def _has_tokenizer(file: GGUFFile) -> bool:
 
 
 def _open_folder(path: Path) -> Checkpoint:
-  if not (path / "config.json").is_file():
+  folder = Folder(path)
+  if not folder.has("config.json"):
     raise FileNotFoundError(f"{path}: no config.json; allowed: Hugging Face folders")
+  fields, where = folder.json("config.json"), str(folder.file("config.json"))
   try:
-    fields = json.loads((path / "config.json").read_text("utf-8"))
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path / 'config.json'}: damaged: {error}") from error
-  family = families.of_model_type(fields.get("model_type"))
-  config = family.to_config(fields)
+    family = families.of_model_type(fields.get("model_type"))
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
   source = SafetensorsFolder(path)
+  config = family.to_config(fields, where, len(source.names()))
   try:
     tokenizer = tokenizers.from_folder(path)
   except FileNotFoundError:
     tokenizer = None
-  return Checkpoint(path, family, config, source, tokenizer)
+  config, ids = _as_stored(config, family, source), _token_ids(folder, tokenizer)
+  return Checkpoint(path, family, config, source, tokenizer, ids)
+
+
+def _token_ids(folder: Folder, tokenizer: PretrainedTokenizer | None) -> TokenIds:
+  """Those of generation_config.json, else of config.json, else of the tokenizer."""
+  found = dataclasses.asdict(TokenIds.of(tokenizer))
+  for name in ("config.json", "generation_config.json"):
+    if folder.has(name):
+      fields = Fields(str(folder.file(name)), folder.json(name))
+      for role in found:
+        given = fields.ids(f"{role}_token_id")
+        if given:
+          found[role] = given if role == "eos" else given[0]
+  return TokenIds(**found)
+
+
+def _as_stored(
+  config: TransformerConfig, family: Family, source: TensorSource
+) -> TransformerConfig:
+  """The configuration, not tied where the file has a head unlike the token table."""
+  stored, (table, head) = canonical_names(family, source), _ends(family)
+  if not config.tied or table not in stored or head not in stored:
+    return config
+  same = np.array_equal(source.read(stored[head]), source.read(stored[table]))
+  return config if same else dataclasses.replace(config, tied=False)
+
+
+def _ends(family: Family) -> list[str | None]:
+  """The names of the token table and of the head, None where a family has none."""
+  names = {entry.path: entry.name for entry in family.rest}
+  return [names.get(path) for path in ("embed/embedding", "head/kernel")]
+
+
+def canonical_names(family: Family, source: TensorSource) -> dict[str, str]:
+  """The names that `family` gives its tensors → those in the file.
+
+  Raises:
+    ValueError: when two tensors of the file are one of the family's.
+  """
+  found: dict[str, str] = {}
+  for name in source.names():
+    other = found.setdefault(family.canonical(name), name)
+    if other != name:
+      raise ValueError(f"{source.path}: tensors {other!r} and {name!r} are one; allowed: either")
+  return found
 
 
 def read_params(
@@ -121,13 +175,17 @@ def read_params(
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   shapes = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
   plan = plan_tensors(checkpoint.family, module.config, shapes)
-  _check(checkpoint, plan, trees.items(shapes))
+  names = canonical_names(checkpoint.family, checkpoint.source)
+  table, head = _ends(checkpoint.family)
+  if module.config.tied and table not in names and head in names:
+    names[table] = names.pop(head)
+  _check(checkpoint, plan, trees.items(shapes), names)
   where = _placement(sharding, shapes)
   arrays = {}
   largest_first = sorted(trees.items(shapes).items(), key=lambda item: -np.prod(item[1].shape))
-  names = {checkpoint.family.canonical(name): name for name in checkpoint.source.names()}
   for path, leaf in largest_first:
-    value = _filled(checkpoint.source, names, plan[path], leaf.shape, np.dtype(dtype))
+    kind = plan[path][0].entry.dtype(np.dtype(dtype))
+    value = _filled(checkpoint.source, names, plan[path], leaf.shape, kind)
     arrays[path] = jax.block_until_ready(jax.device_put(value, where(path, leaf.shape)))
   return jax.tree_util.tree_map_with_path(lambda path, _: arrays[trees.path_string(path)], shapes)
 
@@ -140,7 +198,7 @@ def plan_tensors(
   Raises:
     ValueError: for a parameter that the family has no tensor for.
   """
-  shapes = trees.items(params)
+  shapes = {path: leaf.shape for path, leaf in trees.items(params).items()}
   plan: dict[str, list[Piece]] = {}
   for entry in family.rest:
     if entry.path in shapes:
@@ -149,21 +207,32 @@ def plan_tensors(
     for entry in family.layer:
       path = f"{segment}/{name}/{entry.path}"
       if path in shapes:
-        plan.setdefault(path, []).append(Piece(entry, entry.name.format(i=i), index))
+        layer = {other: shapes[f"{segment}/{name}/{other}"] for other in entry.together}
+        span = _span(entry, layer)
+        piece = Piece(entry, entry.name.format(i=i), index, span)
+        plan.setdefault(path, []).append(piece)
   for path in shapes:
     if path not in plan:
       raise ValueError(f"parameter {path!r} has no place in the layout of family {family.name!r}")
   return plan
 
 
-def _check(checkpoint: Checkpoint, plan: Mapping[str, list[Piece]], shapes: Mapping) -> None:
+def _span(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> Span | None:
+  """Which part of the last axis of a tensor a parameter is, from the shapes of all in it."""
+  if not entry.together:
+    return None
+  widths = [shapes[path][-1] for path in entry.together]
+  which = entry.together.index(entry.path)
+  return sum(widths[:which]), sum(widths[: which + 1]), sum(widths)
+
+
+def _check(checkpoint: Checkpoint, plan: Mapping, shapes: Mapping, stored: Mapping) -> None:
   family, source, path = checkpoint.family, checkpoint.source, checkpoint.path
-  stored = {family.canonical(name): name for name in source.names()}
   wanted = {}
   for parameter, pieces in plan.items():
     for piece in pieces:
       shape = shapes[parameter].shape[0 if piece.index is None else 1 :]
-      wanted[piece.tensor] = piece.entry.tensor_shape(shape), parameter
+      wanted[piece.tensor] = piece.entry.tensor_shape(shape, piece.span), parameter
   missing = [name for name in wanted if name not in stored]
   if missing:
     raise ValueError(f"{path}: missing tensors: {trees.some(missing)}")
@@ -184,7 +253,7 @@ def _filled(source: TensorSource, names: Mapping, pieces: list[Piece], shape: tu
   out = _aligned(shape, dtype)
   for piece in pieces:
     part = out if piece.index is None else out[piece.index]
-    piece.entry.load(source, names[piece.tensor], part)
+    piece.entry.load(source, names[piece.tensor], part, piece.span)
   return out
 
 

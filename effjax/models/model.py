@@ -17,6 +17,28 @@ from effjax.models.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenIds:
+  """The ids that begin, end and fill sequences.
+
+  Attributes:
+    bos, pad: None where there is none.
+    eos: all that end one; `decode.generate` takes them as its `eos_id`.
+  """
+
+  bos: int | None = None
+  eos: tuple[int, ...] = ()
+  pad: int | None = None
+
+  @classmethod
+  def of(cls, tokenizer: PretrainedTokenizer | None) -> "TokenIds":
+    """Those of a tokenizer; none where there is no tokenizer."""
+    if tokenizer is None:
+      return cls()
+    eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    return cls(tokenizer.bos_id, eos, tokenizer.pad_id)
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
   """What `load` returns and `save` takes.
 
@@ -25,12 +47,18 @@ class Model:
     module: `module.apply({"params": params}, tokens)` gives logits, or hidden states.
     params: the parameters.
     tokenizer: None when the model came without one.
+    ids: the ids that begin, end and fill sequences; None takes those of the tokenizer.
   """
 
   config: TransformerConfig
   module: Transformer
   params: Params
   tokenizer: PretrainedTokenizer | None = None
+  ids: TokenIds | None = None
+
+  def __post_init__(self):
+    if self.ids is None:
+      object.__setattr__(self, "ids", TokenIds.of(self.tokenizer))
 
   def __repr__(self) -> str:
     return f"Model({self.config!r}, {trees.count(self.params):,} parameters)"

@@ -6,7 +6,7 @@ from effjax.attention.masks import Causal
 from effjax.attention.multi_head import Attention
 from effjax.layers import MLP, RMSNorm, Rope
 from effjax.layers.spec import LayerSpec, TransformerConfig
-from effjax.models.families import bert, gemma3, opt
+from effjax.models.families import bert, gemma, opt
 
 
 def llama(
@@ -67,7 +67,7 @@ OPT = {
 
 SMOLLM2_135M = llama(49_152, 576, 30, 9, 3, 1536, context=8192, rope_theta=100_000.0)
 
-GEMMA3_270M = gemma3.to_config(
+GEMMA3_270M = gemma.gemma3_config(
   {
     "vocab_size": 262_144,
     "hidden_size": 640,

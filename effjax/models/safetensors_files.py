@@ -17,10 +17,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from effjax.models.sources import MappedFile, missing_tensor
+from effjax.models.folders import Folder, parse
+from effjax.models.sources import MappedFile, check_apart, missing_tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ALIGNMENT = 8
+MOST_HEADER_BYTES = 100_000_000  # as the format has it
 DTYPES = {
   "F64": np.dtype(np.float64),
   "F32": np.dtype(np.float32),
@@ -53,11 +55,11 @@ class SafetensorsFolder:
   """
 
   def __init__(self, folder: str | Path):
-    self.path = Path(folder)
+    self.path, self._folder = Path(folder), Folder(folder)
     self._tensors: dict[str, TensorInfo] = {}
-    if (self.path / SINGLE).is_file():
-      self._tensors = read_header(self.path / SINGLE)
-    elif (self.path / INDEX).is_file():
+    if self._folder.has(SINGLE):
+      self._tensors = read_header(self._folder.file(SINGLE))
+    elif self._folder.has(INDEX):
       self._read_shards()
     else:
       raise FileNotFoundError(f"{self.path}: neither {SINGLE} nor {INDEX} is there")
@@ -72,9 +74,12 @@ class SafetensorsFolder:
     """The tensor in the type of the file, or in `out`; copied a few megabytes at a time.
 
     Raises:
-      ValueError: for an unknown name, and for values that are not finite.
+      ValueError: for an unknown name, for values that are not finite, and for integers where `out`
+        is given, which are no parameters.
     """
     info = self._info(name)
+    if out is not None and info.dtype.kind in "iub":
+      raise ValueError(f"{info.file.path}: tensor {name!r} is {info.dtype}; allowed: real numbers")
     out = np.empty(info.shape, info.dtype) if out is None else out
     if out.size:
       rows = out.reshape(1) if out.ndim == 0 else out
@@ -88,21 +93,23 @@ class SafetensorsFolder:
     return self._tensors[name]
 
   def _read_shards(self) -> None:
-    try:
-      home = json.loads((self.path / INDEX).read_text("utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{self.path / INDEX}: damaged: {error!r}") from error
-    shards = sorted(set(home.values()))
-    absent = [shard for shard in shards if not (self.path / shard).is_file()]
+    home = self._folder.json(INDEX).get("weight_map")
+    if not isinstance(home, dict) or not all(isinstance(shard, str) for shard in home.values()):
+      raise ValueError(f"{self.path / INDEX}: damaged: weight_map; allowed: tensor → file")
+    files = {shard: self._folder.file(shard) for shard in sorted(set(home.values()))}
+    absent = [shard for shard, path in files.items() if not path.is_file()]
     if absent:
       raise FileNotFoundError(f"{self.path}: {INDEX} names shards that are missing: {absent}")
-    held = {shard: read_header(self.path / shard) for shard in shards}
+    held = {shard: read_header(path) for shard, path in files.items()}
     for name, shard in home.items():
       if name not in held[shard]:
         raise ValueError(
           f"{self.path}: tensor {name!r} is missing in {shard}, where {INDEX} has it"
         )
-    for tensors in held.values():
+    for shard, tensors in held.items():
+      twice = sorted(tensors.keys() & self._tensors.keys())
+      if twice:
+        raise ValueError(f"{self.path}: tensor {twice[0]!r} is in {shard} and in another shard")
       self._tensors |= tensors
 
 
@@ -115,19 +122,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
   file = MappedFile(path)
   length = struct.unpack("<Q", file[:8])[0] if file.size >= 8 else file.size
   base = 8 + length
-  if base > file.size:
+  if base > file.size or length > MOST_HEADER_BYTES:
     raise ValueError(f"{path}: truncated, damaged, or no safetensors file: no room for its header")
-  try:
-    header = json.loads(file[8:base])
-  except ValueError as error:
-    raise ValueError(f"{path}: damaged: its header cannot be read: {error}") from error
-  if not isinstance(header, dict):
-    raise ValueError(f"{path}: damaged: its header is no JSON object")
+  header = parse(file[8:base], f"{path}: header")
   header.pop("__metadata__", None)
   tensors = {name: _info(file, base, name, entry) for name, entry in header.items()}
+  check_apart(path, {k: (info.start, info.start + _bytes(info)) for k, info in tensors.items()})
   end = max((info.start + _bytes(info) for info in tensors.values()), default=base)
   if end < file.size:
     raise ValueError(f"{path}: damaged: {file.size - end} bytes after the last tensor")
+  between = file.size - base - sum(map(_bytes, tensors.values()))
+  if between:
+    raise ValueError(f"{path}: damaged: {between} bytes between tensors")
   return tensors
 
 
@@ -138,7 +144,7 @@ def _info(file: MappedFile, base: int, name: str, entry: Any) -> TensorInfo:
   if dtype not in DTYPES:
     raise ValueError(f"{file.path}: tensor {name!r} is {dtype}; allowed: {', '.join(DTYPES)}")
   info = TensorInfo(file, tuple(shape), DTYPES[dtype], base + begin)
-  if end - begin != _bytes(info):
+  if end - begin != _bytes(info) or begin % info.dtype.itemsize:
     what = f"tensor {name!r} is {dtype}{shape} in bytes {begin} to {end}"
     raise ValueError(f"{file.path}: damaged: {what}")
   if base + end > file.size:

@@ -14,7 +14,7 @@ from effjax.core import trees
 from effjax.core.weights import is_weight
 from effjax.models import families, safetensors_files
 from effjax.models.loading import Piece, plan_tensors
-from effjax.models.model import Model
+from effjax.models.model import Model, TokenIds
 
 # How a weight of each kind becomes a plain array.
 _PLAIN = {
@@ -26,7 +26,7 @@ _PLAIN = {
 
 
 def save(model: Model, folder: str | Path) -> Path:
-  """Writes config.json, model.safetensors and the tokenizer; all of it or nothing.
+  """Writes the configuration, model.safetensors and the tokenizer; all of it or nothing.
 
   The files are written beside `folder` and renamed when they are whole. Tensors are written one
   by one in the type of their parameter.
@@ -56,6 +56,9 @@ def save(model: Model, folder: str | Path) -> Path:
 
 def _write(folder: Path, description: dict[str, Any], tensors: dict, model: Model) -> None:
   (folder / "config.json").write_text(json.dumps(description, indent=2))
+  if model.config.head is not None:
+    generation = {name: ids for name, ids in _ids(model).items() if ids is not None}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
   if model.tokenizer is not None:
     model.tokenizer.save(folder)
   safetensors_files.write(folder / safetensors_files.SINGLE, tensors)
@@ -66,11 +69,13 @@ def _description(model: Model) -> dict[str, Any]:
   kind = trees.items(model.params)["embed/embedding"].dtype
   description = {"architectures": [family.architecture], **families.hf_config(model.config)}
   description["torch_dtype"] = str(jnp.dtype(kind))
-  ids = {
-    f"{role}_token_id": getattr(model.tokenizer, f"{role}_id", None)
-    for role in ("bos", "eos", "pad")
-  }
-  return description | ids
+  return _ids(model) | description
+
+
+def _ids(model: Model) -> dict[str, Any]:
+  ids = model.ids or TokenIds()
+  eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos) or None
+  return {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad}
 
 
 def _tensors(model: Model) -> dict[str, safetensors_files.Stored]:
@@ -88,16 +93,12 @@ def _tensors(model: Model) -> dict[str, safetensors_files.Stored]:
 
 
 def _stored(parts: list[tuple[Piece, Any]]) -> safetensors_files.Stored:
+  parts = sorted(parts, key=lambda part: part[0].span or (0,))
   piece, leaf = parts[0]
-  shape = piece.entry.tensor_shape(leaf.shape[0 if piece.index is None else 1 :])
+  shape = piece.entry.tensor_shape(leaf.shape[0 if piece.index is None else 1 :], piece.span)
 
   def make() -> np.ndarray:
-    values = [_block(piece, leaf) for piece, leaf in parts]
-    return values[0] if len(values) == 1 else np.concatenate(values, axis=-1)
+    values = [np.asarray(x if p.index is None else x[p.index]) for p, x in parts]
+    return piece.entry.unload(values[0] if len(values) == 1 else np.concatenate(values, axis=-1))
 
   return shape, np.dtype(leaf.dtype), make
-
-
-def _block(piece: Piece, leaf) -> np.ndarray:
-  value = np.asarray(leaf if piece.index is None else leaf[piece.index])
-  return piece.entry.unload(value)

@@ -1,7 +1,7 @@
 """Where tensors come from: files that give one tensor at a time."""
 
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -79,6 +79,15 @@ class MappedFile:
     if hasattr(mmap, "MADV_DONTNEED"):
       page = begin - begin % mmap.PAGESIZE
       self._bytes.madvise(mmap.MADV_DONTNEED, page, begin + count - page)
+
+
+def check_apart(path: Path, spans: Mapping[str, tuple[int, int]]) -> None:
+  """Raises ValueError where tensors (name → first byte, one past the last) share bytes."""
+  end, before = 0, ""
+  for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
+    if start < end and stop > start:
+      raise ValueError(f"{path}: damaged: tensor {name!r} overlaps tensor {before!r}")
+    end, before = max(end, stop), name
 
 
 def missing_tensor(path: Path, name: str, names: Iterable[str]) -> ValueError:

@@ -1,6 +1,7 @@
 """Tokenizers of pretrained models, from tokenizer.json, vocab.txt or merges.txt.
 
-All end as a `tokenizers.Tokenizer`; this file says how each description is turned into one.
+All end as a `tokenizers.Tokenizer`; this file says how each kind of vocabulary is turned into one,
+and `tokenizer_fields` what tokenizer_config.json changes about it.
 """
 
 import dataclasses
@@ -13,17 +14,22 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 import tokenizers as hf
-from tokenizers import decoders, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, normalizers, pre_tokenizers
+
+from effjax.models import tokenizer_fields
+from effjax.models.families.fields import Fields
+from effjax.models.folders import Folder
 
 LLAMA3_PATTERN = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-ROLES = {
-  "bos_token": ("bos_token", "cls_token"),
-  "eos_token": ("eos_token", "sep_token"),
-  "pad_token": ("pad_token",),
-}
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+TEKKEN_PATTERN = (
+  r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+  r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+  r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,7 @@ class PretrainedTokenizer:
     bos_id, eos_id, pad_id: ids that begin, end and fill sequences (BERT's [CLS], [SEP], [PAD]);
       None where the model has none; `pad_id` falls back to `eos_id`.
     chat_template: the Jinja template of a chat model, or None.
+    fields: what else tokenizer_config.json said, and shall say again.
 
   Example:
     >>> words = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "[PAD]": 3, "deep": 4, "##er": 5}
@@ -50,6 +57,7 @@ class PretrainedTokenizer:
   eos_id: int | None = None
   pad_id: int | None = None
   chat_template: str | None = None
+  fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     self.backend.no_truncation()
@@ -94,12 +102,14 @@ class PretrainedTokenizer:
 
   def save(self, folder: str | Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens."""
-    named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config |= {k: self.backend.id_to_token(v) for k, v in named.items() if v is not None}
-    config |= {"chat_template": self.chat_template} if self.chat_template else {}
+    config = tokenizer_fields.written(self.fields, self._named(), self.chat_template)
     self.backend.save(str(Path(folder) / "tokenizer.json"))
     (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+  def _named(self) -> dict[str, str]:
+    ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+    names = {role: self.backend.id_to_token(i) for role, i in ids.items() if i is not None}
+    return {role: name for role, name in names.items() if name is not None}
 
 
 def from_folder(folder: str | Path) -> PretrainedTokenizer:
@@ -108,35 +118,77 @@ def from_folder(folder: str | Path) -> PretrainedTokenizer:
   Raises:
     FileNotFoundError: when the folder has no tokenizer.json, vocab.txt, or vocab.json and
       merges.txt.
-    ValueError: when one of them cannot be read.
+    ValueError: when one of them cannot be read, and for fields of tokenizer_config.json that would
+      change the ids and are not known.
   """
-  folder = Path(folder)
-  config = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
-  if (folder / "tokenizer.json").is_file():
-    return _named(_backend_file(folder / "tokenizer.json"), config, _template(folder, config))
-  if (folder / "vocab.txt").is_file():
-    words = (folder / "vocab.txt").read_text("utf-8").splitlines()
-    vocab = {word: i for i, word in enumerate(words)}
-    return wordpiece(vocab, lowercase=config.get("do_lower_case", True))
-  if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-    return _merges_folder(folder, config)
-  wanted = "tokenizer.json, vocab.txt, or vocab.json and merges.txt"
-  raise FileNotFoundError(f"{folder}: no tokenizer; looked for {wanted}")
+  files = Folder(folder)
+  fields, config = tokenizer_fields.of_folder(files)
+  if files.has("tokenizer.json"):
+    text, where = files.text("tokenizer.json"), str(files.file("tokenizer.json"))
+    backend, whole = built(where, lambda: hf.Tokenizer.from_str(text)), True
+  elif files.has("vocab.txt"):
+    vocab = {word: i for i, word in enumerate(lines(files.text("vocab.txt")))}
+    fields.assume(BERT)
+    names = {role: tokenizer_fields.content(fields, role) or BERT[role] for role in BERT}
+    backend, whole = wordpiece(vocab, names=names).backend, False
+  elif files.has("vocab.json") and files.has("merges.txt"):
+    backend, whole = _merges_folder(files, fields), False
+  else:
+    wanted = "tokenizer.json, vocab.txt, or vocab.json and merges.txt"
+    raise FileNotFoundError(f"{folder}: no tokenizer; looked for {wanted}")
+  tokenizer_fields.apply(backend, fields, files, whole)
+  begin, end, pad = tokenizer_fields.roles(backend, fields)
+  template = tokenizer_fields.template(fields, files)
+  kept = config if whole else config | {"tokenizer_class": tokenizer_fields.GENERIC[0]}
+  return PretrainedTokenizer(backend, begin, end, pad, template, kept)
 
 
-def wordpiece(vocab: Mapping[str, int], lowercase: bool = True) -> PretrainedTokenizer:
+def built(where: str, make: Callable[[], hf.Tokenizer]) -> hf.Tokenizer:
+  """What `make` gives; its errors are ValueErrors that begin with `where`."""
+  try:
+    return make()
+  except BaseException as error:  # the binding raises plain Exception, or a panic that is none
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+      raise ValueError(f"{where}: damaged, or no tokenizer: {error}") from error
+    raise
+
+
+def lines(text: str) -> list[str]:
+  """The lines of a text; only ends of lines end them, not what Unicode has besides.
+
+  Example:
+    >>> lines("a\\u2028b\\r\\nc\\n")
+    ['a\\u2028b', 'c']
+  """
+  found = text.replace("\r\n", "\n").split("\n")
+  return found if found[-1] else found[:-1]
+
+
+BERT = {
+  "unk_token": "[UNK]",
+  "cls_token": "[CLS]",
+  "sep_token": "[SEP]",
+  "pad_token": "[PAD]",
+  "mask_token": "[MASK]",
+}
+
+
+def wordpiece(
+  vocab: Mapping[str, int], lowercase: bool = True, names: Mapping[str, str] = BERT
+) -> PretrainedTokenizer:
   """BERT's WordPiece (arXiv 1810.04805; longest match first) over `vocab`."""
-  for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]"):
-    if token not in vocab:
+  for role, token in names.items():
+    if token not in vocab and role != "mask_token":
       raise ValueError(f"vocab: lacks {token}; allowed: BERT vocabularies")
-  backend = hf.Tokenizer(hf.models.WordPiece(dict(vocab), unk_token="[UNK]"))
+  backend = hf.Tokenizer(hf.models.WordPiece(dict(vocab), unk_token=names["unk_token"]))
   backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
   backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   backend.decoder = decoders.WordPiece(prefix="##")
-  present = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in vocab]
+  present = [token for token in names.values() if token in vocab]
   backend.add_special_tokens([hf.AddedToken(token, normalized=False) for token in present])
-  backend.post_processor = around(backend, "[CLS]", "[SEP]")
-  return PretrainedTokenizer(backend, vocab["[CLS]"], vocab["[SEP]"], vocab["[PAD]"])
+  begin, end, pad = (names[f"{role}_token"] for role in ("cls", "sep", "pad"))
+  backend.post_processor = tokenizer_fields.around(backend, begin, end)
+  return PretrainedTokenizer(backend, vocab[begin], vocab[end], vocab[pad])
 
 
 def _byte_level_split() -> pre_tokenizers.PreTokenizer:
@@ -148,8 +200,8 @@ def _digits_split() -> pre_tokenizers.PreTokenizer:
   return pre_tokenizers.Sequence([digits, _byte_level_split()])
 
 
-def _llama3_split() -> pre_tokenizers.PreTokenizer:
-  words = pre_tokenizers.Split(hf.Regex(LLAMA3_PATTERN), "isolated")
+def _pattern_split(pattern: str) -> pre_tokenizers.PreTokenizer:
+  words = pre_tokenizers.Split(hf.Regex(pattern), "isolated")
   letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   return pre_tokenizers.Sequence([words, letters])
 
@@ -159,74 +211,39 @@ SPLITS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
   "default": _byte_level_split,
   "smollm": _byte_level_split,
   "digits": _digits_split,
-  "llama-bpe": _llama3_split,
+  **dict.fromkeys(
+    ("llama-bpe", "llama3", "llama-v3"), functools.partial(_pattern_split, LLAMA3_PATTERN)
+  ),
+  "qwen2": functools.partial(_pattern_split, QWEN2_PATTERN),
+  "tekken": functools.partial(_pattern_split, TEKKEN_PATTERN),
 }
 
 
 def byte_level(
-  vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], split: str
+  vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], split: str, whole: bool = False
 ) -> hf.Tokenizer:
-  """Byte-level BPE as GPT-2 has it, with words cut by `SPLITS[split]`."""
+  """Byte-level BPE as GPT-2 has it, with words cut by `SPLITS[split]`.
+
+  With `whole`, a word that is in the vocabulary is one token, whatever the merges say.
+  """
   if split not in SPLITS:
     raise ValueError(f"split={split!r}; allowed: {', '.join(SPLITS)}")
-  backend = hf.Tokenizer(hf.models.BPE(dict(vocab), list(merges)))
+  backend = hf.Tokenizer(hf.models.BPE(dict(vocab), list(merges), ignore_merges=whole))
   backend.pre_tokenizer = SPLITS[split]()
   backend.decoder = decoders.ByteLevel()
   return backend
 
 
-def around(
-  backend: hf.Tokenizer, before: str | None, after: str | None
-) -> processors.TemplateProcessing:
-  """The post-processor that puts the given special tokens around a text."""
-  parts = [*([before] if before else []), "$A", *([after] if after else [])]
-  special = [(token, backend.token_to_id(token)) for token in (before, after) if token]
-  return processors.TemplateProcessing(single=parts, special_tokens=special)
-
-
-def _merges_folder(folder: Path, config: Mapping[str, Any]) -> PretrainedTokenizer:
-  vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-  lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-  rules = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
+def _merges_folder(files: Folder, fields: Fields) -> hf.Tokenizer:
+  vocab, where = files.json("vocab.json"), str(files.file("vocab.json"))
+  if not all(type(number) is int and number >= 0 for number in vocab.values()):
+    raise ValueError(f"{where}: damaged; allowed: token → id")
+  rules = (
+    line.partition(" ")
+    for line in lines(files.text("merges.txt"))
+    if line and not line.startswith("#version")
+  )
   merges = [(first, second) for first, _, second in rules]
-  backend = byte_level(vocab, merges, "gpt-2")
-  names = {role: _content(config.get(role)) for role in ("bos_token", "eos_token", "pad_token")}
-  special = sorted({name for name in names.values() if name})
-  backend.add_special_tokens([hf.AddedToken(name, normalized=False) for name in special])
-  if config.get("add_bos_token") and names["bos_token"]:
-    backend.post_processor = around(backend, names["bos_token"], None)
-  return _named(backend, config, _template(folder, config))
-
-
-def _named(backend: hf.Tokenizer, config: Mapping[str, Any], template) -> PretrainedTokenizer:
-  def number(names: tuple[str, ...]) -> int | None:
-    token = next((_content(config[name]) for name in names if config.get(name)), None)
-    return None if token is None else backend.token_to_id(token)
-
-  begin, end, pad = map(number, ROLES.values())
-  return PretrainedTokenizer(backend, begin, end, pad, template)
-
-
-def _content(token: str | Mapping[str, Any] | None) -> str | None:
-  return token["content"] if isinstance(token, Mapping) else token
-
-
-def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-  file = folder / "chat_template.jinja"
-  return file.read_text("utf-8") if file.is_file() else config.get("chat_template")
-
-
-def _backend_file(path: Path) -> hf.Tokenizer:
-  try:
-    return hf.Tokenizer.from_file(str(path))
-  except Exception as error:  # the binding raises plain Exception for a file it cannot parse
-    raise ValueError(f"{path}: damaged, or no tokenizer file: {error}") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-  if not path.is_file():
-    return {}
-  try:
-    return json.loads(path.read_text("utf-8"))
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path}: damaged: {error}") from error
+  return tokenizer_fields.of_class(
+    fields, files, lambda split: built(where, lambda: byte_level(vocab, merges, split))
+  )

@@ -8,6 +8,7 @@ import optax
 
 from effjax.core import trees
 from effjax.core.known import number
+from effjax.core.numerics import wide
 from effjax.core.typing import PyTree
 
 BOUNDS: dict[str, dict] = {
@@ -80,6 +81,8 @@ def matrices(params: PyTree, pattern: str = OptimizerConfig.decay) -> PyTree:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   """Clipping, then the optimiser of `config` on its schedule.
 
+  Norms, moments and updates are in float32 where parameters and gradients have 16 bits.
+
   Raises:
     ValueError: for an unknown name, or a number out of range.
 
@@ -97,7 +100,19 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
       optax.adafactor(rate, multiply_by_parameter_scale=False),
       _decay_at(rate, config.weight_decay, decay),
     )
-  return optax.chain(optax.clip_by_global_norm(config.clip), rule) if config.clip else rule
+  return _in_wide(
+    optax.chain(optax.clip_by_global_norm(config.clip), rule) if config.clip else rule
+  )
+
+
+def _in_wide(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`rule`, which sees nothing of 16 bits: squares of gradients overflow or vanish there."""
+  cast = lambda tree: jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree)
+
+  def update(updates, state, params=None):
+    return rule.update(cast(updates), state, cast(params))
+
+  return optax.GradientTransformation(lambda params: rule.init(cast(params)), update)
 
 
 def _decay_at(rate: optax.Schedule, weight_decay: float, mask) -> optax.GradientTransformation:

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend import core as jex
 from jax.tree_util import Partial
 
 from effjax.core import trees
 from effjax.core.known import number
+from effjax.core.numerics import wide
 from effjax.core.typing import Array, Key, PyTree, Size
 from effjax.parallel.placement import Anywhere, Placement
 from effjax.train.objectives import Batch, Objective
@@ -49,6 +51,12 @@ class Step:
   ) -> jax.stages.Lowered:
     """The program for these arguments, or their shapes, to be compiled or looked at."""
     return self.program.lower(self.objective, state, batch, rng)
+
+  def trace(
+    self, state: TrainState, batch: Batch | Mapping[str, jax.ShapeDtypeStruct], rng: Key
+  ) -> jex.ClosedJaxpr:
+    """The program for these arguments, or their shapes, before it is lowered."""
+    return self.program.trace(self.objective, state, batch, rng).jaxpr
 
 
 def make_train_step(
@@ -107,7 +115,7 @@ def make_train_step(
 
     key = jax.random.fold_in(rng, state.step)
     grads, metrics = _accumulate(compute, _split(batch, microbatches), key)
-    norm = optax.tree.norm(grads)
+    norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(wide(x.dtype)), grads))
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     metrics = {**metrics, "grad_norm": norm, "finite": finite}
     updates, opt_state = optimizer.update(grads, state.opt_state, chosen)

@@ -39,7 +39,7 @@ def claim(workdir: str | os.PathLike, config: Any, *, free: tuple[str, ...] = ()
   mine = _plain(config)
   path = workdir / CONFIG
   if path.exists():
-    _require_same(workdir, json.loads(path.read_text()), mine, free)
+    _require_same(workdir, read_json(path), mine, free)
     return workdir
   make(workdir)
   write_text(path, json.dumps(mine, indent=2) + "\n")
@@ -56,6 +56,18 @@ def make(directory: str | os.PathLike) -> None:
     Path(directory).mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise _unwritable(directory, error) from error
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """The content of a JSON file.
+
+  Raises:
+    ValueError: when it is not JSON, naming it.
+  """
+  try:
+    return json.loads(Path(path).read_text("utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -107,7 +119,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   path = Path(path)
   new = path.with_name(path.name + ".new")
   try:
-    with open(new, "w") as file:
+    with open(new, "w", encoding="utf-8") as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from effjax.core import numerics
 from effjax.core.typing import Array, Bool, Float, Int
+from effjax.kernels.flash_attention.tile_map.terms import Terms
 
 
 def attention(
@@ -20,22 +21,26 @@ def attention(
   *,
   mask: Any,
   scale: float,
-  logit_softcap: float | None = None,
+  logit_softcap: float | Float[Array, ""] | None = None,
   bias: Float[Array, "#B #N #T #S"] | None = None,
+  scores: Any = None,
   segment_ids: tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None = None,
   query_positions: Int[Array, "#B T"] | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-  """softmax(softcap(scale·QKᵀ) + bias)V over the keys the mask shows, and its log-sum-exp."""
+  """softmax(softcap(scale·QKᵀ) + bias + scores)V over the keys the mask shows, with its LSE."""
   B, T, N, _ = query.shape
   S, K = key.shape[1:3]
   wide = jnp.promote_types(query.dtype, jnp.float32)
   grouped = query.reshape(B, T, K, N // K, -1)
-  scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=wide)
-  scores = numerics.softcap(scores.reshape(B, N, T, S) * scale, logit_softcap)
+  products = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=wide)
+  logits = numerics.softcap(products.reshape(B, N, T, S) * scale, logit_softcap)
   if bias is not None:
-    scores = scores + bias.astype(wide)
-  scores = jnp.where(_seen(T, S, mask, segment_ids, query_positions), scores, -jnp.inf)
-  weights, lse = _softmax(scores)
+    logits = logits + bias.astype(wide)
+  if scores is not None:
+    terms = Terms.of(scores, None, T, S, query_positions, wide)
+    logits = logits + terms.dense(query_positions).astype(wide)
+  logits = jnp.where(_seen(T, S, mask, segment_ids, query_positions), logits, -jnp.inf)
+  weights, lse = _softmax(logits)
   weights = weights.reshape(B, K, N // K, T, S).astype(value.dtype)
   out = jnp.einsum("bkgts,bskh->btkgh", weights, value, preferred_element_type=wide)
   return out.reshape(B, T, N, -1).astype(query.dtype), jnp.swapaxes(lse, 1, 2)

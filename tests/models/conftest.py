@@ -10,25 +10,23 @@ import pytest
 
 WHY_TORCH = "compares with transformers on torch, whose CPU build is installed on Python 3.11 only"
 
+DECODER = {
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+}
+ENCODER = {
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+}
+GEMMA = {"num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 4}
 TINY = {
-  "llama": {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rope_theta": 5000.0,
-  },
-  "gemma3_text": {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 7,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "query_pre_attn_scalar": 20,
-    "sliding_window": 4,
-  },
+  "llama": DECODER | {"rope_theta": 5000.0},
+  "gemma3_text": DECODER | GEMMA | {"num_hidden_layers": 7},
   "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
   "opt": {
     "hidden_size": 32,
@@ -37,13 +35,17 @@ TINY = {
     "num_attention_heads": 4,
     "word_embed_proj_dim": 32,
   },
-  "bert": {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-  },
+  "bert": ENCODER,
+  "roberta": ENCODER | {"type_vocab_size": 1},
+  "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+  "mistral": DECODER | {"sliding_window": 4},
+  "qwen2": DECODER,
+  "qwen3": DECODER | {"head_dim": 12},
+  "gemma2": DECODER | GEMMA | {"num_hidden_layers": 4},
+  "phi3": DECODER,
+  "smollm3": DECODER | {"num_hidden_layers": 5},
 }
+ENCODERS = ("bert", "roberta", "distilbert")
 VOCABULARY = 64
 
 
@@ -61,7 +63,7 @@ def tiny_folder(tmp_path):
       eos_token_id=2,
       pad_token_id=0,
     )
-    encoder = model_type == "bert"
+    encoder = model_type in ENCODERS
     kind = transformers.AutoModel if encoder else transformers.AutoModelForCausalLM
     torch.manual_seed(0)
     model = kind.from_config(config, dtype=torch.float32).eval()

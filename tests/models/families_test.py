@@ -34,6 +34,35 @@ CASES = {
   "opt-350m-like": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
   "opt-no-final-norm": ("opt", {"_remove_final_layer_norm": True, "enable_bias": False}),
   "bert": ("bert", {}),
+  "roberta": ("roberta", {}),
+  "distilbert": ("distilbert", {}),
+  "mistral": ("mistral", {}),
+  "mistral-no-window": ("mistral", {"sliding_window": None, "head_dim": 12}),
+  "qwen2": ("qwen2", {}),
+  "qwen2-windows": (
+    "qwen2",
+    {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+  ),
+  "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+  "gemma2": ("gemma2", {}),
+  "phi3": ("phi3", {"sliding_window": 4}),
+  "phi3-longrope": (
+    "phi3",
+    {
+      "original_max_position_embeddings": 8,
+      "partial_rotary_factor": 0.5,
+      "rope_scaling": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 3.0],
+      },
+    },
+  ),
+  "smollm3": ("smollm3", {}),
+  "smollm3-windows": (
+    "smollm3",
+    {"use_sliding_window": True, "sliding_window": 4, "attention_bias": True, "mlp_bias": True},
+  ),
 }
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 13)).astype(np.int32)
 
@@ -139,7 +168,7 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 8, "n_embd": 4, "n_layer": 1, "n_hea
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    (LLAMA | {"rope_scaling": {"rope_type": "llama3"}}, "rope_type='llama3'; allowed: 'default'"),
+    (LLAMA | {"rope_scaling": {"rope_type": "axial"}}, "rope_type='axial'; allowed: 'default'"),
     (LLAMA | {"hidden_act": "swish9"}, "hidden_act='swish9'; allowed: 'silu'"),
     (LLAMA | {"hidden_size": None}, "field 'hidden_size' is missing"),
     (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),

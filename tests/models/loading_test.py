@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax import models
 from effjax.core import trees
+from effjax.layers import Rope
+from effjax.layers.rope_scaling import Yarn
 from effjax.models import packages, presets
 from effjax.models.families import gguf_names
 from effjax.models.safetensors_files import INDEX, SINGLE
@@ -86,7 +89,7 @@ def test_folders_without_or_with_damaged_config(tmp_path):
   with pytest.raises(ValueError, match=r"config\.json: damaged"):
     models.load(tmp_path)
   (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-  with pytest.raises(ValueError, match="model_type 't5'; allowed"):
+  with pytest.raises(ValueError, match=r"config\.json: model_type 't5'; allowed"):
     models.load(tmp_path)
 
 
@@ -147,9 +150,9 @@ GGUF_FIELDS = {
 def write_gguf(path, architecture, tensors, fields, rename):
   """A GGUF file as llama.cpp's converter lays it out, from the tensors of a folder."""
   writer = gguf.GGUFWriter(path, architecture)
+  adders = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
   for name, value in fields.items():
-    add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-    add(f"{architecture}.{name}", value)
+    getattr(writer, f"add_{adders[type(value)]}")(f"{architecture}.{name}", value)
   for name, value in tensors.items():
     writer.add_tensor(*rename(name, value))
   writer.write_header_to_file()
@@ -165,7 +168,8 @@ def gguf_name(model_type, name):
     return top[name]
   _, i, rest = name.split(".", 2)
   layer = {hf: ours for ours, hf in gguf_names.LAYER_NAMES[model_type].items()}
-  return f"blk.{i}.{layer[rest.removesuffix('.weight')]}.weight"
+  stem, kind = rest.rsplit(".", 1)
+  return f"blk.{i}.{layer[stem]}.{kind}"
 
 
 def interleaved(x, heads):
@@ -193,22 +197,184 @@ def test_llama_gguf_computes_as_the_folder_it_came_from(folder, tmp_path):
   np.testing.assert_allclose(model(TOKENS), models.load(folder)(TOKENS), atol=1e-5)
 
 
-def test_gemma_gguf_computes_as_transformers(tiny_folder, reference, tmp_path):
-  folder, theirs = tiny_folder("gemma3_text", query_pre_attn_scalar=16)
-  shift = lambda name, x: x + 1 if name.endswith("norm.weight") else x
-  rename = lambda name, value: (gguf_name("gemma3", name), shift(name, value))
-  fields = {
-    "block_count": 7,
-    "attention.head_count_kv": 1,
-    "attention.key_length": 16,
-    "attention.sliding_window": 4,
-    "attention.layer_norm_rms_epsilon": 1e-6,
-    "rope.freq_base": 1e6,
-  }
+GEMMA_FIELDS = {
+  "attention.head_count_kv": 1,
+  "attention.key_length": 16,
+  "attention.sliding_window": 4,
+  "attention.layer_norm_rms_epsilon": 1e-6,
+}
+QWEN_FIELDS = {
+  "block_count": 3,
+  "attention.head_count_kv": 2,
+  "attention.layer_norm_rms_epsilon": 1e-6,
+  "rope.freq_base": 10_000.0,
+}
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+# model_type, fields of transformers' configuration, metadata.
+PEERS = {
+  "gemma3": ("gemma3_text", {}, {"block_count": 7, "rope.freq_base": 1e6}),
+  "gemma3-local-base-and-period": (
+    "gemma3_text",
+    {
+      "num_hidden_layers": 3,
+      "rope_local_base_freq": 500.0,
+      "sliding_window_pattern": 3,
+      "final_logit_softcapping": 3.0,
+    },
+    {
+      "block_count": 3,
+      "rope.freq_base_swa": 500.0,
+      "attention.sliding_window_pattern": 3,
+      "final_logit_softcapping": 3.0,
+    },
+  ),
+  "gemma3-every-layer": (
+    "gemma3_text",
+    {"num_hidden_layers": 3, "layer_types": [GLOBAL, LOCAL, LOCAL]},
+    {"block_count": 3, "attention.sliding_window_pattern": [False, True, True]},
+  ),
+  "gemma2": (
+    "gemma2",
+    {},
+    {"block_count": 4, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+  ),
+  "qwen2": ("qwen2", {}, QWEN_FIELDS),
+  "qwen3": ("qwen3", {"head_dim": 12}, QWEN_FIELDS | {"attention.key_length": 12}),
+}
+
+
+@pytest.mark.parametrize("case", PEERS)
+def test_gguf_computes_as_transformers(case, tiny_folder, reference, tmp_path):
+  model_type, changes, metadata = PEERS[case]
+  architecture = model_type.removesuffix("_text")
+  gemma = architecture.startswith("gemma")
+  changes = changes | ({"query_pre_attn_scalar": 16} if gemma else {})
+  folder, theirs = tiny_folder(model_type, **changes)
+  shift = lambda name, x: x + 1 if gemma and name.endswith("norm.weight") else x
+  rename = lambda name, value: (gguf_name(architecture, name), shift(name, value))
   tensors = safetensors.numpy.load_file(folder / SINGLE)
-  write_gguf(tmp_path / "x.gguf", "gemma3", tensors, GGUF_FIELDS | fields, rename)
+  fields = GGUF_FIELDS | (GEMMA_FIELDS if gemma else {}) | metadata
+  write_gguf(tmp_path / "x.gguf", architecture, tensors, fields, rename)
   got = models.load(tmp_path / "x.gguf")(TOKENS)
   np.testing.assert_allclose(got, reference(theirs, TOKENS), atol=2e-5)
+
+
+def write_llama(path, folder, more=(), **fields):
+  """The saved Llama as a GGUF file, with other metadata and more tensors."""
+
+  def rename(name, value):
+    heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+    if name.startswith("model.") or name in gguf_names.TOP_NAMES.values():
+      name = gguf_name("llama", name)
+    return name, interleaved(value, heads) if heads else value
+
+  described = {"block_count": 3, "attention.head_count_kv": 2, "rope.freq_base": 10_000.0}
+  described["attention.layer_norm_rms_epsilon"] = 1e-5
+  tensors = safetensors.numpy.load_file(folder / SINGLE) | dict(more)
+  write_gguf(path, "llama", tensors, GGUF_FIELDS | described | fields, rename)
+  return path
+
+
+def test_divisors_of_rotary_frequencies_in_a_tensor(folder, tmp_path):
+  divisors = np.array([1.0, 1.5, 4.0, 8.0], np.float32)
+  path = write_llama(tmp_path / "x.gguf", folder, [("rope_freqs.weight", divisors)])
+  plain = models.load(write_llama(tmp_path / "y.gguf", folder))
+  model = models.load(path)
+  chex.assert_trees_all_equal(model.params, plain.params)
+  rope = model.config.layers[0].mixer.rope
+  frequencies, _ = rope._frequencies(8, jnp.arange(13)[None])
+  np.testing.assert_allclose(frequencies[0], 1e4 ** (-np.arange(4) / 4) / divisors, rtol=1e-6)
+  assert np.abs(model(TOKENS) - plain(TOKENS)).max() > 1e-3
+  saved = models.load(models.save(model, tmp_path / "saved"))
+  np.testing.assert_allclose(saved(TOKENS), model(TOKENS), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"expert_count": 4}, "llama.expert_count=4; allowed"),
+    ({"logit_scale": 0.5}, "metadata 'llama.logit_scale'=0.5 is not known"),
+    ({"rope.scaling.attn_factor": 2.0}, "llama.rope.scaling.attn_factor=2.0; allowed"),
+    ({"rope.dimension_count": 4, "attention.key_length": 8}, "rope.dimension_count=4; allowed"),
+    ({"attention.value_length": 4}, "attention.value_length=4; allowed"),
+    ({"vocab_size": 63}, "llama.vocab_size=63; allowed"),
+    ({"block_count": 10_000_000}, "llama.block_count=10000000; allowed: up to"),
+    ({"attention.head_count": 0}, "llama.attention.head_count=0; allowed: from 1"),
+    ({"embedding_length": 3.5}, "llama.embedding_length=3.5; allowed: integers"),
+  ],
+)
+def test_gguf_metadata_are_honoured_or_refused_by_name(fields, message, folder, tmp_path):
+  with pytest.raises(ValueError, match=rf"x\.gguf: .*{message}"):
+    models.load(write_llama(tmp_path / "x.gguf", folder, **fields))
+
+
+@pytest.mark.parametrize(
+  ("fields", "want"),
+  [
+    ({"rope.scale_linear": 4.0}, Rope(1e4, 4.0)),
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, Rope(1e4, 4.0)),
+    ({"rope.scaling.type": "none", "rope.scaling.factor": 1.0}, Rope(1e4)),
+    (
+      {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 2.0,
+        "rope.scaling.original_context_length": 32,
+        "rope.scaling.yarn_beta_fast": 16.0,
+      },
+      Rope(1e4, scaling=Yarn(2.0, 32, 1 + 0.1 * math.log(2), 16.0)),
+    ),
+  ],
+)
+def test_rotary_scaling_of_gguf_files(fields, want, folder, tmp_path):
+  path = write_llama(tmp_path / "x.gguf", folder, **fields)
+  assert models.load(path).config.layers[0].mixer.rope == want
+
+
+def bf16(folder, path):
+  """The folder with its tensors in bfloat16."""
+  shutil.copytree(folder, path)
+  tensors = safetensors.numpy.load_file(folder / SINGLE)
+  halved = {name: value.astype(jnp.bfloat16) for name, value in tensors.items()}
+  safetensors.numpy.save_file(halved, path / SINGLE)
+  return halved
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gemma2"])
+def test_norms_stored_less_one_come_back_from_bfloat16(model_type, tiny_folder, tmp_path):
+  stored = bf16(tiny_folder(model_type)[0], tmp_path / "half")
+  model = models.load(tmp_path / "half", dtype=jnp.bfloat16)
+  kinds = {path: leaf.dtype for path, leaf in trees.items(model.params).items()}
+  norms = [path for path in kinds if "norm" in path]
+  assert {kinds.pop(path) for path in norms} == {jnp.dtype(jnp.float32)}
+  assert set(kinds.values()) == {jnp.dtype(jnp.bfloat16)}
+  saved = safetensors.numpy.load_file(models.save(model, tmp_path / "saved") / SINGLE)
+  for name, value in stored.items():
+    np.testing.assert_array_equal(saved[name].astype(jnp.bfloat16), value, name)
+  again = models.load(tmp_path / "saved", dtype=jnp.bfloat16)
+  chex.assert_trees_all_equal(again.params, model.params)
+  assert model(TOKENS).dtype == jnp.bfloat16
+
+
+def test_ids_that_end_a_text_are_read_and_written(folder, copy, tmp_path):
+  path = copy(lambda tensors: None)
+  config = json.loads((path / "config.json").read_text())
+  (path / "config.json").write_text(
+    json.dumps(config | {"eos_token_id": [5, 6], "pad_token_id": 0})
+  )
+  (path / "generation_config.json").unlink()
+  model = models.load(path)
+  assert (model.ids.eos, model.ids.pad, model.ids.bos) == ((5, 6), 0, None)
+  (path / "generation_config.json").write_text('{"eos_token_id": [6, 7, 8], "bos_token_id": 1}')
+  model = models.load(path)
+  assert (model.ids.eos, model.ids.pad, model.ids.bos) == ((6, 7, 8), 0, 1)
+  saved = models.save(model, tmp_path / "saved")
+  assert models.load(saved).ids == model.ids
+  for name in ("config.json", "generation_config.json"):
+    found = json.loads((saved / name).read_text())
+    assert (found["eos_token_id"], found["bos_token_id"]) == ([6, 7, 8], 1)
+  (path / "generation_config.json").write_text('{"eos_token_id": "x"}')
+  with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id='x'; allowed"):
+    models.load(path)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +396,8 @@ MEMORY = """
 import re, sys, jax, jax.numpy as jnp
 from effjax import models
 from effjax.core import trees
+from effjax.layers import Rope
+from effjax.layers.rope_scaling import Yarn
 jnp.ones(3).block_until_ready()
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = peak()

@@ -76,12 +76,85 @@ def test_sentencepiece_from_gguf():
     ({}, None, "GGUF tokenizer None; allowed: gpt2, llama"),
     (BYTE_LEVEL | {"tokenizer.ggml.pre": "odd"}, None, "split='odd'; allowed: gpt-2"),
     (SENTENCEPIECE, "digits", "split='digits'; allowed: None"),
-    (SENTENCEPIECE | {"general.architecture": "llama"}, None, "'llama'; allowed: gemma"),
+    (SENTENCEPIECE | {"general.architecture": "llama"}, None, "scores=None; allowed: one for each"),
   ],
 )
 def test_unsupported_gguf_tokenizers(metadata, split, message):
   with pytest.raises(ValueError, match=message):
     gguf_tokenizers.from_gguf(metadata, split)
+
+
+LLAMA = SENTENCEPIECE | {
+  "general.architecture": "llama",
+  "tokenizer.ggml.tokens": [*PIECES[:-1], "b▁", "▁b", "ba"],
+  "tokenizer.ggml.token_type": [3] * 4 + [6] * 256 + [1] * 9,
+  # Of the pairs in "▁aba", the middle one joins first.
+  "tokenizer.ggml.scores": [0.0] * 261 + [-9.0, -9.0, -3.0, -4.0, -4.0, -5.0, -5.0, -1.0],
+}
+
+
+@pytest.mark.parametrize("flags", [{}, {"add_space_prefix": True}, {"add_bos_token": False}])
+def test_sentencepiece_of_llama_joins_by_score(flags, snippets):
+  transformers = pytest.importorskip("transformers")
+  named = {f"tokenizer.ggml.{name}": value for name, value in flags.items()}
+  ours = gguf_tokenizers.from_gguf(LLAMA | named)
+  scores = dict(zip(LLAMA["tokenizer.ggml.tokens"], LLAMA["tokenizer.ggml.scores"], strict=True))
+  vocab = {token: i for i, token in enumerate(scores)}
+  merges = transformers.tokenization_utils_base.generate_merges(vocab, scores)
+  theirs = transformers.LlamaTokenizer(
+    vocab=vocab,
+    merges=merges,
+    bos_token="<bos>",
+    eos_token="<eos>",
+    add_bos_token=flags.get("add_bos_token", True),
+  )
+  for text in ["abab ba", " ab", "aba\n b", *snippets[:100]]:
+    ids = theirs(text)["input_ids"]
+    assert ours.encode(text) == ids, text
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_without_a_space_before_each_text():
+  flag = {"tokenizer.ggml.add_space_prefix": False}
+  bare, usual = (gguf_tokenizers.from_gguf(LLAMA | f).encode("ab") for f in (flag, {}))
+  assert named(LLAMA["tokenizer.ggml.tokens"], bare) == ["<bos>", "ab"]
+  assert usual != bare
+
+
+def test_llama3_files_begin_texts_and_take_whole_words():
+  whole = [*TOKENS, "he"[::-1]]  # "eh" is a token that no merge makes
+  llama3 = BYTE_LEVEL | {
+    "tokenizer.ggml.pre": "llama-bpe",
+    "tokenizer.ggml.tokens": whole,
+    "tokenizer.ggml.token_type": [3, 3] + [1] * (len(whole) - 2),
+  }
+  assert named(whole, gguf_tokenizers.from_gguf(llama3).encode("eh")) == ["<|start|>", "eh"]
+  plain = llama3 | {"tokenizer.ggml.pre": "gpt-2"}
+  assert named(whole, gguf_tokenizers.from_gguf(plain).encode("eh")) == ["e", "h"]
+  bare = gguf_tokenizers.from_gguf(llama3 | {"tokenizer.ggml.add_bos_token": False})
+  assert named(whole, bare.encode("eh")) == ["eh"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"tokens": [1]}, "tokens="),
+    ({"tokens": []}, "tokens="),
+    ({"tokens": ["x" * 10**5]}, "tokens="),
+    ({"bos_token_id": 10**9}, "bos_token_id=1000000000; allowed: 0 to"),
+    ({"bos_token_id": "x"}, "bos_token_id='x'"),
+    ({"merges": ["a"]}, "merges="),
+    ({"merges": ["a zzz"]}, "damaged"),
+    ({"token_type": [1]}, "token_type="),
+    ({"add_eos_token": 1}, "add_eos_token=1"),
+    ({"add_space_prefix": True}, "add_space_prefix=True"),
+    ({"precompiled_charsmap": [1]}, "precompiled_charsmap"),
+  ],
+)
+def test_damaged_gguf_tokenizers_are_named(changes, message):
+  named = {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+  with pytest.raises(ValueError, match=f"GGUF: tokenizer: .*{message}"):
+    gguf_tokenizers.from_gguf(BYTE_LEVEL | named)
 
 
 @pytest.mark.parametrize("token", [-1, 10**6])

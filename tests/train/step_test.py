@@ -70,6 +70,19 @@ def test_accumulation_is_the_mean_over_tokens_not_over_microbatches(
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_microbatches_of_no_weight_are_not_read(key):
+  def objective(params, batch, rng):
+    weight = batch["weights"].sum()
+    return (params["w"] * batch["x"]).sum() / weight, {"weight": weight, "x": batch["x"].sum()}
+
+  batch = {"weights": jnp.array([1e-12, 0.0]), "x": jnp.array([3e-12, jnp.inf])}
+  params, optimizer = {"w": jnp.ones(1)}, optax.sgd(1.0)
+  state, metrics = _run(objective, params, batch, optimizer, key, microbatches=2)
+  np.testing.assert_allclose(state.params["w"], [1.0 - 3.0], rtol=1e-6)
+  np.testing.assert_allclose(metrics["loss"], 3.0, rtol=1e-6)
+  np.testing.assert_allclose(metrics["x"], 3e-12, rtol=1e-6)
+
+
 def test_microbatches_that_do_not_divide_are_refused(bigram, stream, key):
   _, params, objective = bigram()
   with pytest.raises(ValueError, match="microbatches=3 does not divide the batch of 8"):

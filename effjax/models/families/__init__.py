@@ -5,24 +5,50 @@ from collections.abc import Mapping
 from typing import Any
 
 from effjax.layers.spec import LayerSpec, TransformerConfig
-from effjax.models.families import bert, gemma3, gpt2, llama, opt
+from effjax.models.families import (
+  bert,
+  distilbert,
+  gemma,
+  gpt2,
+  llama,
+  mistral,
+  opt,
+  phi3,
+  qwen,
+  smollm3,
+)
 from effjax.models.families.table import Entry, Family
 
 FAMILIES: dict[str, Family] = {
-  module.FAMILY.name: module.FAMILY for module in (llama, gemma3, gpt2, opt, bert)
+  family.name: family
+  for family in (
+    llama.FAMILY,
+    gemma.GEMMA3,
+    gpt2.FAMILY,
+    opt.FAMILY,
+    bert.FAMILY,
+    bert.ROBERTA,
+    distilbert.FAMILY,
+    mistral.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    gemma.GEMMA2,
+    phi3.FAMILY,
+    smollm3.FAMILY,
+  )
 }
 MODEL_TYPES = {name: name for name in FAMILIES} | {"gemma3_text": "gemma3"}
 
 __all__ = ["FAMILIES", "Entry", "Family", "family_of", "hf_config", "of_model_type"]
 
 
-def of_model_type(model_type: str | None) -> Family:
+def of_model_type(model_type: Any) -> Family:
   """The family of config.json's `model_type`.
 
   Raises:
     ValueError: for an unknown one.
   """
-  if model_type not in MODEL_TYPES:
+  if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
     raise ValueError(f"model_type {model_type!r}; allowed: {', '.join(MODEL_TYPES)}")
   return FAMILIES[MODEL_TYPES[model_type]]
 

@@ -1,65 +1,75 @@
-"""BERT encoders, MiniLM among them (arXiv 1810.04805): hidden states, no pooler, no MLM head."""
+"""BERT encoders, MiniLM among them (arXiv 1810.04805), and RoBERTa (arXiv 1907.11692).
 
-from collections.abc import Mapping
+Hidden states, no pooler, no MLM head. RoBERTa's first position is the one after `pad_token_id`.
+"""
+
 from typing import Any
 
-from effjax.attention.masks import Full
-from effjax.attention.multi_head import Attention
-from effjax.layers import MLP, LayerNorm
-from effjax.layers.spec import LayerSpec, TransformerConfig
-from effjax.models.families import reading
+from effjax.layers.spec import TransformerConfig
+from effjax.models.families import encoders, reading
+from effjax.models.families.fields import Fields, complete
 from effjax.models.families.table import Entry, Family, layer_norm, linear
 
+NAMES = {
+  "width": "hidden_size",
+  "hidden": "intermediate_size",
+  "layers": "num_hidden_layers",
+  "heads": "num_attention_heads",
+  "act": "hidden_act",
+}
+DEFAULTS = {
+  "hidden_act": "gelu",
+  "layer_norm_eps": 1e-12,
+  "max_position_embeddings": 512,
+  "type_vocab_size": 2,
+}
+ROBERTA_DEFAULTS = DEFAULTS | {"pad_token_id": 1}
 
-def to_config(config: Mapping[str, Any]) -> TransformerConfig:
+
+@complete(DEFAULTS)
+def to_config(fields: Fields) -> TransformerConfig:
   """A `TransformerConfig` of a config.json of model type "bert"."""
-  get = lambda name: reading.field(config, name)
-  reading.need(config, "is_decoder", False)
-  reading.need(config, "position_embedding_type", "absolute", "absolute", None)
-  attention = Attention(get("num_attention_heads"), mask=Full(), use_bias=True, out_bias=True)
-  ffn = MLP(
-    get("intermediate_size"), reading.activation(config, "hidden_act", "gelu"), use_bias=True
-  )
-  return TransformerConfig(
-    vocab_size=get("vocab_size"),
-    width=get("hidden_size"),
-    layers=(LayerSpec(attention, ffn),) * get("num_hidden_layers"),
-    norm=LayerNorm(config.get("layer_norm_eps", 1e-12)),
-    arrangement="post",
-    final_norm=False,
-    positions="learned",
-    context=config.get("max_position_embeddings", 512),
-    head=None,
-    embed_norm=True,
-    token_types=config.get("type_vocab_size", 2),
-    family="bert",
+  return _read(fields, "bert", 0)
+
+
+@complete(ROBERTA_DEFAULTS)
+def roberta_config(fields: Fields) -> TransformerConfig:
+  """A `TransformerConfig` of a config.json of model type "roberta"."""
+  return _read(fields, "roberta", fields.integer("pad_token_id", least=0) + 1)
+
+
+def _read(fields: Fields, family: str, offset: int) -> TransformerConfig:
+  fields.need("is_decoder", False, None)
+  fields.need("position_embedding_type", "absolute", None)
+  fields.unused("tie_word_embeddings")  # of a head that is not loaded
+  rows = fields.integer("max_position_embeddings", least=offset + 1)
+  return encoders.read(
+    fields,
+    family,
+    NAMES,
+    fields.number("layer_norm_eps"),
+    context=rows - offset,
+    position_offset=offset,
+    token_types=fields.integer("type_vocab_size"),
   )
 
 
 def from_config(config: TransformerConfig) -> dict[str, Any]:
   """The config.json of a `TransformerConfig`."""
-  attention, ffn = reading.first_layer(config, "bert", Attention, MLP)
-  return {
-    "model_type": "bert",
-    "vocab_size": config.vocab_size,
-    "hidden_size": config.width,
-    "intermediate_size": ffn.width,
-    "num_hidden_layers": len(config.layers),
-    "num_attention_heads": attention.heads,
-    "hidden_act": reading.activation_name(ffn.activation),
-    "max_position_embeddings": config.context,
+  return encoders.write(config, config.family or "bert", NAMES) | {
     "type_vocab_size": config.token_types,
-    "layer_norm_eps": getattr(config.norm, "eps", None),
+    "layer_norm_eps": reading.eps(config),
     "position_embedding_type": "absolute",
   }
 
 
-FAMILY = Family(
-  name="bert",
-  architecture="BertModel",
-  to_config=to_config,
-  from_config=from_config,
-  layer=(
+def from_roberta(config: TransformerConfig) -> dict[str, Any]:
+  """The config.json of a `TransformerConfig`."""
+  return from_config(config) | {"pad_token_id": config.position_offset - 1}
+
+
+LAYOUT: dict[str, Any] = {
+  "layer": (
     *linear("mixer/query", "encoder.layer.{i}.attention.self.query"),
     *linear("mixer/key", "encoder.layer.{i}.attention.self.key"),
     *linear("mixer/value", "encoder.layer.{i}.attention.self.value"),
@@ -69,18 +79,31 @@ FAMILY = Family(
     *linear("ffn/down", "encoder.layer.{i}.output.dense"),
     *layer_norm("ffn_norm", "encoder.layer.{i}.output.LayerNorm"),
   ),
-  rest=(
+  "rest": (
     Entry("embed/embedding", "embeddings.word_embeddings.weight"),
     Entry("positions/embedding", "embeddings.position_embeddings.weight"),
     Entry("token_types/embedding", "embeddings.token_type_embeddings.weight"),
     *layer_norm("embed_norm", "embeddings.LayerNorm"),
   ),
+  "renamed": encoders.RENAMED,
+}
+UNUSED = (r"embeddings\.position_ids", r"pooler\.dense\.(weight|bias)")
+FAMILY = Family(
+  "bert",
+  "BertModel",
+  to_config,
+  from_config,
   prefixes=("", "bert."),
   unprefixed=("cls.",),
-  ignored=(
-    r"embeddings\.position_ids",
-    r"pooler\.dense\.(weight|bias)",
-    r"cls\.predictions\..*",
-    r"cls\.seq_relationship\.(weight|bias)",
-  ),
+  ignored=(*UNUSED, r"cls\.predictions\..*", r"cls\.seq_relationship\.(weight|bias)"),
+  **LAYOUT,
+)
+ROBERTA = Family(
+  "roberta",
+  "RobertaModel",
+  roberta_config,
+  from_roberta,
+  prefixes=("", "roberta."),
+  ignored=(*UNUSED, r"lm_head\..*"),
+  **LAYOUT,
 )

@@ -1,6 +1,5 @@
 """GPT-2 (Radford et al., 2019): learned positions, one tensor for query, key and value."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from effjax.attention.masks import Causal
@@ -8,26 +7,43 @@ from effjax.attention.multi_head import Attention
 from effjax.layers import MLP, LayerNorm
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.models.families import reading
+from effjax.models.families.fields import Fields, complete
 from effjax.models.families.table import Entry, Family, layer_norm, linear
 
+DEFAULTS = {
+  "n_inner": None,
+  "activation_function": "gelu_new",
+  "layer_norm_epsilon": 1e-5,
+  "n_positions": 1024,
+  "tie_word_embeddings": True,
+}
+ALIASES = {
+  "hidden_size": "n_embd",
+  "num_hidden_layers": "n_layer",
+  "num_attention_heads": "n_head",
+  "max_position_embeddings": "n_positions",
+  "n_ctx": "n_positions",
+}
 
-def to_config(config: Mapping[str, Any]) -> TransformerConfig:
+
+@complete(DEFAULTS, ALIASES)
+def to_config(fields: Fields) -> TransformerConfig:
   """A `TransformerConfig` of a config.json of model type "gpt2"."""
-  get = lambda name: reading.field(config, name)
-  reading.need(config, "scale_attn_weights", True)
-  reading.need(config, "scale_attn_by_inverse_layer_idx", False)
-  reading.need(config, "add_cross_attention", False)
-  attention = Attention(heads=get("n_head"), mask=Causal(), use_bias=True, out_bias=True)
-  hidden = config.get("n_inner") or 4 * get("n_embd")
-  act = reading.activation(config, "activation_function", "gelu_new")
+  fields.need("scale_attn_weights", True, None)
+  fields.need("scale_attn_by_inverse_layer_idx", False, None)
+  width = fields.integer("n_embd")
+  reading.width(fields, "n_embd", "n_head")
+  attention = Attention(fields.integer("n_head"), mask=Causal(), use_bias=True, out_bias=True)
+  hidden = fields.integer("n_inner", null=True) or 4 * width
+  ffn = MLP(hidden, reading.activation(fields, "activation_function"), use_bias=True)
   return TransformerConfig(
-    vocab_size=get("vocab_size"),
-    width=get("n_embd"),
-    layers=(LayerSpec(attention, MLP(hidden, act, use_bias=True)),) * get("n_layer"),
-    norm=LayerNorm(config.get("layer_norm_epsilon", 1e-5)),
+    vocab_size=fields.integer("vocab_size"),
+    width=width,
+    layers=(LayerSpec(attention, ffn),) * fields.depth("n_layer"),
+    norm=LayerNorm(fields.number("layer_norm_epsilon")),
     positions="learned",
-    context=config.get("n_positions", 1024),
-    tied=config.get("tie_word_embeddings", True),
+    context=fields.integer("n_positions"),
+    tied=fields.flag("tie_word_embeddings"),
     family="gpt2",
   )
 
@@ -44,7 +60,7 @@ def from_config(config: TransformerConfig) -> dict[str, Any]:
     "n_head": attention.heads,
     "n_positions": config.context,
     "activation_function": reading.activation_name(ffn.activation),
-    "layer_norm_epsilon": getattr(config.norm, "eps", None),
+    "layer_norm_epsilon": reading.eps(config),
     "tie_word_embeddings": config.tied,
   }
 
@@ -54,9 +70,12 @@ def _projection(path: str, name: str) -> tuple[Entry, ...]:
   return Entry(f"{path}/kernel", f"{name}.weight"), Entry(f"{path}/bias", f"{name}.bias")
 
 
-def _fused(path: str, which: int) -> tuple[Entry, ...]:
-  entries = _projection(path, "h.{i}.attn.c_attn")
-  return tuple(Entry(entry.path, entry.name, part=(which, 3)) for entry in entries)
+_INPUTS = ("mixer/query", "mixer/key", "mixer/value")
+
+
+def _fused(kind: str, name: str) -> tuple[Entry, ...]:
+  paths = tuple(f"{path}/{kind}" for path in _INPUTS)
+  return tuple(Entry(path, f"h.{{i}}.attn.c_attn.{name}", together=paths) for path in paths)
 
 
 FAMILY = Family(
@@ -66,9 +85,8 @@ FAMILY = Family(
   from_config=from_config,
   layer=(
     *layer_norm("mixer_norm", "h.{i}.ln_1"),
-    *_fused("mixer/query", 0),
-    *_fused("mixer/key", 1),
-    *_fused("mixer/value", 2),
+    *_fused("kernel", "weight"),
+    *_fused("bias", "bias"),
     *_projection("mixer/out", "h.{i}.attn.c_proj"),
     *layer_norm("ffn_norm", "h.{i}.ln_2"),
     *_projection("ffn/up", "h.{i}.mlp.c_fc"),

@@ -1,6 +1,5 @@
 """OPT (arXiv 2205.01068); its 350M model is post-norm and embeds in half the width."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from effjax.attention.masks import Causal
@@ -8,32 +7,46 @@ from effjax.attention.multi_head import Attention
 from effjax.layers import MLP, LayerNorm
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.models.families import reading
+from effjax.models.families.fields import Fields, complete
 from effjax.models.families.table import Entry, Family, layer_norm, linear
 
 POSITION_OFFSET = 2
 
 
-def to_config(config: Mapping[str, Any]) -> TransformerConfig:
+DEFAULTS = {
+  "activation_function": "relu",
+  "enable_bias": True,
+  "do_layer_norm_before": True,
+  "_remove_final_layer_norm": False,
+  "word_embed_proj_dim": None,
+  "max_position_embeddings": 2048,
+  "tie_word_embeddings": True,
+}
+
+
+@complete(DEFAULTS)
+def to_config(fields: Fields) -> TransformerConfig:
   """A `TransformerConfig` of a config.json of model type "opt"."""
-  get = lambda name: reading.field(config, name)
-  reading.need(config, "layer_norm_elementwise_affine", True)
-  width, bias = get("hidden_size"), config.get("enable_bias", True)
-  before = config.get("do_layer_norm_before", True)
-  embed_width = config.get("word_embed_proj_dim") or width
-  attention = Attention(get("num_attention_heads"), mask=Causal(), use_bias=bias, out_bias=bias)
-  act = reading.activation(config, "activation_function", "relu")
-  ffn = MLP(get("ffn_dim"), act, use_bias=bias)
+  fields.need("layer_norm_elementwise_affine", True, None)
+  width, bias = fields.integer("hidden_size"), fields.flag("enable_bias")
+  before, bare = fields.flag("do_layer_norm_before"), fields.flag("_remove_final_layer_norm")
+  embed_width = fields.integer("word_embed_proj_dim", null=True) or width
+  reading.width(fields, "hidden_size", "num_attention_heads")
+  heads = fields.integer("num_attention_heads")
+  attention = Attention(heads, mask=Causal(), use_bias=bias, out_bias=bias)
+  act = reading.activation(fields, "activation_function")
+  ffn = MLP(fields.integer("ffn_dim"), act, use_bias=bias)
   return TransformerConfig(
-    vocab_size=get("vocab_size"),
+    vocab_size=fields.integer("vocab_size"),
     width=width,
-    layers=(LayerSpec(attention, ffn),) * get("num_hidden_layers"),
+    layers=(LayerSpec(attention, ffn),) * fields.depth("num_hidden_layers"),
     norm=LayerNorm(1e-5),
     arrangement="pre" if before else "post",
-    final_norm=before and not config.get("_remove_final_layer_norm", False),
+    final_norm=before and not bare,
     positions="learned",
     position_offset=POSITION_OFFSET,
-    context=config.get("max_position_embeddings", 2048),
-    tied=config.get("tie_word_embeddings", True),
+    context=fields.integer("max_position_embeddings"),
+    tied=fields.flag("tie_word_embeddings"),
     embed_width=None if embed_width == width else embed_width,
     family="opt",
   )

@@ -1,73 +1,45 @@
-"""Reading configuration dicts and layer specs with errors that name the field."""
+"""What several families read from their fields, and write back."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from effjax.layers import Rope
 from effjax.layers.spec import TransformerConfig
+from effjax.models.families.fields import Fields
 
 ACTIVATIONS = {
   "silu": "silu",
   "relu": "relu",
   "gelu": "gelu",
-  "gelu_new": "gelu_tanh",
   "gelu_pytorch_tanh": "gelu_tanh",
+  "gelu_new": "gelu_tanh",
+  "gelu_fast": "gelu_tanh",
+  "gelu_python": "gelu",
+  "swish": "silu",
 }
 
 
-def field(config: Mapping[str, Any], name: str):
-  """`config[name]`.
-
-  Raises:
-    ValueError: when the field is missing.
-  """
-  if config.get(name) is None:
-    raise ValueError(f"config: field {name!r} is missing")
-  return config[name]
-
-
-def need(config: Mapping[str, Any], name: str, default: Any, *allowed: Any) -> Any:
-  """The field, or `default`, which must be one of `allowed` (`default` alone if none are given).
-
-  Raises:
-    ValueError: for another value, since ignoring it would compute something else.
-  """
-  value, allowed = config.get(name, default), allowed or (default,)
-  if value not in allowed:
-    raise ValueError(f"config: {name}={value!r}; allowed: {', '.join(map(repr, allowed))}")
-  return value
-
-
-def activation(config: Mapping[str, Any], name: str, default: str) -> str:
+def activation(fields: Fields, name: str) -> str:
   """Our name of the activation in a field."""
-  return ACTIVATIONS[need(config, name, default, *ACTIVATIONS)]
+  return ACTIVATIONS[fields.choice(name, ACTIVATIONS)]
 
 
 def activation_name(ours: str) -> str:
-  """The published name of an activation of ours."""
-  names = {value: name for name, value in ACTIVATIONS.items()}
+  """The published name of an activation of ours.
+
+  Raises:
+    ValueError: for one that has none.
+  """
+  names = {value: name for name, value in reversed(ACTIVATIONS.items())}
   if ours not in names:
     raise ValueError(f"activation {ours!r}; allowed: {', '.join(names)}")
   return names[ours]
 
 
-def rope(parameters: Mapping[str, Any] | None, theta: float) -> Rope:
-  """Rotary positions of `rope_scaling` or `rope_parameters`; `theta` is the base if they lack it.
-
-  Raises:
-    ValueError: for a kind of scaling other than none and linear.
-  """
-  parameters = parameters or {}
-  kind = parameters.get("rope_type", parameters.get("type", "default"))
-  if kind not in ("default", "linear"):
-    raise ValueError(f"config: rope_type={kind!r}; allowed: 'default', 'linear'")
-  need(parameters, "partial_rotary_factor", 1.0, None, 1.0)
-  return Rope(float(parameters.get("rope_theta", theta)), float(parameters.get("factor", 1.0)))
-
-
-def rope_scaling(value: Rope) -> dict[str, Any] | None:
-  """The `rope_scaling` field of a `Rope`."""
-  return None if value.factor == 1.0 else {"rope_type": "linear", "factor": value.factor}
+def width(fields: Fields, total: str, heads: str) -> int:
+  """The width of a head where all together are as wide as the model."""
+  size, number = fields.integer(total), fields.integer(heads)
+  if size % number:
+    raise fields.wrong(heads, f"divisors of {total}={size}")
+  return size // number
 
 
 def first_layer(config: TransformerConfig, family: str, mixer: type, ffn: type) -> tuple:
@@ -86,3 +58,8 @@ def first_layer(config: TransformerConfig, family: str, mixer: type, ffn: type) 
           f"holds {kind.__name__} there"
         )
   return config.layers[0].mixer, config.layers[0].ffn
+
+
+def eps(config: TransformerConfig) -> Any:
+  """The epsilon of the norms, None where they have none."""
+  return getattr(config.norm, "eps", None)

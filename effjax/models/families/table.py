@@ -8,6 +8,8 @@ import numpy as np
 
 from effjax.layers.spec import TransformerConfig
 
+Span = tuple[int, int, int]
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -18,37 +20,46 @@ class Entry:
     name: the tensor; "{i}" stands for the number of the layer.
     transpose: the tensor is [out, in], ours [in, out].
     shift: ours is the tensor plus this (Gemma stores the scale of a norm less 1).
-    part: (which, of how many) equal blocks of the tensor's last axis ours is.
+    together: the parameters whose last axes lie side by side in the tensor, in this order; none
+      where it holds ours alone. Which part is ours is a span (first, past the last, of how many).
   """
 
   path: str
   name: str
   transpose: bool = False
   shift: float = 0.0
-  part: tuple[int, int] | None = None
+  together: tuple[str, ...] = ()
 
-  def tensor_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+  def tensor_shape(self, shape: Sequence[int], span: Span | None = None) -> tuple[int, ...]:
     """The shape that the tensor must have for a parameter of `shape`.
 
     Example:
-      >>> Entry("query/kernel", "c_attn.weight", part=(0, 3)).tensor_shape((4, 4))
+      >>> Entry("query/kernel", "c_attn.weight").tensor_shape((4, 4), (0, 4, 12))
       (4, 12)
     """
-    shape = tuple(shape)[::-1] if self.transpose else tuple(shape)
-    return shape if self.part is None else (*shape[:-1], shape[-1] * self.part[1])
+    whole = tuple(shape) if span is None else (*shape[:-1], span[2])
+    return whole[::-1] if self.transpose else whole
 
-  def load(self, source, name: str, out: np.ndarray) -> None:
+  def dtype(self, wanted: np.dtype) -> np.dtype:
+    """The type of the parameter in a model of type `wanted`.
+
+    What is stored less a shift stays in float32: near 1, bfloat16 has not the bits to give back
+    what was stored.
+    """
+    return np.dtype(np.float32) if self.shift else wanted
+
+  def load(self, source, name: str, out: np.ndarray, span: Span | None = None) -> None:
     """Fills `out`, the parameter, from the tensor `name` of a `TensorSource`."""
-    if self.part is None and not self.shift:
+    if span is None and not self.shift:
       source.read(name, out.T if self.transpose else out)
       return
-    value = source.read(name).astype(np.float32)
-    which, blocks = self.part or (0, 1)
-    value = np.split(value, blocks, axis=-1)[which] + np.float32(self.shift)
-    out[...] = value.T if self.transpose else value
+    value = source.read(name)
+    value = value.T if self.transpose else value
+    value = value if span is None else value[..., span[0] : span[1]]
+    out[...] = value.astype(np.float32) + np.float32(self.shift)
 
   def unload(self, value: np.ndarray) -> np.ndarray:
-    """The tensor, or its block, from the parameter."""
+    """The tensor from the parameter, or from those of `together` side by side."""
     if self.shift:
       value = (value.astype(np.float32) - np.float32(self.shift)).astype(value.dtype)
     return value.T if self.transpose else value
@@ -93,6 +104,7 @@ class Family:
     prefixes: what may stand before the names of `layer` and `rest`; the first is written.
     unprefixed: beginnings of names that stand without a prefix.
     ignored: regular expressions of tensors that are known and not used.
+    renamed: endings of names that older files have → those of today.
   """
 
   name: str
@@ -104,9 +116,13 @@ class Family:
   prefixes: tuple[str, ...]
   unprefixed: tuple[str, ...] = ("lm_head.",)
   ignored: tuple[str, ...] = ()
+  renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def canonical(self, name: str) -> str:
-    """The name of a tensor without its prefix."""
+    """The name of a tensor as `layer` and `rest` have it."""
+    for old, new in self.renamed.items():
+      if name.endswith(old):
+        name = name.removesuffix(old) + new
     if name.startswith(self.unprefixed):
       return name
     matching = [prefix for prefix in self.prefixes if prefix and name.startswith(prefix)]

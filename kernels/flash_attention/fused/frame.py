@@ -43,6 +43,7 @@ def attention(
   scale: float,
   logit_softcap: float | None = None,
   bias: Float[Array, "#B #N #T #S"] | None = None,
+  scores: Any = None,
   segment_ids: tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None = None,
   query_positions: Int[Array, "#B T"] | None = None,
   sizes: Sizes | None = None,
@@ -61,6 +62,8 @@ def attention(
   refused = refusal(query, value)
   if refused:
     raise ValueError(refused)
+  if scores is not None or isinstance(logit_softcap, jax.Array):
+    raise NotImplementedError("fused kernels take no scores and no traced logit_softcap")
   sizes = sizes or choose(
     kernels.platform, query.dtype, max(query.shape[-1], value.shape[-1]), T, S
   )

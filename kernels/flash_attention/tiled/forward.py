@@ -2,10 +2,11 @@
 
 For a tile of queries Q and each visited tile of keys (online softmax, running maximum m and sum l
 per query):
-  S = scale·QKᵀ → softcap → + bias → mask;  m' = max(m, rowmax S);  P = exp(S − m')
+  S = scale·QKᵀ → softcap → + bias, score → mask;  m' = max(m, rowmax S);  P = exp(S − m')
   l ← l·exp(m − m') + rowsum P;  A ← A·exp(m − m') + PV;  at the end O = A / l, LSE = m + log l.
 Any m that keeps l in range gives the same O and LSE. With `fixed` tiles the maximum over the first
-keys stays; where some l then ends outside 2^±60, those queries start again with the running one.
+keys stays; where some l then ends outside 2^±60, those queries start again with the running one,
+which a score like ALiBi's would have all of them do: with one, the maximum runs.
 
 References: Milakov and Gimelshein, arXiv 1805.02867; FlashAttention-2 (arXiv 2307.08691), algorithm
 1.
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effjax.kernels.flash_attention.tiled import layout, steps
+from effjax.kernels.flash_attention.tiled.added import Added
 from effjax.kernels.flash_attention.tiled.steps import FLOOR, LOG2E
 from effjax.kernels.flash_attention.tiled.visits import GroupedSight
 
@@ -23,13 +25,12 @@ _MOST = 2.0**60  # sums up to it, and down to its inverse, are far from float32'
 _FIRST = 32  # keys of a query's first tile that a fixed maximum is over
 
 
-def attention(plan, query, key, value, bias, where):
+def attention(plan, query, key, value, bias, where, terms):
   """out and log-sum-exp."""
   sight = GroupedSight(plan, where)
   compute = steps.compute_type(query)
   wide = jnp.promote_types(query.dtype, jnp.float32)
-  addressed = None if bias is None else layout.Bias(plan, bias.shape)
-  padded = None if bias is None else addressed.pad(bias)
+  added = Added(plan, sight, bias, terms, wide)
   queries = layout.pad_rows(plan, query)
 
   def group(results, c):
@@ -49,8 +50,8 @@ def attention(plan, query, key, value, bias, where):
       flat = lambda x: x.reshape(*q.shape[:2], -1)
 
       def unmasked(j):
-        extra = None if bias is None else addressed.read(plan, padded, c, i, j)
-        return flat(steps.scores(plan, q, keys[j], extra)[0])
+        more = added.bias(c, i, j), added.value(c, i, j)
+        return flat(steps.scores(plan, q, keys[j], added.cap, *more)[0])
 
       def running(j, seen, carry):
         total, top, out = carry
@@ -72,7 +73,7 @@ def attention(plan, query, key, value, bias, where):
         return total, top, out + steps.dot(weights, values[j])
 
       carry, again = start, True
-      if plan.tiles.fixed:
+      if plan.tiles.fixed and not added.scored:
         total, top, out = sight.visit(c, i, fixed, (start[0], start[1] - jnp.inf, start[2]))
         fits = (total > 1 / _MOST) & (total < _MOST)
         again = ~(fits & jnp.isfinite(out.sum(-1, keepdims=True))).all()

@@ -127,6 +127,26 @@ def pad(x: Array, axis: int, length: int, value: Any = 0) -> Array:
   return jnp.pad(x, widths, constant_values=value) if short else x
 
 
+def part(
+  plan: Plan, shape: tuple[int, ...], c: Array, at: Any, size: int
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+  """Starts and sizes, in [b, n, length], of group c and `size` entries from `at`.
+
+  An axis of one stays whole: it stands for all.
+  """
+  t, groups = plan.tiles, plan.split(c)
+  wide = t.batch, t.heads * plan.G
+  axes = [(n * g, n) if x > 1 else (0, 1) for x, n, g in zip(shape, wide, groups, strict=False)]
+  start, sizes = zip(*axes, (at, size) if shape[2] > 1 else (0, 1), strict=True)
+  return start, sizes
+
+
+def by_group(plan: Plan, x: Array) -> Array:
+  """[b, n, length] of a group → [b, heads, G, length]."""
+  heads = (plan.tiles.heads, plan.G) if x.shape[1] > 1 else (1, 1)
+  return x.reshape(x.shape[0], *heads, x.shape[2])
+
+
 class Bias:
   """A bias, or its gradient, addressed by tiles. Axes of one stay axes of one."""
 

@@ -75,11 +75,19 @@ def scaled(plan: Plan, q: Array) -> Array:
   return (q.astype(wide) * plan.scale).astype(compute_type(q))
 
 
-def scores(plan: Plan, q: Array, k: Array, bias: Array | None):
-  """Scores of a tile [batch, heads, G, queries, keys] without the mask, and before the bias."""
-  capped = dot(q, k).reshape(plan.tile)
-  capped = numerics.softcap(capped, plan.softcap)
-  return capped if bias is None else capped + bias.astype(capped.dtype), capped
+def scores(
+  plan: Plan, q: Array, k: Array, cap: Any, *added: Array | None
+) -> tuple[Array, tuple[Array, Array]]:
+  """Scores of a tile [batch, heads, G, queries, keys] without the mask.
+
+  Returns:
+    The scores with what is `added`, and the products of queries and keys and these capped.
+  """
+  products = dot(q, k).reshape(plan.tile)
+  found = capped = numerics.softcap(products, cap)
+  for each in added:
+    found = found if each is None else found + each.astype(found.dtype)
+  return found, (products, capped)
 
 
 def hide(seen: Array | None, x: Array, value: float) -> Array:
