@@ -111,7 +111,7 @@ def check_weights(weights: Shaped[Array | np.ndarray, "..."], shape: tuple[int, 
   if tuple(weights.shape) != tuple(shape):
     raise ValueError(f"weights: shape {tuple(weights.shape)}; allowed: {tuple(shape)}")
   values = known(weights)
-  wrong = () if values is None else values[~((values >= 0) & (values < np.inf))]
+  wrong: Any = () if values is None else values[~((values >= 0) & (values < np.inf))]
   if len(wrong):
     raise ValueError(f"weights: one is {wrong[0]}; allowed: finite, from 0")
 

@@ -219,3 +219,24 @@ def test_the_norm_of_16_bit_gradients_does_not_overflow(key):
   state, metrics = step(state, {"x": jnp.full((1, 4), 512, jnp.float16)}, key)
   assert bool(metrics["finite"]) and float(metrics["grad_norm"]) == 1024
   np.testing.assert_array_equal(state.params["w"], np.zeros(4))
+
+
+def test_microbatches_of_any_weights_are_their_mean(key):
+  """NaN in a part of no weight is not read; tiny and huge weights count like any."""
+
+  def objective(params, batch, rng):
+    weight = batch["weight"].sum()
+    return (params["w"] * batch["x"]).sum(), {"weight": weight, "x": batch["x"].sum()}
+
+  optimizer, x = optax.sgd(1.0), np.array([1.0, np.nan, 3.0, 8.0], np.float32)
+  step = make_train_step(objective, optimizer, microbatches=np.int64(4))
+  for scale in (1e-30, 1.0, 1e30):
+    weights = np.float32([1, 0, 3, 1]) * np.float32(scale)
+    state = init_state({"w": jnp.ones(())}, optimizer)
+    state, metrics = step(state, {"x": x, "weight": weights}, key)
+    np.testing.assert_allclose(metrics["loss"], (1 + 9 + 8) / 5, rtol=1e-6)
+    np.testing.assert_allclose(state.params["w"], 1 - (1 + 9 + 8) / 5, rtol=1e-6)
+    np.testing.assert_allclose(metrics["weight"], weights.sum(), rtol=1e-6)
+  none = {"x": np.float32([1, 2, 3, 6]), "weight": np.zeros(4, np.float32)}
+  _, metrics = step(init_state({"w": jnp.ones(())}, optimizer), none, key)
+  np.testing.assert_allclose(metrics["loss"], 3, rtol=1e-6)
