@@ -31,7 +31,7 @@ def attention(
   """softmax(softcap(scale·QKᵀ) + bias + scores)V over the keys the mask shows, with its LSE."""
   B, T, N, _ = query.shape
   S, K = key.shape[1:3]
-  wide = jnp.promote_types(query.dtype, jnp.float32)
+  wide = numerics.wide(query.dtype)
   whole, grouped = (B, N, T, S), (B, K, N // K, T, S)
   seen = _seen(T, S, mask, segment_ids, query_positions)
   added = [] if bias is None else [bias.astype(wide)]

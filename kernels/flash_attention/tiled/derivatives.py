@@ -11,6 +11,7 @@ Reference: FlashAttention-2, arXiv 2307.08691, algorithm 2.
 import jax.numpy as jnp
 from jax import lax
 
+from effjax.core import numerics
 from effjax.kernels.flash_attention.tiled import layout, steps
 from effjax.kernels.flash_attention.tiled.added import Added
 from effjax.kernels.flash_attention.tiled.steps import FLOOR, LOG2E
@@ -22,7 +23,7 @@ def backward(plan, saved, cotangents):
   query, key, value, bias, where, terms, *results = saved
   sight = GroupedSight(plan, where)
   compute = steps.compute_type(query)
-  wide = jnp.promote_types(query.dtype, jnp.float32)
+  wide = numerics.wide(query.dtype)
   added = Added(plan, sight, bias, terms, wide)
   rows = _rows(plan, query, results, cotangents, wide)
 
@@ -74,7 +75,7 @@ def of_terms(plan, saved, cotangents):
   query, key, value, bias, where, terms, *results = saved
   sight = GroupedSight(plan, where)
   compute = steps.compute_type(query)
-  wide = jnp.promote_types(query.dtype, jnp.float32)
+  wide = numerics.wide(query.dtype)
   added = Added(plan, sight, bias, terms, wide)
   rows = _rows(plan, query, results, cotangents, wide)
 
@@ -143,7 +144,7 @@ def tangents(plan, saved, moves):
   query, key, value, bias, where, terms, *results = saved
   sight = GroupedSight(plan, where)
   compute = steps.compute_type(query)
-  wide = jnp.promote_types(query.dtype, jnp.float32)
+  wide = numerics.wide(query.dtype)
   added = Added(plan, sight, bias, terms, wide)
   bias_moves = Added(plan, sight, moves[3], None, wide)
   term_moves = added.pad(moves[4]) if moves[4] else []

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effjax.core import numerics
 from effjax.kernels.flash_attention.tiled import layout, steps
 from effjax.kernels.flash_attention.tiled.added import Added
 from effjax.kernels.flash_attention.tiled.steps import FLOOR, LOG2E
@@ -30,7 +31,7 @@ def attention(plan, query, key, value, bias, where, terms):
   """out, log-sum-exp, and what the latter's rounding left out."""
   sight = GroupedSight(plan, where)
   compute = steps.compute_type(query)
-  wide = jnp.promote_types(query.dtype, jnp.float32)
+  wide = numerics.wide(query.dtype)
   added = Added(plan, sight, bias, terms, wide)
   queries = layout.pad_rows(plan, query)
 

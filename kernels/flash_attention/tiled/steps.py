@@ -33,7 +33,7 @@ def compute_type(x: Array) -> Any:
 
 def dot(a: Array, b: Array) -> Array:
   """[n, i, j] · [n, j, k] in the type of b, accumulated in at least float32."""
-  wide = jnp.promote_types(b.dtype, jnp.float32)
+  wide = numerics.wide(b.dtype)
   a = a.astype(b.dtype)
   if b.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
     # XLA chooses its bfloat16 product, which takes no transposes, before it folds transposes in.
@@ -72,7 +72,7 @@ def _exp2_jvp(primals, tangents):
 
 def scaled(plan: Plan, q: Array) -> Array:
   """Queries times the scale, as factors of scores."""
-  wide = jnp.promote_types(q.dtype, jnp.float32)
+  wide = numerics.wide(q.dtype)
   return (q.astype(wide) * plan.scale).astype(compute_type(q))
 
 

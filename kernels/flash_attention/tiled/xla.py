@@ -50,7 +50,7 @@ def attention(
   """
   plan = _planned(query, key, value, mask, scale, logit_softcap, tiles)
   where = Where(mask, segment_ids, query_positions)
-  wide = jnp.promote_types(query.dtype, jnp.float32)
+  wide = numerics.wide(query.dtype)
   terms = Terms.of(scores, logit_softcap, plan.T, plan.S, query_positions, wide)
   operands = (query, key, value, bias, where, terms)
   return _attention(plan, *numerics.vary_alike(operands, operands))[:2]
