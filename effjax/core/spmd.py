@@ -97,6 +97,7 @@ def automatic(
   release = lambda x: jax.sharding.reshard(x, compilers) if isinstance(x, jax.Array) else x
   with jax.sharding.use_abstract_mesh(free), rows_split(free, _axes(next(iter(spec(rows)), None))):
     result = function(*jax.tree.map(release, tuple(arguments)))
+  tree: Any
   leaves, tree = jax.tree.flatten(result)
   places = (NamedSharding(mesh, spec) for spec in split(result))
   return tree.unflatten(map(jax.sharding.reshard, leaves, places))
@@ -132,8 +133,9 @@ def explicit_mesh(tree: PyTree) -> AnyMesh | None:
 
 def _mesh(x: jax.Array) -> AnyMesh:
   """That of the devices where an array is known, else that of its type."""
-  known = not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding)
-  return x.sharding.mesh if known else jax.typeof(x).sharding.mesh
+  if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+    return x.sharding.mesh
+  return jax.typeof(x).sharding.mesh
 
 
 def nowhere(result: PyTree) -> list[PartitionSpec]:

@@ -26,8 +26,8 @@ class Added:
 
   def __init__(self, plan: Plan, sight: GroupedSight, bias: Any, terms: Any, dtype: Any):
     self.plan, self.sight, self.dtype, self.given = plan, sight, dtype, terms
-    self.biases: Any = None if bias is None else layout.Bias(plan, bias.shape)
-    self.padded_bias = None if bias is None else self.biases.pad(bias)
+    biases: Any = None if bias is None else layout.Bias(plan, bias.shape)
+    self.biases, self.padded_bias = biases, None if bias is None else biases.pad(bias)
     self.bias_like = bias
     self.scored = terms is not None and terms.structure is not None
     self.cap: Any = plan.softcap if terms is None or terms.softcap is None else terms.softcap
