@@ -234,7 +234,7 @@ def test_rows_may_have_rules_of_their_own():
 
 
 def test_a_learned_temperature_has_a_gradient():
-  spread = lambda t: (sampling.distribution(jnp.asarray(SHARED), temperature=t)[0])
+  spread = lambda t: sampling.distribution(jnp.asarray(SHARED), temperature=t)[0]
   found, step = jax.jit(jax.grad(spread))(0.7), 1e-3
   exact = lambda t: np.exp(1 / t) / (np.exp(1 / t) + 2 * np.exp(4 / t))
   np.testing.assert_allclose(found, (exact(0.7 + step) - exact(0.7 - step)) / (2 * step), rtol=1e-4)
