@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core import numerics
 from effjax.core.linear_map import linear_map
@@ -71,7 +72,7 @@ def _moved(product: Any, to_first: Any, to_second: Any, primals: Any, tangents: 
 
 
 def _product(axes: str, a: Array, b: Array) -> Array:
-  kind = jnp.promote_types(a.dtype, b.dtype)
+  kind = np.promote_types(a.dtype, b.dtype)
   wide = numerics.wide(kind)
   return jnp.einsum(axes, a.astype(kind), b.astype(kind), preferred_element_type=wide)
 
