@@ -1,19 +1,17 @@
 """Attention on arrays: the one entry through which every module attends."""
 
 import functools
-import math
 import typing
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from effjax.attention import masks, parts
 from effjax.attention import scores as score_values
 from effjax.attention.masks.base import FAR, of_queries
-from effjax.core import spmd
+from effjax.core import known, numerics, spmd
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import reference
 from effjax.kernels.flash_attention.fused import cudnn, frame, gpu, tpu
@@ -99,7 +97,7 @@ def attend(
   S = key.shape[1]
   check_places(B, T, S, N, mask, scores, query_positions)
   query, scale = scaled(query, scale)
-  run = _pick(implementation, query, value)
+  run = _pick(implementation, query, value, scores is not None and query_positions is not None)
   if run is cudnn.attention:
     run = functools.partial(run, return_lse=return_lse or sinks is not None)
   out, lse = run(
@@ -119,7 +117,8 @@ def attend(
   return (out, lse) if return_lse else out
 
 
-def _pick(implementation: str | None, query: Array, value: Array) -> Callable:
+def _pick(implementation: str | None, query: Array, value: Array, looks_up: bool) -> Callable:
+  """The implementation; `looks_up` says whether scores at positions are given, as no TPU has."""
   backend = jax.default_backend()
   ready = _EVERYWHERE | _DEVICES.get(backend, {})
   if implementation in ready:
@@ -133,9 +132,8 @@ def _pick(implementation: str | None, query: Array, value: Array) -> Callable:
   if query.shape[1] < _FEW and backend != "gpu":
     return reference.attention
   shared = jax.device_count() > 1 and not jax.typeof(query).manual_axis_type.varying
-  return (
-    xla.attention if shared or frame.refusal(query, value) else ready.get(backend, xla.attention)
-  )
+  refused = frame.refusal(query, value) or (looks_up and backend == "tpu")
+  return xla.attention if shared or refused else ready.get(backend, xla.attention)
 
 
 def arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> tuple[Any, ...]:
@@ -166,7 +164,7 @@ def places(positions: Any) -> Array | None:
     what = getattr(positions, "dtype", type(positions).__name__)
     raise ValueError(f"query_positions is of {what}, expected an array of integers")
   positions = jnp.asarray(positions)
-  wide = positions.astype(jnp.promote_types(positions.dtype, jnp.int32))
+  wide = positions if positions.dtype.itemsize > 4 else positions.astype(jnp.int32)
   return wide.clip(-FAR // 2, FAR // 2).astype(jnp.int32)
 
 
@@ -233,17 +231,11 @@ def scaled(query: Array, scale: Any) -> tuple[Array, float]:
     ValueError: a scale that is not finite where that is known, or of another shape.
   """
   N, H = query.shape[2:]
-  scale = H**-0.5 if scale is None else _known(scale)
-  if isinstance(scale, float):
-    if not math.isfinite(scale):
-      raise ValueError(f"scale={scale}; allowed: finite numbers")
-    return query, scale
-  if scale.shape not in ((), (N,)):
-    raise ValueError(f"scale has shape {scale.shape}, expected () or {(N,)}, one for each head")
-  if not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale, float)).all():
-    raise ValueError(f"scale={scale}; allowed: finite numbers")
-  wide = jnp.promote_types(query.dtype, jnp.float32)
-  factor = jnp.broadcast_to(scale.astype(wide), (N,))[None, None, :, None]
+  scale = known.number("scale", H**-0.5 if scale is None else scale, shape=(N,))
+  if isinstance(scale, int | float):
+    return query, float(scale)
+  wide = numerics.wide(query.dtype)
+  factor = jnp.broadcast_to(jnp.asarray(scale, wide), (N,))[None, None, :, None]
   return (query.astype(wide) * factor).astype(query.dtype), 1.0
 
 
@@ -251,26 +243,10 @@ def cap(logit_softcap: Any) -> Any:
   """`logit_softcap` as a float where it is known, None and a traced one as they are.
 
   Raises:
-    ValueError: one that is not above 0 and finite where that is known, or no scalar.
+    ValueError: one that is not above 0 and finite where that is known, or no number.
   """
-  if logit_softcap is None:
-    return None
-  logit_softcap = _known(logit_softcap)
-  if isinstance(logit_softcap, float):
-    if not 0 < logit_softcap < math.inf:
-      raise ValueError(
-        f"logit_softcap={logit_softcap}; allowed: finite numbers above 0, or None for no cap"
-      )
-  elif logit_softcap.shape != ():
-    raise ValueError(f"logit_softcap has shape {logit_softcap.shape}, expected ()")
-  return logit_softcap
-
-
-def _known(x: Any) -> Any:
-  """A number, of Python, numpy or jax, as a float where its value is known; else an array."""
-  if isinstance(x, jax.core.Tracer):
-    return x
-  return jnp.asarray(x) if np.ndim(x) else float(x)
+  given = None if logit_softcap is None else known.number("logit_softcap", logit_softcap, above=0)
+  return float(given) if isinstance(given, int | float) else given
 
 
 def _id_pair(ids: Any, B: int, T: int, S: int, positions: Any) -> tuple[Array, Array] | None:

@@ -87,7 +87,7 @@ def linear_attention(
   if state is None:
     state = LinearState.empty(B, N, H, value.shape[-1])
   ids = jnp.zeros((1, T), jnp.int32) if segment_ids is None else segment_ids
-  ids = _chunks(jnp.broadcast_to(ids, (B, T)), chunk, -1)
+  ids = _chunks(jnp.broadcast_to(ids, (B, T)).astype(jnp.int32), chunk, -1)
   token = ids >= 0
   cut = lambda x: zero_unless(token, _chunks(x, chunk))
   q, k = (zero_unless(token, feature_map(cut(x))) for x in (query, key))

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from effjax.attention.attend import attend
+from effjax.core import numerics
 from effjax.core.typing import Array, DTypeLike, Float, Int
 from effjax.core.weights import materialize
 from effjax.layers import Context, Linear, weight, without_padding
@@ -38,7 +39,7 @@ def project_length(
     raise ValueError(f"Linformer: sequence of length {length}; allowed: up to {w.shape[0]}")
   if segment_ids is not None:
     x = jnp.where((segment_ids >= 0)[..., None, None], x, jnp.zeros((), x.dtype))
-  wide = jnp.promote_types(x.dtype, jnp.float32)  # half precision would lose the sum
+  wide = numerics.wide(x.dtype)  # half precision would lose the sum
   y = jnp.einsum("btnh,tr->brnh", x.astype(wide), materialize(w)[:length].astype(wide))
   return y.astype(x.dtype)
 

@@ -160,5 +160,6 @@ class ShiftedSparseAttention(Attention):
     if not plain or self.cross or self.scores is not None:
       given = f"mask={self.mask}, cross={self.cross}, scores={self.scores}"
       raise ValueError(
-        f"ShiftedSparseAttention: {given}; allowed: Causal() or Full(), cross=False and scores=None"
+        f"ShiftedSparseAttention: {given}; allowed: Causal() or Full(), and cross=False and "
+        "scores=None"
       )

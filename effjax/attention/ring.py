@@ -89,7 +89,7 @@ def ring_attend(
   check_places(B, whole, whole, N, mask, scores, None)
   query, scale = scaled(query, scale)
   logit_softcap = cap(logit_softcap)
-  wide = jnp.promote_types(query.dtype, jnp.float32)
+  wide = numerics.wide(query.dtype)
   terms = Terms.of(scores, logit_softcap, whole, whole, None, wide)
   softcap = logit_softcap if isinstance(logit_softcap, float) else None
   ring = _Ring(axis, size, T, _needed(mask, size, T), scale, softcap)
@@ -175,7 +175,7 @@ def _visited(view: masks.Shard, tokens: int) -> Any:
 def _attention(
   ring: _Ring, query: Array, key: Array, value: Array, mask: masks.Mask, terms: Terms | None
 ) -> parts.Part:
-  wide = jnp.promote_types(query.dtype, jnp.float32)
+  wide = numerics.wide(query.dtype)
 
   def step(offset, visitors, part, collect):
     view = ring.view(mask, terms, offset)
@@ -196,7 +196,7 @@ def _attention_fwd(ring, query, key, value, mask, terms):
 
 def _attention_bwd(ring, saved, cotangents):
   query, key, value, mask, terms, results = saved
-  wide = jnp.promote_types(query.dtype, jnp.float32)
+  wide = numerics.wide(query.dtype)
   trained = [] if terms is None else terms.trained
 
   def step(offset, visitors, *sums):

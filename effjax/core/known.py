@@ -61,7 +61,7 @@ def number(
     Traceback (most recent call last):
     ValueError: rank 2.5; allowed: 1 … 8, an integer
   """
-  values = known(value) if _is_array(value) else value
+  values: Any = known(value) if _is_array(value) else value
   if not _fits(value, integer, shape) or (
     values is not None and not np.all(_within(values, least, above, most, below))
   ):
@@ -106,8 +106,8 @@ def check_ids(
     raise ValueError(f"{name}: id {values[place]} at {list(place)}; allowed: 0 to {count - 1}")
 
 
-def is_id(ids: Integer[Array | np.ndarray, "..."], count: int) -> Bool[Array, "..."]:
-  """Whether each of `ids` is one of 0 … count − 1; known ones or traced."""
+def is_id(ids: Integer[Array | np.ndarray, "..."], count: int) -> Any:
+  """Whether each of `ids` is one of 0 … count − 1, a boolean for each."""
   return (ids >= 0) & (ids < count)
 
 

@@ -1,7 +1,7 @@
 """Numerical building blocks shared by every room."""
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ def check_weights(weights: Shaped[Array | np.ndarray, "..."], shape: tuple[int, 
   if tuple(weights.shape) != tuple(shape):
     raise ValueError(f"weights: shape {tuple(weights.shape)}; allowed: {tuple(shape)}")
   values = known(weights)
-  wrong = () if values is None else values[~((values >= 0) & (values < np.inf))]
+  wrong: Any = () if values is None else values[~((values >= 0) & (values < np.inf))]
   if len(wrong):
     raise ValueError(f"weights: one is {wrong[0]}; allowed: finite, from 0")
 
@@ -160,7 +160,7 @@ def vary_alike(tree: PyTree, *others: PyTree) -> PyTree:
     *(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(others))
   )
 
-  def mark(leaf: Array) -> Array:
+  def mark(leaf: Any) -> Any:
     missing = tuple(sorted(axes - jax.typeof(leaf).manual_axis_type.varying))
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -72,7 +72,10 @@ def map_rows(function: Callable[[PyTree, PyTree], T], rows: PyTree, whole: PyTre
 
 
 def automatic(
-  function: Callable[..., T], arguments: Sequence[PyTree], rows: Any, split: Callable[[T], PyTree]
+  function: Callable[..., T],
+  arguments: Sequence[PyTree],
+  rows: Any,
+  split: Callable[[T], Iterable[PartitionSpec]],
 ) -> T:
   """function(*arguments), split over the devices by the compiler on a mesh of explicit axes too.
 
@@ -83,20 +86,21 @@ def automatic(
     function: of pytrees of arrays and of anything else.
     arguments: its arguments.
     rows: the one whose first axis is that of the rows.
-    split: result → the partition specification of each array in it, or of subtrees.
+    split: result → the partition specification of each of its leaves.
   """
   mesh = explicit_mesh(tuple(arguments))
   if mesh is None:
     return function(*arguments)
   shape = mesh.abstract_mesh
   free = shape.update_axis_types(dict.fromkeys(shape.explicit_axes, AxisType.Auto))
-  nowhere = NamedSharding(free, PartitionSpec())
-  release = lambda x: jax.sharding.reshard(x, nowhere) if isinstance(x, jax.Array) else x
+  compilers = NamedSharding(free, PartitionSpec())
+  release = lambda x: jax.sharding.reshard(x, compilers) if isinstance(x, jax.Array) else x
   with jax.sharding.use_abstract_mesh(free), rows_split(free, _axes(next(iter(spec(rows)), None))):
     result = function(*jax.tree.map(release, tuple(arguments)))
-  place = lambda spec: NamedSharding(mesh, spec)
-  places = jax.tree.map(place, split(result), is_leaf=lambda x: isinstance(x, PartitionSpec))
-  return jax.sharding.reshard(result, places)
+  tree: Any
+  leaves, tree = jax.tree.flatten(result)
+  places = (NamedSharding(mesh, spec) for spec in split(result))
+  return tree.unflatten(map(jax.sharding.reshard, leaves, places))
 
 
 def on_any_mesh(function: Callable[Given, T]) -> Callable[Given, T]:
@@ -113,7 +117,7 @@ def on_any_mesh(function: Callable[Given, T]) -> Callable[Given, T]:
   def anywhere(*arguments: Given.args, **named: Given.kwargs) -> T:
     first = next(iter(signature.bind(*arguments, **named).arguments.values()))
     call = lambda arguments, named: function(*arguments, **named)
-    alike = lambda result: jax.tree.map(lambda x: spec_like(first, x), result)
+    alike = lambda result: (spec_like(first, x) for x in jax.tree.leaves(result))
     return automatic(call, (arguments, named), first, alike)
 
   return anywhere
@@ -129,8 +133,14 @@ def explicit_mesh(tree: PyTree) -> AnyMesh | None:
 
 def _mesh(x: jax.Array) -> AnyMesh:
   """That of the devices where an array is known, else that of its type."""
-  known = not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding)
-  return x.sharding.mesh if known else jax.typeof(x).sharding.mesh
+  if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+    return x.sharding.mesh
+  return jax.typeof(x).sharding.mesh
+
+
+def nowhere(result: PyTree) -> list[PartitionSpec]:
+  """Specifications of arrays that are not split."""
+  return [PartitionSpec()] * len(jax.tree.leaves(result))
 
 
 def spec_like(x: Any, y: jax.Array) -> PartitionSpec:

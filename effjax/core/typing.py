@@ -12,7 +12,7 @@
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax import Array
@@ -22,8 +22,12 @@ from jaxtyping import Bool, Float, Int, Integer, Num, PRNGKeyArray, Shaped
 PyTree = Any
 Params = Mapping[str, Any]
 Key = PRNGKeyArray
-Size = int | np.integer
-Number = int | float | np.integer | np.floating
+if TYPE_CHECKING:  # as which `known.number` gives them back
+  Size = int
+  Number = float
+else:
+  Size = int | np.integer
+  Number = int | float | np.integer | np.floating
 Scalar = Number | np.ndarray | Array  # perhaps traced
 
 __all__ = [

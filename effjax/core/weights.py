@@ -82,9 +82,9 @@ class Weight(abc.ABC):
     """Rows W[indices], as an embedding table gives them; see the function `take`."""
     return take(self, indices)
 
-  def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
+  def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
     """Rows W[indices], the indices all within 0 … D − 1: what `take` asks a representation for."""
-    return rows(self.materialize(), indices)
+    return lookup(self.materialize(), indices)
 
   @property
   def T(self) -> "Weight":
@@ -267,12 +267,12 @@ def take(
   """
   check_ids(name, indices, w.shape[0])
   there = is_id(indices, w.shape[0])
-  return numerics.nan_unless(there, rows(w, jnp.where(there, indices, 0).astype(jnp.int32)))
+  return numerics.nan_unless(there, lookup(w, jnp.where(there, indices, 0).astype(jnp.int32)))
 
 
-def rows(w: Any, indices: Int[Array, "..."]) -> Array:
+def lookup(w: Any, indices: Int[Array, "..."]) -> Array:
   """Rows of an array or a `Weight`, the indices all within it."""
-  return w.rows(indices) if isinstance(w, Weight) else jnp.take(w, indices, axis=0, mode="clip")
+  return w.lookup(indices) if isinstance(w, Weight) else jnp.take(w, indices, axis=0, mode="clip")
 
 
 def product(x: Array, w: Any, multiply: Callable[[Array, Array], Array]) -> Array:

@@ -1,7 +1,10 @@
 """What data parallelism sends between devices."""
 
+from effjax.core.known import number
+from effjax.core.typing import Size
 
-def zero_communication(parameters: int, stage: int) -> int:
+
+def zero_communication(parameters: Size, stage: Size) -> int:
   """Elements each device sends a step: 2Φ, and 3Φ at stage 3 (ZeRO, arXiv 1910.02054, section 7).
 
   Plain data parallelism (stage 0) reduces gradients in two halves, a reduce-scatter and an
@@ -14,12 +17,12 @@ def zero_communication(parameters: int, stage: int) -> int:
     stage: 0, 1, 2 or 3.
 
   Raises:
-    ValueError: for another stage.
+    ValueError: for another stage, and parameters below 0.
 
   Example:
     >>> [zero_communication(1_000, stage) for stage in range(4)]
     [2000, 2000, 2000, 3000]
   """
-  if stage not in (0, 1, 2, 3):
-    raise ValueError(f"stage {stage!r}; allowed: 0, 1, 2, 3")
+  parameters = number("parameters", parameters, least=0)
+  stage = number("stage", stage, integer=True, least=0, most=3)
   return (3 if stage == 3 else 2) * parameters

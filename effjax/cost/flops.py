@@ -1,16 +1,18 @@
 """Floating-point operations of matrix products, two per multiply-add."""
 
+import functools
 import math
 from typing import Any
 
 from effjax.core import trees
-from effjax.core.typing import Params
+from effjax.core.known import number
+from effjax.core.typing import Number, Params, Size
 from effjax.cost.shares import in_layers
 from effjax.layers.spec import TransformerConfig, stated
 
 
 def flops(
-  config: TransformerConfig, length: int, params: Params | None = None, queries: int | None = None
+  config: TransformerConfig, length: Size, params: Params | None = None, queries: Size | None = None
 ) -> float:
   """Matrix-product FLOPs a token, forward, averaged over the last `queries` of `length` tokens.
 
@@ -36,10 +38,9 @@ def flops(
     >>> flops(TransformerConfig(16, 4, (LayerSpec(None, MLP(8)),)), 10)
     256.0
   """
-  if length < 1:
-    raise ValueError(f"length {length}; allowed: from 1")
-  if queries is not None and not 1 <= queries <= length:
-    raise ValueError(f"queries {queries}; allowed: 1 … {length}, the length, or None")
+  length = number("length", length, integer=True, least=1)
+  if queries is not None:
+    queries = number("queries", queries, integer=True, least=1, most=length)
   of_layers = sum(
     count(config.width, length, queries)
     for layer in stated(config, "flops")
@@ -79,7 +80,7 @@ def _beyond(leaf: Any) -> float:
 
 
 def sequence_flops(
-  tokens: int, layers: int, width: int, vocab: int, *, factor: int | float = 12.0
+  tokens: Size, layers: Size, width: Size, vocab: Size, *, factor: Number = 12.0
 ) -> float:
   """FLOPs of training on one sequence: T · (6·a·L·D² + 12·L·D·T + 6·V·D).
 
@@ -92,6 +93,9 @@ def sequence_flops(
     layers, width, vocab: L, D, V.
     factor: a.
 
+  Raises:
+    ValueError: for a number below 0.
+
   Example:
     The published 183.5 T of DeepSeek 7B and 74.4 T of DeepSeekMoE 16B, for 4096 tokens:
 
@@ -100,5 +104,8 @@ def sequence_flops(
     >>> round(sequence_flops(4096, 28, 2048, 102_400, factor=20) / 1e12, 2)
     74.42
   """
-  per_layer = 6 * factor * width**2 + 12 * width * tokens
+  size = functools.partial(number, integer=True, least=0)
+  tokens, layers = size("tokens", tokens), size("layers", layers)
+  width, vocab = size("width", width), size("vocab", vocab)
+  per_layer = 6 * number("factor", factor, least=0) * width**2 + 12 * width * tokens
   return float(tokens * (layers * per_layer + 6 * vocab * width))

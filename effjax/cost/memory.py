@@ -1,14 +1,15 @@
 """Bytes that training holds on each device: model state, activations, buffers."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from effjax.core import trees
-
-STAGES = (0, 1, 2, 3)
+from effjax.core.known import number
+from effjax.core.typing import Number, Size
 
 # Bytes a parameter: (weights, gradients, optimiser state).
 BYTES = {"paper": (2, 2, 12), "framework": (4, 4, 8)}
@@ -24,11 +25,11 @@ class Memory:
     buffers: temporaries and fragmentation.
   """
 
-  weights: int | float
-  gradients: int | float
-  optimizer: int | float
-  activations: int | float = 0.0
-  buffers: int | float = 0.0
+  weights: Number
+  gradients: Number
+  optimizer: Number
+  activations: Number = 0.0
+  buffers: Number = 0.0
 
   @property
   def state(self) -> float:
@@ -40,7 +41,7 @@ class Memory:
 
 
 def zero_memory(
-  parameters: int | float, dp: int, stage: int, *, optimizer_bytes: int | float = 12
+  parameters: Number, dp: Size, stage: Size, *, optimizer_bytes: Number = 12
 ) -> float:
   """Bytes of model state on each of N devices (ZeRO, arXiv 1910.02054, section 3.1 and Figure 1).
 
@@ -55,7 +56,7 @@ def zero_memory(
     optimizer_bytes: K.
 
   Raises:
-    ValueError: for a degree below 1, or another stage.
+    ValueError: for a degree below 1, another stage, and numbers below 0.
 
   Example:
     7.5 B parameters on 64 devices, in GB: published as 120, 31.4, 16.6, 1.88.
@@ -63,17 +64,18 @@ def zero_memory(
     >>> [round(zero_memory(7.5e9, 64, stage) / 1e9, 2) for stage in range(4)]
     [120.0, 31.41, 16.64, 1.88]
   """
+  optimizer_bytes = number("optimizer_bytes", optimizer_bytes, least=0)
   weights, gradients, _ = BYTES["paper"]
   return _state(parameters, dp, stage, (weights, gradients, optimizer_bytes)).state
 
 
 def vram(
-  parameters: int | float,
+  parameters: Number,
   *,
-  activations: int | float = 0.0,
-  buffers: int | float = 0.0,
-  dp: int = 1,
-  stage: int = 0,
+  activations: Number = 0.0,
+  buffers: Number = 0.0,
+  dp: Size = 1,
+  stage: Size = 0,
   mode: str = "paper",
 ) -> Memory:
   """Bytes that a training step holds on each device, by kind.
@@ -101,12 +103,14 @@ def vram(
   """
   if mode not in BYTES:
     raise ValueError(f"mode {mode!r}; allowed: {', '.join(BYTES)}")
+  activations = number("activations", activations, least=0)
+  buffers = number("buffers", buffers, least=0)
   state = _state(parameters, dp, stage, BYTES[mode])
   return dataclasses.replace(state, activations=activations, buffers=buffers)
 
 
 def transformer_activations(
-  batch: int, length: int, width: int, heads: int, layers: int, *, recompute: str = "none"
+  batch: Size, length: Size, width: Size, heads: Size, layers: Size, *, recompute: str = "none"
 ) -> int:
   """Bytes of 16-bit activations of a GPT kept for the backward pass (arXiv 2205.05198, section 4).
 
@@ -114,13 +118,16 @@ def transformer_activations(
   ("selective", and what blockwise attention keeps); its input alone, 2·T·B·D, with "full".
 
   Raises:
-    ValueError: for another `recompute`.
+    ValueError: for another `recompute`, and for a number below 0.
 
   Example:
     >>> sizes = ["none", "selective", "full"]
     >>> [transformer_activations(1, 2048, 4096, 32, 1, recompute=s) / 2**20 for s in sizes]
     [912.0, 272.0, 16.0]
   """
+  size = functools.partial(number, integer=True, least=0)
+  batch, length, width = size("batch", batch), size("length", length), size("width", width)
+  heads, layers = size("heads", heads), size("layers", layers)
   element = batch * length * width
   per_layer = {
     "none": 34 * element + 5 * heads * batch * length**2,
@@ -147,7 +154,7 @@ def residual_bytes(fn: Callable, *args) -> int:
   return trees.nbytes(jax.eval_shape(backward, *args))
 
 
-def cache_bytes(module: Any, batch: int, length: int) -> int:
+def cache_bytes(module: Any, batch: Size, length: Size) -> int:
   """Bytes of `module.init_cache(batch, length)`, what decoding keeps; nothing is allocated.
 
   Raises:
@@ -162,17 +169,15 @@ def cache_bytes(module: Any, batch: int, length: int) -> int:
     >>> cache_bytes(Transformer(config), 2, 8) == 3 * 2 * 8 * (2 * 2 * 16 * 4 + 1) + 2 * 4
     True
   """
-  for name, value in (("batch", batch), ("length", length)):
-    if value < 1:
-      raise ValueError(f"{name} {value}; allowed: from 1")
+  batch = number("batch", batch, integer=True, least=1)
+  length = number("length", length, integer=True, least=1)
   return trees.nbytes(jax.eval_shape(lambda: jax.tree.leaves(module.init_cache(batch, length))))
 
 
-def _state(parameters: int | float, dp: int, stage: int, bytes_each: tuple) -> Memory:
-  if dp < 1:
-    raise ValueError(f"dp {dp}; allowed: from 1")
-  if stage not in STAGES:
-    raise ValueError(f"stage {stage!r}; allowed: 0, 1, 2, 3")
+def _state(parameters: Number, dp: Size, stage: Size, bytes_each: tuple) -> Memory:
+  parameters = number("parameters", parameters, least=0)
+  dp = number("dp", dp, integer=True, least=1)
+  stage = number("stage", stage, integer=True, least=0, most=3)
   sharded_from = (3, 2, 1)
   held = (
     each * parameters / (dp if stage >= first else 1)

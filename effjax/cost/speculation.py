@@ -4,8 +4,13 @@
 contexts; γ the tokens drafted a round; c the time of one draft step over that of one target step.
 """
 
+import math
 
-def expected_tokens(alpha: int | float, gamma: int) -> float:
+from effjax.core.known import number
+from effjax.core.typing import Number, Size
+
+
+def expected_tokens(alpha: Number, gamma: Size) -> float:
   """Tokens a round yields: 1 + α + … + α^γ = (1 − α^(γ+1)) / (1 − α) (equation 1).
 
   Raises:
@@ -17,13 +22,11 @@ def expected_tokens(alpha: int | float, gamma: int) -> float:
     >>> expected_tokens(1.0, 4)
     5.0
   """
-  _check(alpha, gamma)
-  if alpha == 1:
-    return float(gamma + 1)
-  return (1 - alpha ** (gamma + 1)) / (1 - alpha)
+  alpha, gamma = _checked(alpha, gamma)
+  return math.fsum(alpha**i for i in range(gamma + 1))
 
 
-def speedup(alpha: int | float, gamma: int, c: int | float = 0.0) -> float:
+def speedup(alpha: Number, gamma: Size, c: Number = 0.0) -> float:
   """Factor by which wall time improves: expected_tokens(α, γ) / (γ·c + 1) (theorem 3.8).
 
   c = 0 is the bound that a free draft reaches.
@@ -35,12 +38,11 @@ def speedup(alpha: int | float, gamma: int, c: int | float = 0.0) -> float:
     >>> round(speedup(0.8, 5, 0.05), 2)
     2.95
   """
-  if c < 0:
-    raise ValueError(f"c {c}; allowed: from 0")
-  return expected_tokens(alpha, gamma) / (gamma * c + 1)
+  _, gamma = _checked(alpha, gamma)
+  return expected_tokens(alpha, gamma) / (gamma * number("c", c, least=0) + 1)
 
 
-def operations(alpha: int | float, gamma: int, c: int | float = 0.0) -> float:
+def operations(alpha: Number, gamma: Size, c: Number = 0.0) -> float:
   """Factor by which arithmetic grows: (γ·c + γ + 1) / expected_tokens(α, γ) (theorem 3.11).
 
   `c` is here the ratio of operations, draft to target.
@@ -52,13 +54,10 @@ def operations(alpha: int | float, gamma: int, c: int | float = 0.0) -> float:
     >>> round(operations(0.6, 2), 2), round(operations(0.9, 10), 2)
     (1.53, 1.6)
   """
-  if c < 0:
-    raise ValueError(f"c {c}; allowed: from 0")
-  return (gamma * c + gamma + 1) / expected_tokens(alpha, gamma)
+  _, gamma = _checked(alpha, gamma)
+  return (gamma * number("c", c, least=0) + gamma + 1) / expected_tokens(alpha, gamma)
 
 
-def _check(alpha: int | float, gamma: int) -> None:
-  if not 0 <= alpha <= 1:
-    raise ValueError(f"alpha {alpha}; allowed: 0 to 1")
-  if gamma < 0:
-    raise ValueError(f"gamma {gamma}; allowed: from 0")
+def _checked(alpha: Number, gamma: Size) -> tuple[float | int, int]:
+  alpha = number("alpha", alpha, least=0, most=1)
+  return alpha, number("gamma", gamma, integer=True, least=0)

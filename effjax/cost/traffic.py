@@ -6,8 +6,11 @@ the bytes of the type and the heads of the batch it is traffic.
 
 import math
 
+from effjax.core.known import number
+from effjax.core.typing import Size
 
-def standard_traffic(length: int, width: int) -> int:
+
+def standard_traffic(length: Size, width: Size) -> int:
   """Elements that unfused attention moves, forward: 4·N·d + 4·N², Θ(N·d + N²) (theorem 2).
 
   Queries, keys and values are read and the output written; scores are written, read, and so are
@@ -17,10 +20,11 @@ def standard_traffic(length: int, width: int) -> int:
     >>> standard_traffic(1024, 64)
     4456448
   """
+  length, width = _sizes(length, width=width)
   return 4 * length * width + 4 * length**2
 
 
-def flash_traffic(length: int, width: int, memory: int) -> int:
+def flash_traffic(length: Size, width: Size, memory: Size) -> int:
   """Elements that Algorithm 1 moves, forward: Θ(N²·d²/M) (theorem 2).
 
   B_c = ⌈M / 4d⌉ keys a block, T_c = ⌈N / B_c⌉ blocks. Keys and values are read once. Each of the
@@ -33,7 +37,7 @@ def flash_traffic(length: int, width: int, memory: int) -> int:
     memory: M, elements of fast memory.
 
   Raises:
-    ValueError: for a memory below d.
+    ValueError: for a memory below d, a width below 1 or a length below 0.
 
   Example:
     Four times the length costs sixteen times the traffic, once there are many blocks, and twice
@@ -44,10 +48,11 @@ def flash_traffic(length: int, width: int, memory: int) -> int:
     >>> round(flash_traffic(65_536, 64, 50_176) / flash_traffic(65_536, 64, 100_352), 1)
     2.0
   """
+  length, width = _sizes(length, width=width)
   return 2 * length * width + _passes(length, width, memory) * (3 * length * width + 4 * length)
 
 
-def standard_backward_traffic(length: int, width: int) -> int:
+def standard_backward_traffic(length: Size, width: Size) -> int:
   """Elements that unfused attention moves backward: 8·N·d + 7·N² (algorithm 3).
 
   Probabilities are read for dV; dP is written; both are read and dS written; dS is read for dQ and
@@ -58,10 +63,11 @@ def standard_backward_traffic(length: int, width: int) -> int:
     >>> standard_backward_traffic(1024, 64)
     7864320
   """
+  length, width = _sizes(length, width=width)
   return 8 * length * width + 7 * length**2
 
 
-def flash_backward_traffic(length: int, width: int, memory: int) -> int:
+def flash_backward_traffic(length: Size, width: Size, memory: Size) -> int:
   """Elements that Algorithm 4 moves backward: 4·N·d + T_c·(5·N·d + 2·N), Θ(N²·d²/M) (theorem 5).
 
   Keys and values are read and their gradients written once. Each of the T_c passes (as in
@@ -69,23 +75,24 @@ def flash_backward_traffic(length: int, width: int, memory: int) -> int:
   reads and writes the gradient of the queries.
 
   Raises:
-    ValueError: for a memory below d.
+    ValueError: for a memory below d, a width below 1 or a length below 0.
 
   Example:
     >>> flash_backward_traffic(1024, 64, 98_304)
     1251328
   """
+  length, width = _sizes(length, width=width)
   return 4 * length * width + _passes(length, width, memory) * (5 * length * width + 2 * length)
 
 
-def _passes(length: int, width: int, memory: int) -> int:
+def _passes(length: Size, width: Size, memory: Size) -> int:
   """T_c, the blocks of keys."""
-  if memory < width:
-    raise ValueError(f"memory {memory}; allowed: from the head width {width}")
+  length, width = _sizes(length, width=width)
+  memory = number("memory", memory, integer=True, least=width)
   return math.ceil(length / math.ceil(memory / (4 * width)))
 
 
-def score_bytes(length: int, heads: int, itemsize: int = 2) -> int:
+def score_bytes(length: Size, heads: Size, itemsize: Size = 2) -> int:
   """Bytes of one pass over all scores: heads · N² · itemsize.
 
   Example:
@@ -97,4 +104,11 @@ def score_bytes(length: int, heads: int, itemsize: int = 2) -> int:
     >>> round(40.3e9 / score_bytes(1024, 1024), 1)
     18.8
   """
+  length, heads, itemsize = _sizes(length, heads=heads, itemsize=itemsize)
   return heads * length**2 * itemsize
+
+
+def _sizes(length: Size, **sizes: Size) -> list[int]:
+  """They all as integers of Python, which do not overflow."""
+  from_one = [number(name, size, integer=True, least=1) for name, size in sizes.items()]
+  return [number("length", length, integer=True, least=0), *from_one]

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 
 import grain
 
+from effjax.core.known import number
+from effjax.core.typing import Number, Size
 from effjax.data import packing as packings
 from effjax.data.corpus import Corpus, check_split, split_of
 from effjax.data.packing import Batch, Plan
@@ -47,7 +49,7 @@ def domain_rows(
   corpus: Corpus | str,
   tokenizer: Tokenizer,
   *,
-  length: int,
+  length: Size,
   split: str = "train",
   packing: str = "contiguous",
 ) -> dict[str, Rows]:
@@ -86,7 +88,7 @@ def domain_rows(
 
 
 def _proportions(
-  rows: Mapping[str, Rows], weights: Mapping[str, float | int] | None
+  rows: Mapping[str, Rows], weights: Mapping[str, Number] | None
 ) -> dict[str, float]:
   """Weights of the domains that take part, adding up to one."""
   if weights is None:
@@ -96,8 +98,9 @@ def _proportions(
       raise ValueError(
         f"weights names domain {domain!r}; domains with text in this split: {', '.join(rows)}"
       )
-    if not math.isfinite(weight) or weight < 0:
+    if isinstance(weight, bool) or not math.isfinite(weight) or weight < 0:
       raise ValueError(f"weights[{domain!r}] is {weight}; it must be finite and not negative")
+  weights = {domain: float(weight) for domain, weight in weights.items()}
   total = sum(weights.values())
   if total <= 0:
     raise ValueError(f"weights are {dict(weights)}; at least one must be positive")
@@ -177,14 +180,16 @@ class Loader:
     self._batches.set_state(state)
 
 
-def _check_batch(batch_size: int, shard: tuple[int, int]) -> None:
-  index, count = shard
+def _check_batch(batch_size: Size, shard: tuple[Size, Size]) -> int:
+  index, count = (number("shard", each, integer=True) for each in shard)
+  batch_size = number("batch_size", batch_size, integer=True)
   if batch_size < 1:
     raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
   if not 0 <= index < count:
     raise ValueError(f"shard is {shard}; it must be (index, count) with 0 ≤ index < count")
   if batch_size % count:
     raise ValueError(f"batch_size is {batch_size}; it must be a multiple of the {count} shards")
+  return batch_size
 
 
 def _padding(tokenizer: Tokenizer) -> int:
@@ -197,13 +202,13 @@ def loader(
   corpus: Corpus | str,
   tokenizer: Tokenizer,
   *,
-  batch_size: int,
-  length: int,
-  seed: int,
+  batch_size: Size,
+  length: Size,
+  seed: Size,
   split: str = "train",
   packing: str = "contiguous",
-  weights: Mapping[str, float | int] | None = None,
-  shard: tuple[int, int] = (0, 1),
+  weights: Mapping[str, Number] | None = None,
+  shard: tuple[Size, Size] = (0, 1),
 ) -> Loader:
   """An endless iterator over batches of packed, shuffled, mixed rows.
 
@@ -236,7 +241,8 @@ def loader(
   >>> bool((next(batches)["tokens"] == first["tokens"]).all())
   True
   """
-  _check_batch(batch_size, shard)
+  batch_size = _check_batch(batch_size, shard)
+  seed = number("seed", seed, integer=True)
   rows = domain_rows(corpus, tokenizer, length=length, split=split, packing=packing)
   vocabulary = getattr(
     tokenizer, "fingerprint", f"{type(tokenizer).__name__} {tokenizer.vocab_size}"
@@ -256,8 +262,8 @@ def epoch(
   corpus: Corpus | str,
   tokenizer: Tokenizer,
   *,
-  batch_size: int,
-  length: int,
+  batch_size: Size,
+  length: Size,
   split: str = "validation",
   packing: str = "contiguous",
 ) -> Iterator[Batch]:
@@ -274,7 +280,7 @@ def epoch(
   >>> counted == sum(row.plan.targets for row in rows.values())
   True
   """
-  _check_batch(batch_size, (0, 1))
+  batch_size = _check_batch(batch_size, (0, 1))
   rows = domain_rows(corpus, tokenizer, length=length, split=split, packing=packing)
   pad_id = _padding(tokenizer)
   order = [(part, index) for part in rows.values() for index in range(len(part))]

@@ -18,6 +18,9 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
+from effjax.core.known import number
+from effjax.core.typing import Size
+
 Batch = dict[str, np.ndarray]
 PADDING_SEGMENT = -1
 
@@ -45,16 +48,16 @@ class Plan:
     return int(self.sizes.sum() - self.last.sum())
 
 
-def _check(lengths: np.ndarray, length: int) -> np.ndarray:
+def _check(lengths: np.ndarray, length: Size) -> np.ndarray:
   lengths = np.asarray(lengths, np.int64)
-  if length < 2:
+  if number("length", length, integer=True) < 2:
     raise ValueError(f"length is {length}; a row needs at least 2 positions")
   if lengths.ndim != 1 or lengths.size == 0 or lengths.min() < 1:
     raise ValueError("lengths must be one positive number of tokens a document, and not empty")
   return lengths
 
 
-def contiguous(lengths: Integer[np.ndarray, "N"], length: int) -> Plan:
+def contiguous(lengths: Integer[np.ndarray, "N"], length: Size) -> Plan:
   """Rows that are consecutive slices of the concatenated documents.
 
   Args:
@@ -113,7 +116,7 @@ def _fill_rows(sizes: np.ndarray, length: int) -> list[list[int]]:
   return rows
 
 
-def best_fit(lengths: Integer[np.ndarray, "N"], length: int) -> Plan:
+def best_fit(lengths: Integer[np.ndarray, "N"], length: Size) -> Plan:
   """Rows that cut a document only where it is longer than a row.
 
   Args:
@@ -136,7 +139,7 @@ def best_fit(lengths: Integer[np.ndarray, "N"], length: int) -> Plan:
 PACKINGS = {"contiguous": contiguous, "best_fit": best_fit}
 
 
-def pack(lengths: Integer[np.ndarray, "N"], length: int, packing: str = "contiguous") -> Plan:
+def pack(lengths: Integer[np.ndarray, "N"], length: Size, packing: str = "contiguous") -> Plan:
   """The plan of a packing by name: "contiguous" or "best_fit".
 
   Raises ValueError for another name, and as the packing itself does.
@@ -146,7 +149,7 @@ def pack(lengths: Integer[np.ndarray, "N"], length: int, packing: str = "contigu
   """
   if packing not in PACKINGS:
     raise ValueError(f"packing {packing!r} is unknown; allowed: {', '.join(PACKINGS)}")
-  return PACKINGS[packing](lengths, length)
+  return PACKINGS[packing](lengths, number("length", length, integer=True))
 
 
 def empty_rows(count: int, length: int, pad_id: int = 0) -> Batch:

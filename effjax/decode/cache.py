@@ -5,7 +5,7 @@ lengths, padded on either side, leave the caches that each row alone would.
 """
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -61,6 +61,7 @@ def prefill(
     ValueError: for another `padding`, and for lengths, where they are known, that are none.
 
   Example:
+    >>> import jax
     >>> from effjax.models import Transformer, presets
     >>> module = Transformer(presets.TINY)
     >>> params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
@@ -85,8 +86,10 @@ def prefill(
 def _check_lengths(lengths: Array | np.ndarray, tokens: Array | np.ndarray) -> None:
   if tuple(lengths.shape) != tuple(tokens.shape[:1]):
     raise ValueError(f"lengths: shape {lengths.shape}; allowed: {tokens.shape[:1]}, one a row")
+  if not jnp.issubdtype(lengths.dtype, jnp.integer):
+    raise ValueError(f"lengths: {lengths.dtype}; allowed: integers")
   values = known(lengths)
-  wrong = () if values is None else values[(values < 0) | (values > tokens.shape[1])]
+  wrong: Any = () if values is None else values[(values < 0) | (values > tokens.shape[1])]
   if len(wrong):
     raise ValueError(f"lengths: {wrong[0]}; allowed: 0 … {tokens.shape[1]}, the width of tokens")
 

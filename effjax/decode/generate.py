@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from effjax.core import spmd
 from effjax.core.known import check_ids, number
@@ -136,7 +135,7 @@ def generate(
 @functools.partial(jax.jit, static_argnames=("module", "slots", "room"))
 def _run(module, params, prompt, *rest, slots, room):
   loop = functools.partial(_loop, module, slots, room)
-  return spmd.automatic(loop, (params, prompt, *rest), prompt, lambda _: PartitionSpec())
+  return spmd.automatic(loop, (params, prompt, *rest), prompt, spmd.nowhere)
 
 
 def _loop(module, slots, room, params, prompt, counts, ends, limit, pad, key, rule):
@@ -168,7 +167,7 @@ def _loop(module, slots, room, params, prompt, counts, ends, limit, pad, key, ru
     alive = ~state.ended
     return _State(
       step=state.step + 1,
-      tokens=jax.lax.dynamic_update_slice(state.tokens, chosen[:, None], (0, state.step)),
+      tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.step, 1),
       lengths=state.lengths + alive,
       last=chosen,
       previous=state.last,

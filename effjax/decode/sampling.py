@@ -9,6 +9,8 @@ known one that defines no distribution is refused. Where a traced one does, or t
 among them, or −∞ only), probabilities are NaN and the token is −1.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,10 +179,10 @@ def checked(name: str, value: Scalar, rows: tuple[int, ...]) -> Array:
       are known; for what is no finite number, and for arrays of another shape.
   """
   bounds = BOUNDS[name]
-  value = number(name, value, shape=rows, **bounds)
-  values, dtype = known(value), np.int32 if "integer" in bounds else np.float32
+  given: Any = number(name, value, shape=rows, **bounds)
+  values, dtype = known(given), np.int32 if "integer" in bounds else np.float32
   if values is None:
-    return value.astype(dtype)
+    return given.astype(dtype)
   most = np.iinfo(np.int32).max if "integer" in bounds else _FLOAT.max
   return jnp.asarray(np.clip(values, _TINY if "above" in bounds else 0, most), dtype)
 

@@ -92,7 +92,7 @@ def _scaled_divergence(student: Array, teacher: Array, temperature: Scalar) -> A
       f"student_logits {student.shape} and teacher_logits {teacher.shape} differ; "
       "allowed: one shape, over one vocabulary"
     )
-  temperature = jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
+  temperature = jnp.maximum(temperature, 1e-18)  # below, T² is none of float32's; the limit is 0
   below = lambda x: x - jax.lax.stop_gradient(x.max(axis=-1, keepdims=True))
   student, teacher = below(student.astype(jnp.float32)), below(teacher.astype(jnp.float32))
   teacher = jax.lax.stop_gradient(teacher)

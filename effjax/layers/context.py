@@ -50,6 +50,25 @@ class Context:
   attributes: Int[Array, "B A"] | None = None
   previous: Int[Array, "B T"] | None = None
 
+  def check(self) -> None:
+    """Raises ValueError where facts are not of one batch: [B, T] like `tokens`, or [B, …].
+
+    Example:
+      >>> Context(jnp.zeros((2, 3), int), positions=jnp.zeros((1, 3), int)).check()
+      Traceback (most recent call last):
+      ValueError: positions: shape (1, 3); allowed: (2, 3), that of tokens
+    """
+    if self.tokens is None:
+      return
+    given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    for name, x in given.items():
+      axes = 2 if name in ("segment_ids", "positions", "previous") else 1
+      if x is not None and tuple(x.shape[:axes]) != tuple(self.tokens.shape[:axes]):
+        allowed = (
+          f"{tuple(self.tokens.shape)}, that of tokens" if axes > 1 else "as many rows as tokens"
+        )
+        raise ValueError(f"{name}: shape {tuple(x.shape)}; allowed: {allowed}")
+
   def positions_for(self, x: Shaped[Array, "B T ..."]) -> Int[Array, "B T"]:
     """`positions`, or 0 … T−1 in every row of `x`."""
     if self.positions is not None:

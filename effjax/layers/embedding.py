@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core.typing import Array, Float, Int, Integer
+from effjax.core.known import number
+from effjax.core.typing import Array, Float, Int, Integer, Size
 from effjax.core.weights import linear, take, transpose
 from effjax.layers.linear import weight
 from effjax.layers.meshes import on_any_mesh
@@ -42,7 +43,7 @@ class Embed(nn.Module):
     return {"embedding": ("vocab", "embed")}
 
 
-def sinusoidal_positions(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
+def sinusoidal_positions(positions: Int[Array, "B T"], width: Size) -> Float[Array, "B T D"]:
   """[sin(p·w_i) … cos(p·w_i) …], w_i = 10000^(−i/(D/2−1)) (Vaswani et al., arXiv 1706.03762).
 
   Sines fill the first half and cosines the second, as tensor2tensor and fairseq lay them out.
@@ -50,7 +51,7 @@ def sinusoidal_positions(positions: Int[Array, "B T"], width: int) -> Float[Arra
   Raises:
     ValueError: for a width that is odd or below 4.
   """
-  if width % 2 or width < 4:
+  if number("width", width, integer=True) % 2 or width < 4:
     raise ValueError(f"sinusoidal_positions: width {width}; allowed: even widths from 4")
   half = width // 2
   frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / (half - 1))

@@ -51,12 +51,12 @@ def _automatic(function: Callable[..., Any]) -> Callable[..., Any]:
       scope = scope_of(variables, keys)
       return function(scope, *arguments, **named), repack(scope)
 
-    def split(results: PyTree) -> PyTree:
-      y, _ = results
+    def split(results: PyTree) -> list[PartitionSpec]:
       x, cache = like
-      if isinstance(y, tuple):
-        return (spmd.spec_like(x, y[0]), jax.tree.map(spmd.spec, cache)), PartitionSpec()
-      return spmd.spec_like(x, y), PartitionSpec()
+      y, made = results
+      first = y[0] if isinstance(y, tuple) else y
+      kept = jax.tree.leaves(cache) if isinstance(y, tuple) else []
+      return [spmd.spec_like(x, first), *map(spmd.spec, kept), *spmd.nowhere(made)]
 
     return spmd.automatic(compute, (variables, keys, arguments, named), like[0], split)
 

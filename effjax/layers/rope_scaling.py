@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core.typing import Array, Float, Int
+from effjax.core.typing import Array, Float, Int, Scalar
 
 
 @runtime_checkable
@@ -24,12 +24,14 @@ class Scaling(Protocol):
     """A factor of rotated queries and keys."""
     ...
 
-  def frequencies(self, theta: float, width: int, length: Int[Array, "B 1"]) -> Float[Array, "B F"]:
+  def frequencies(
+    self, theta: Scalar, width: int, length: Int[Array, "B 1"]
+  ) -> Float[Array, "B F"]:
     """[1, R/2], or [B, R/2] where they depend on a row's length, for R = `width` channels."""
     ...
 
 
-def plain(theta: float | Array, width: int) -> Array:
+def plain(theta: Scalar, width: int) -> Array:
   """theta^(−2i/R), i = 0 … R/2 − 1, as [1, R/2]; for theta [B, 1], [B, R/2].
 
   Example:
@@ -59,7 +61,7 @@ class Llama3:
   context: int
   amplitude: float = dataclasses.field(default=1.0, init=False)
 
-  def frequencies(self, theta: float, width: int, length: Array) -> Array:
+  def frequencies(self, theta: Scalar, width: int, length: Array) -> Array:
     frequency = plain(theta, width)
     turns = self.context * frequency / (2 * math.pi)
     s = jnp.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
@@ -84,7 +86,7 @@ class Yarn:
   slow: float = 1.0
   whole: bool = True
 
-  def frequencies(self, theta: float, width: int, length: Array) -> Array:
+  def frequencies(self, theta: Scalar, width: int, length: Array) -> Array:
     # The channel that turns r times within the context.
     channel = lambda r: width * math.log(self.context / (2 * math.pi * r)) / (2 * math.log(theta))
     begin, end = channel(self.fast), channel(self.slow)
@@ -108,7 +110,7 @@ class DynamicNTK:
   context: int
   amplitude: float = dataclasses.field(default=1.0, init=False)
 
-  def frequencies(self, theta: float, width: int, length: Array) -> Array:
+  def frequencies(self, theta: Scalar, width: int, length: Array) -> Array:
     ratio = jnp.maximum(length, self.context).astype(jnp.float32) / self.context
     growth = self.factor * ratio - (self.factor - 1)
     return plain(theta * growth ** (width / (width - 2)), width)
@@ -129,7 +131,7 @@ class Divided:
   context: int
   amplitude: float = 1.0
 
-  def frequencies(self, theta: float, width: int, length: Array) -> Array:
+  def frequencies(self, theta: Scalar, width: int, length: Array) -> Array:
     for name in ("short", "long"):
       if len(getattr(self, name)) != width // 2:
         found = len(getattr(self, name))

@@ -4,7 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from effjax.core.typing import Array, Float, Int
+from effjax.core.known import number
+from effjax.core.typing import Array, Float, Int, Number, Scalar
 from effjax.layers.rope_scaling import Scaling, plain
 
 
@@ -18,12 +19,20 @@ class Rope:
     scaling: what else changes the frequencies, see `effjax.layers.rope_scaling`; it may read the
       length of a row, that is its largest position + 1.
     fraction: the share of a head's H channels that rotates, the first R = fraction · H.
+
+  Raises:
+    ValueError: for a number that is not above 0, and a fraction above 1.
   """
 
-  theta: float = 10_000.0
-  factor: float = 1.0
+  theta: Scalar = 10_000.0
+  factor: Scalar = 1.0
   scaling: Scaling | None = None
-  fraction: float = 1.0
+  fraction: Number = 1.0
+
+  def __post_init__(self):
+    for name, most in (("theta", None), ("factor", None), ("fraction", 1)):
+      value = number(name, getattr(self, name), of="Rope", above=0, most=most)
+      object.__setattr__(self, name, value)
 
   def __call__(
     self, x: Float[Array, "B T N H"], positions: Int[Array, "B T"]

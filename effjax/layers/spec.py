@@ -12,11 +12,18 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from effjax.core.typing import Array, DTypeLike, Float, PyTree
+from effjax.core.known import number
+from effjax.core.typing import Array, DTypeLike, Float, Number, PyTree, Size
 from effjax.layers.context import Context
 from effjax.layers.norms import RMSNorm
 
 BRANCHES = ("mixer", "cross", "ffn")  # each is added to the residual stream
+BOUNDS: dict[str, dict] = {  # of the numbers of a configuration; optional ones may be None
+  **{n: {"integer": True, "least": 1} for n in ("vocab_size", "width", "context", "embed_width")},
+  **{n: {"integer": True, "least": 0} for n in ("position_offset", "token_types")},
+  "embed_scale": {},
+  "logit_softcap": {"above": 0},
+}
 PLACES = ("mixer", "after_mixer", "cross", "ffn", "after_ffn")
 
 
@@ -147,30 +154,29 @@ class TransformerConfig:
     family: which published layout the parameters save to, e.g. "llama"; None for none.
   """
 
-  vocab_size: int
-  width: int
+  vocab_size: Size
+  width: Size
   layers: tuple[LayerSpec, ...]
   norm: nn.Module = RMSNorm()
   arrangement: str = "pre"
   final_norm: bool = True
   positions: str | None = None
-  context: int = 2048
-  position_offset: int = 0
+  context: Size = 2048
+  position_offset: Size = 0
   head: str | None = "lm"
   tied: bool = True
-  embed_width: int | None = None
-  embed_scale: float = 1.0
+  embed_width: Size | None = None
+  embed_scale: Number = 1.0
   embed_norm: bool = False
-  token_types: int = 0
-  logit_softcap: float | None = None
+  token_types: Size = 0
+  logit_softcap: Number | None = None
   scan: bool = True
   family: str | None = None
 
   def __post_init__(self):
-    positive = ("vocab_size", "width", "context")
-    for name in positive:
-      if getattr(self, name) < 1:
-        raise ValueError(f"TransformerConfig: {name}={getattr(self, name)}; allowed: from 1")
+    for name, bounds in BOUNDS.items():
+      if (value := getattr(self, name)) is not None:
+        object.__setattr__(self, name, number(name, value, of="TransformerConfig", **bounds))
     _check("arrangement", self.arrangement, ("pre", "post", "sandwich"))
     _check("positions", self.positions, (None, "learned", "sinusoidal"))
     _check("head", self.head, (None, "lm"))

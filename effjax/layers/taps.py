@@ -13,7 +13,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import struct, traverse_util
-from jax.sharding import PartitionSpec
 
 from effjax.core import spmd
 from effjax.core.trees import Chooser, chooses
@@ -125,7 +124,7 @@ def _statistics(params: Params, batch: dict, *, module, reduce, select, kind, at
     with tokens(batch.get("segment_ids")), nn.intercept_methods(observe):
       return forward(module, params, batch, collections=(_COLLECTION,))[1]
 
-  sown = spmd.automatic(run, (params, batch), batch["tokens"], lambda _: PartitionSpec())
+  sown = spmd.automatic(run, (params, batch), batch["tokens"], spmd.nowhere)
   # Inside a module that another one applies, paths are relative: what was asked for is known here,
   # and the compiler drops the rest.
   return _selected(sown.get(_COLLECTION, {}), select)

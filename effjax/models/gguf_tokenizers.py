@@ -86,9 +86,8 @@ def token_ids(metadata: Mapping[str, Any], where: str = "GGUF") -> TokenIds:
   """The ids that begin, end and fill sequences: a text ends at the end of a turn, too."""
   fields = _fields(metadata, where)
   one = lambda role: next(iter(fields.ids(f"{role}_token_id")), None)
-  ends = [one(role) for role in ("eos", "eot", "eom")]
-  ends = [token for token in dict.fromkeys(ends) if token is not None]
-  return TokenIds(one("bos"), tuple(ends), one("padding"))
+  ends = dict.fromkeys(one(role) for role in ("eos", "eot", "eom"))
+  return TokenIds(one("bos"), tuple(x for x in ends if x is not None), one("padding"))
 
 
 def _fields(metadata: Mapping[str, Any], where: str) -> Fields:

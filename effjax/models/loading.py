@@ -93,13 +93,11 @@ def _open_gguf(path: Path) -> Checkpoint:
   fields = gguf_names.hf_fields(file)
   family = families.of_model_type(fields["model_type"])
   config = family.to_config(fields, f"{path}: metadata", len(file.names()))
-  tokenizer = gguf_tokenizers.from_gguf(file.metadata) if _has_tokenizer(file) else None
-  ids = gguf_tokenizers.token_ids(file.metadata)
+  tokenizer = None
+  if "tokenizer.ggml.model" in file.metadata:
+    tokenizer = gguf_tokenizers.from_gguf(file.metadata, where=str(path))
+  ids = gguf_tokenizers.token_ids(file.metadata, str(path))
   return Checkpoint(path, family, config, gguf_names.RenamedGGUF(file, fields), tokenizer, ids)
-
-
-def _has_tokenizer(file: GGUFFile) -> bool:
-  return "tokenizer.ggml.model" in file.metadata
 
 
 def _open_folder(path: Path) -> Checkpoint:
@@ -145,10 +143,10 @@ def _as_stored(
   return config if same else dataclasses.replace(config, tied=False)
 
 
-def _ends(family: Family) -> list[str | None]:
-  """The names of the token table and of the head, None where a family has none."""
+def _ends(family: Family) -> list[str]:
+  """The names of the token table and of the head, "" where a family has none."""
   names = {entry.path: entry.name for entry in family.rest}
-  return [names.get(path) for path in ("embed/embedding", "head/kernel")]
+  return [names.get(path, "") for path in ("embed/embedding", "head/kernel")]
 
 
 def canonical_names(family: Family, source: TensorSource) -> dict[str, str]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import trees
+from effjax.core.known import check_ids
 from effjax.core.typing import Array, Params
 from effjax.layers.spec import TransformerConfig
 from effjax.models.tokenizers import PretrainedTokenizer
@@ -68,7 +69,7 @@ class Model:
     Raises:
       ValueError: as `check_tokens`.
     """
-    check_tokens(self.config, tokens)
+    check_tokens(self.config, tokens, arguments.get("segment_ids"))
     return _apply(self.module, self.params, jnp.asarray(tokens), arguments)
 
 
@@ -78,10 +79,15 @@ def _apply(module: Transformer, params: Params, tokens: Array, arguments: dict) 
   return output
 
 
-def check_tokens(config: TransformerConfig, tokens: Array | np.ndarray) -> None:
+def check_tokens(
+  config: TransformerConfig,
+  tokens: Array | np.ndarray,
+  segment_ids: Array | np.ndarray | None = None,
+) -> None:
   """Refuses tokens that a model cannot take; under a trace, only their shape can be seen.
 
-  An embedding lookup would clamp an id that is out of range and answer with another token.
+  Ids at padding, where a segment id is negative, may be any. A traced id that is out of range gives
+  NaN.
 
   Raises:
     ValueError: for tokens that are no integers [B, T], ids out of range, or a sequence longer
@@ -97,11 +103,5 @@ def check_tokens(config: TransformerConfig, tokens: Array | np.ndarray) -> None:
     raise ValueError(f"tokens: {tokens.dtype}{list(tokens.shape)}; allowed: integers [B, T]")
   if tokens.shape[1] > config.context:
     raise ValueError(f"tokens: length {tokens.shape[1]}; allowed: up to {config.context}")
-  if isinstance(tokens, jax.core.Tracer):
-    return
-  values = np.asarray(tokens)
-  outside = np.argwhere((values < 0) | (values >= config.vocab_size))
-  if len(outside):
-    place = tuple(int(i) for i in outside[0])
-    limit = config.vocab_size - 1
-    raise ValueError(f"tokens: id {values[place]} at {list(place)}; allowed: 0 to {limit}")
+  real = None if segment_ids is None else segment_ids >= 0
+  check_ids("tokens", tokens, config.vocab_size, real)

@@ -12,7 +12,13 @@ CHUNK_BYTES = 8 * 2**20
 
 @runtime_checkable
 class TensorSource(Protocol):
-  """Named tensors in files, read one by one so that memory holds no second copy of a model."""
+  """Named tensors in files, read one by one so that memory holds no second copy of a model.
+
+  Attributes:
+    path: the file or folder.
+  """
+
+  path: Path
 
   def names(self) -> list[str]:
     """The names of all tensors."""

@@ -7,6 +7,7 @@ from typing import Any
 import tokenizers as hf
 from tokenizers import normalizers, processors
 
+from effjax.models.families import harmless
 from effjax.models.families.fields import Fields
 from effjax.models.folders import Folder
 
@@ -27,20 +28,6 @@ DEFAULTS = {"tokenizer_class": None, "chat_template": None} | dict.fromkeys(
     "strip_accents",
     "tokenize_chinese_chars",
   )
-)
-# How texts are cut to batches, how they are decoded, and where the tokenizer came from.
-HARMLESS = frozenset(
-  """
-  model_max_length max_len max_length stride truncation_strategy truncation_side padding_side
-  padding pad_to_multiple_of pad_token_type_id model_input_names clean_up_tokenization_spaces
-  clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
-  spaces_between_special_tokens errors legacy use_fast tokenizer_type tokenizer_file vocab_file
-  merges_file special_tokens_map_file added_tokens_file name_or_path _commit_hash auto_map
-  processor_class backend is_local local_files_only verbose use_default_system_prompt
-  sp_model_kwargs response_schema response_template trim_offsets vocab_size device
-  model_specific_special_tokens add_special_tokens_in_post transformers_version unk_id
-  chat_template_kwargs image_processor_type feature_extractor_type
-  """.split()
 )
 
 
@@ -121,7 +108,9 @@ def apply(backend: hf.Tokenizer, fields: Fields, files: Folder, whole: bool) -> 
   if fields.need("split_special_tokens", False, True, None):
     backend.encode_special_tokens = True
   fields.unused("tokenizer_class", "chat_template", *flags)
-  fields.finish({*HARMLESS, *(name for name in fields.names() if name.endswith("_token_id"))})
+  fields.finish(
+    {*harmless.TOKENIZER, *(name for name in fields.names() if name.endswith("_token_id"))}
+  )
 
 
 def _end(fields: Fields, name: str) -> str | None:

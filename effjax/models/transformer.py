@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from effjax.core.known import check_ids, is_id
 from effjax.core.numerics import softcap
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Embed, Linear, sinusoidal_positions
@@ -124,7 +125,8 @@ class Transformer(nn.Module):
     states, of logits those that are finite, since another pass over all logits is not for free.
 
     Args:
-      tokens: token ids; what padding holds has no influence, an id out of the vocabulary included.
+      tokens: token ids; what padding holds has no influence, an id out of the vocabulary included;
+        elsewhere a traced one gives NaN, and so does a traced position past a learned table.
       segment_ids: packed sequences: equal ids attend to one another, negative is padding. With a
         cache each row is one sequence, and a negative id a token that is not there.
       positions: None means 0 … T−1, and with a cache that each row goes on where it ended. Going on
@@ -138,7 +140,8 @@ class Transformer(nn.Module):
         one, so steps with a cache have to give it.
 
     Raises:
-      ValueError: when T exceeds `config.context`, and for a position that the cache lacks. Where it
+      ValueError: when T exceeds `config.context`, for facts of another shape than `tokens`, for
+        ids out of range where they are known, and for a position that the cache lacks. Where it
         is not known while tracing, its keys and values are not kept, and layers that keep them give
         NaN there.
     """
@@ -154,7 +157,9 @@ class Transformer(nn.Module):
       global_positions=global_positions,
       attributes=attributes,
       previous=previous,
-    ).blanked()
+    )
+    context.check()
+    context = context.blanked()
     if cache is not None:
       context = context.after(tokens, cache.ends)
       slots = context.slots_for(tokens, cache.length)
@@ -197,9 +202,11 @@ class Transformer(nn.Module):
       x = Linear(config.width, name="embed_in")(x)
     positions = context.positions_for(x)
     if config.positions == "learned":
+      check_ids("positions", positions, config.context)
       entries = config.context + config.position_offset
       table = Embed(entries, config.width, name="positions")
-      x = x + context.blank(table(positions + config.position_offset, self.dtype))
+      row = jnp.where(is_id(positions, config.context), positions + config.position_offset, -1)
+      x = x + context.blank(table(row, self.dtype))
     if config.positions == "sinusoidal":
       x = x + sinusoidal_positions(positions, config.width).astype(self.dtype)
     if config.token_types:

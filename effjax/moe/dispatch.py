@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import spmd
+from effjax.core.known import is_id
 from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, Bool, Float, Int
 
@@ -45,7 +46,7 @@ def mix_experts(
     [[-1.0], [2.0]]
   """
   x = zero_unless(mask, x)
-  there = (experts >= 0) & (experts < count)
+  there = is_id(experts, count)
   experts = jnp.where(there if mask is None else there & mask[:, None], experts, count)
   send = lambda rows, _: _send(rows[0], rows[1], count)
   rows, sizes, order, place = spmd.map_rows(send, (x, experts), ())

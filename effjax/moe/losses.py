@@ -64,6 +64,11 @@ def load_balance_loss(
     >>> float(load_balance_loss(probs, jnp.array([[0, 1]] * 4), normalization="switch"))
     2.0
   """
+  if experts.shape[:-1] != probs.shape[:-1]:
+    raise ValueError(
+      f"load_balance_loss: experts {experts.shape}; allowed: choices of the tokens of probs "
+      f"{probs.shape}"
+    )
   if normalization not in NORMALIZATIONS:
     allowed = ", ".join(NORMALIZATIONS)
     raise ValueError(f"load_balance_loss: normalization={normalization!r}; allowed: {allowed}")
@@ -87,10 +92,19 @@ def z_loss(
     >>> float(z_loss(jnp.array([[0.0, -jnp.inf], [1.0, -jnp.inf]])))
     0.5
   """
+  _check_mask(mask, logits)
   squares = jax.nn.logsumexp(zero_unless(mask, logits.astype(jnp.float32)), axis=-1) ** 2
-  return weighted_mean(squares, None if mask is None else mask.astype(jnp.float32))
+  return weighted_mean(squares, mask)
+
+
+def _check_mask(mask: Array | None, values: Float[Array, "... E"]) -> None:
+  if mask is not None and mask.shape != values.shape[:-1]:
+    raise ValueError(f"mask: shape {mask.shape}; allowed: {values.shape[:-1]}, one of each token")
 
 
 def _token_mean(values: Float[Array, "... E"], mask: Array | None) -> Float[Array, "E"]:
+  _check_mask(mask, values)
   values = zero_unless(mask, values.astype(jnp.float32)).reshape(-1, values.shape[-1])
-  return values.mean(axis=0) if mask is None else values.sum(axis=0) / jnp.maximum(mask.sum(), 1.0)
+  if mask is None:
+    return values.mean(axis=0)
+  return values.sum(axis=0) / jnp.maximum(mask.sum(dtype=values.dtype), 1.0)

@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import spmd
+from effjax.core.known import number
 from effjax.core.numerics import zero_unless
-from effjax.core.typing import Array, Bool, Float
+from effjax.core.typing import Array, Bool, Float, Number, Size
 from effjax.core.weights import linear
 from effjax.layers import Context, Routing, weight
 from effjax.layers.linear import KERNEL_INIT
 from effjax.moe.losses import expert_shares, load_balance_loss, z_loss
 
 
-def top_k_routing(logits: Float[Array, "... E"], *, k: int, renormalize: bool = True) -> Routing:
+def top_k_routing(logits: Float[Array, "... E"], *, k: Size, renormalize: bool = True) -> Routing:
   """Each token to its k most probable experts.
 
   p = softmax(logits) in float32; the gates are the k largest p, divided by their sum when
@@ -39,8 +40,7 @@ def top_k_routing(logits: Float[Array, "... E"], *, k: int, renormalize: bool = 
     >>> routing.experts.tolist(), [round(float(g), 3) for g in routing.gates[0]]
     ([[1, 2]], [0.667, 0.333])
   """
-  if not 1 <= k <= logits.shape[-1]:
-    raise ValueError(f"top_k_routing: k={k}; allowed: 1 … {logits.shape[-1]} experts")
+  k = number("k", k, of="top_k_routing", integer=True, least=1, most=logits.shape[-1])
   logits = logits.astype(jnp.float32)
   probs = jax.nn.softmax(logits, axis=-1)
   gates, experts = jax.lax.top_k(probs, k)
@@ -73,12 +73,12 @@ class TopK(nn.Module):
     ValueError: when called, for more choices than experts, or none.
   """
 
-  experts: int
-  top_k: int
+  experts: Size
+  top_k: Size
   renormalize: bool = True
-  load_balance: float = 0.01
+  load_balance: Number = 0.01
   normalization: str = "deepseek"
-  z: float = 0.001
+  z: Number = 0.001
 
   @nn.compact
   def __call__(
@@ -87,7 +87,8 @@ class TopK(nn.Module):
     context: Context = Context(),
     mask: Bool[Array, "M"] | None = None,
   ) -> Routing:
-    if not 1 <= self.top_k <= self.experts:
+    experts = number("experts", self.experts, of="TopK", integer=True, least=1)
+    if not 1 <= number("top_k", self.top_k, of="TopK", integer=True) <= experts:
       given = f"top_k={self.top_k}, experts={self.experts}"
       raise ValueError(f"TopK: {given}; allowed: 1 ≤ top_k ≤ experts")
     kernel = weight(self, "kernel", KERNEL_INIT, (rows.shape[-1], self.experts))

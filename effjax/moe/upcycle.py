@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from effjax.core.typing import Key, Params
+from effjax.core.known import number
+from effjax.core.typing import Key, Number, Params, Size
 from effjax.layers import MLP, TransformerConfig
 from effjax.layers.stack import join, split
 from effjax.moe.layer import MoE
@@ -23,8 +24,8 @@ def upcycle(
   params: Params,
   key: Key,
   *,
-  experts: int = 8,
-  top_k: int = 2,
+  experts: Size = 8,
+  top_k: Size = 2,
   layers: Sequence[int] | None = None,
   load_balance: float = 0.01,
   z: float = 0.001,
@@ -69,7 +70,7 @@ def upcycle(
   return changed, join(changed, trees, rest)
 
 
-def upcycle_ffn(params: Params, key: Key, *, experts: int, stddev: float = 0.02) -> dict:
+def upcycle_ffn(params: Params, key: Key, *, experts: Size, stddev: Number = 0.02) -> dict:
   """Parameters of an `MoE` whose experts all equal the `MLP` with `params`.
 
   Args:
@@ -87,8 +88,8 @@ def upcycle_ffn(params: Params, key: Key, *, experts: int, stddev: float = 0.02)
     >>> moe["router"]["kernel"].shape, moe["experts"]["down"]["kernel"].shape
     ((4, 3), (3, 6, 4))
   """
-  if experts < 1:
-    raise ValueError(f"upcycle: experts={experts}; allowed: from 1")
+  experts = number("experts", experts, of="upcycle", integer=True, least=1)
+  stddev = number("stddev", stddev, of="upcycle", least=0)
   if not {"up", "down"} <= set(params) <= {"up", "gate", "down"}:
     raise ValueError(f"upcycle: params has {sorted(params)}; allowed: up, down, perhaps gate")
   copies = jax.tree.map(lambda x: jnp.repeat(x[None], experts, axis=0), dict(params))

@@ -9,10 +9,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from effjax.core.known import number
+from effjax.core.typing import Size
+
 THREADS_PER_DEVICE = 8
 
 
-def make_mesh(*, devices: Sequence[jax.Device] | None = None, **axes: int) -> Mesh:
+def make_mesh(*, devices: Sequence[jax.Device] | None = None, **axes: Size) -> Mesh:
   """A mesh with the given axes, the last one varying fastest over `devices`.
 
   One size may be −1: what is left. Sizes that multiply to less than the number of devices, and
@@ -30,6 +33,7 @@ def make_mesh(*, devices: Sequence[jax.Device] | None = None, **axes: int) -> Me
     {'data': 1}
   """
   devices = jax.devices() if devices is None else list(devices)
+  axes = {name: number(name, size, of="make_mesh", integer=True) for name, size in axes.items()}
   open_axes = [name for name, size in axes.items() if size == -1]
   if not axes or len(open_axes) > 1 or any(size < 1 and size != -1 for size in axes.values()):
     raise ValueError(f"make_mesh: axes {axes}; allowed: sizes from 1, at most one of them -1")

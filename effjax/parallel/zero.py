@@ -15,7 +15,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from effjax.core import spmd, trees
-from effjax.core.typing import Params, PyTree
+from effjax.core.typing import Params, PyTree, Size
 from effjax.core.weights import is_weight
 from effjax.parallel.gathered import Gathered, gather
 from effjax.parallel.shards import Shards
@@ -38,11 +38,11 @@ class Zero:
   """
 
   mesh: Mesh
-  stage: int = 0
+  stage: Size = 0
   axis: str = "data"
 
   def __post_init__(self):
-    if self.stage not in (0, 1, 2, 3):
+    if isinstance(self.stage, bool) or self.stage not in (0, 1, 2, 3):
       raise ValueError(f"zero={self.stage!r}; allowed: 0, 1, 2, 3")
     if self.axis not in self.mesh.shape:
       raise ValueError(f"mesh has axes {tuple(self.mesh.shape)}; ZeRO needs {self.axis!r}")
@@ -139,7 +139,7 @@ class Zero:
     return jax.tree.map(self.shards.split if self.stage >= stage else whole, tree)
 
 
-def place(state: T, mesh: Mesh, *, zero: int = 0) -> T:
+def place(state: T, mesh: Mesh, *, zero: Size = 0) -> T:
   """A training state laid out on `mesh` for stage `zero` of ZeRO over its axis "data".
 
   Train it with `train.make_train_step(..., placement=Zero(mesh, zero))`.

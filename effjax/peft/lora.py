@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import trees, weights
+from effjax.core.known import number
 from effjax.core.trees import Chooser
-from effjax.core.typing import Array, Float, Int, Key, PyTree
+from effjax.core.typing import Array, Float, Int, Key, PyTree, Scalar, Size
 from effjax.core.weights import Weight, is_weight, linear, materialize, register, transpose
 
 TARGETS = r"mixer/(query|value)/kernel$"
@@ -94,9 +95,9 @@ class LoRA(Weight):
     low_rank = multiply(multiply(x, self.a * self.scale), self.b)
     return weights.product(x, self.base, multiply) + low_rank
 
-  def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    rows = weights.rows(self.base, indices)
-    return rows + self._scaled(linear(weights.rows(self.a, indices), self.b)).astype(rows.dtype)
+  def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
+    rows = weights.lookup(self.base, indices)
+    return rows + self._scaled(linear(weights.lookup(self.a, indices), self.b)).astype(rows.dtype)
 
   @property
   def T(self) -> "LoRA":
@@ -112,8 +113,8 @@ def add(
   params: PyTree,
   key: Key,
   *,
-  rank: int = 8,
-  alpha: float | int = 16,
+  rank: Size = 8,
+  alpha: Scalar = 16,
   targets: Chooser = TARGETS,
   exclude: Chooser | None = None,
   rs: bool = False,
@@ -147,6 +148,7 @@ def add(
   found = trees.matrices(params, targets, exclude)
   for path, leaf in found.items():
     _check(path, leaf, rank)
+  alpha = number("alpha", alpha)
 
   def change(path: str, base):
     path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -155,7 +157,7 @@ def add(
   return trees.update(params, lambda path, leaf: path in found, change)
 
 
-def init(base: Array | Weight, key: Key, *, rank: int, scale: float) -> LoRA:
+def init(base: Array | Weight, key: Key, *, rank: Size, scale: Scalar) -> LoRA:
   """A `LoRA` over `base` that changes nothing yet."""
   *batch, D, F = base.shape
   bound = 1 / math.sqrt(D)
@@ -212,9 +214,9 @@ def _chosen(params: PyTree):
   return lambda path, leaf: isinstance(leaf, LoRA)
 
 
-def _check(path: str, leaf: Array | Weight, rank: int) -> None:
+def _check(path: str, leaf: Array | Weight, rank: Size) -> None:
   if isinstance(leaf, LoRA):
     raise ValueError(f"{path} has a LoRA already; merge it first, or exclude it")
   allowed = min(leaf.shape[-2:])
-  if not 1 <= rank <= allowed:
+  if not 1 <= number("rank", rank, integer=True) <= allowed:
     raise ValueError(f"rank {rank} for {path} {tuple(leaf.shape)}; allowed: 1 … {allowed}")

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.core.known import number
 from effjax.core.numerics import wide
-from effjax.core.typing import Array, DTypeLike, Float, Int, Integer, Num
+from effjax.core.typing import Array, DTypeLike, Float, Int, Integer, Num, Size
 
 GRANULARITIES = ("tensor", "row", "channel", "group")
 # Outside a program too, a large matrix is gone through once, without copies of it in between.
@@ -28,9 +29,9 @@ _compiled = functools.partial(jax.jit, static_argnames=_STATIC)
 def symmetric(
   w: Num[Array | np.ndarray, "... D F"],
   *,
-  bits: int = 8,
+  bits: Size = 8,
   granularity: str = "channel",
-  group: int = 64,
+  group: Size = 64,
   scale_dtype: DTypeLike = jnp.float32,
 ) -> tuple[Int[Array, "... D F"], Float[Array, "... M N"]]:
   """q = round(w / s), s = max|w| / (2^(bits−1) − 1) over each tile; |w − q·s| ≤ s/2.
@@ -56,7 +57,7 @@ def symmetric(
     >>> q.tolist(), scale.shape
     ([[64, 127], [-127, 0]], (1, 2))
   """
-  tiles, factor = _tiles(w, bits, granularity, group)
+  tiles, factor = _tiles(jnp.asarray(w), bits, granularity, group)
   top = 2 ** (bits - 1) - 1
   peak = _peak(tiles)
   scale = _scale(peak / top, peak, factor, scale_dtype)
@@ -68,9 +69,9 @@ def symmetric(
 def affine(
   w: Num[Array | np.ndarray, "... D F"],
   *,
-  bits: int = 8,
+  bits: Size = 8,
   granularity: str = "channel",
-  group: int = 64,
+  group: Size = 64,
   scale_dtype: DTypeLike = jnp.float32,
 ) -> tuple[Integer[Array, "... D F"], Float[Array, "... M N"], Int[Array, "... M N"]]:
   """q = round(w / s) + z, s = (max − min) / (2^bits − 1), z = −round(min / s); |w − (q−z)s| ≤ s/2.
@@ -88,7 +89,7 @@ def affine(
     >>> q.tolist(), scale.tolist(), zero.tolist()
     ([[0], [255]], [[1.0]], [[0]])
   """
-  tiles, factor = _tiles(w, bits, granularity, group)
+  tiles, factor = _tiles(jnp.asarray(w), bits, granularity, group)
   top = 2**bits - 1
   low = tiles.min((-3, -1), keepdims=True, initial=0)
   high = tiles.max((-3, -1), keepdims=True, initial=0)
@@ -130,7 +131,7 @@ def _spread(values: Array, shape: tuple[int, ...]) -> Array:
   return values
 
 
-def _tiles(w: Array, bits: int, granularity: str, group: int) -> tuple[Array, Array]:
+def _tiles(w: Array, bits: Size, granularity: str, group: Size) -> tuple[Array, Array]:
   """`w` in float32 at least, cut into [..., m, d, n, f]: m × n tiles of d × f.
 
   Each is multiplied by the power of two [..., m, 1, n, 1] that comes with it, so that neither what
@@ -140,8 +141,8 @@ def _tiles(w: Array, bits: int, granularity: str, group: int) -> tuple[Array, Ar
     raise ValueError(f"w has shape {w.shape}; allowed: matrices [..., D, F]")
   if not jnp.issubdtype(w.dtype, jnp.floating):
     raise ValueError(f"w has type {w.dtype}; allowed: floating point")
-  if not 2 <= bits <= 8:
-    raise ValueError(f"bits {bits}; allowed: 2 … 8")
+  number("bits", bits, integer=True, least=2, most=8)
+  number("group", group, integer=True)
   D, F = w.shape[-2:]
   counts = {"tensor": (1, 1), "row": (D, 1), "channel": (1, F)}
   if granularity == "group":
@@ -170,7 +171,7 @@ def _scale(scale: Array, peak: Array, factor: Array, dtype: DTypeLike) -> Array:
   """`scale` / `factor` rounded up to `dtype`, NaN where a tile up to `peak` would be lost."""
   if not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"scale_dtype {jnp.dtype(dtype).name}; allowed: floating point")
-  tiny = jnp.finfo(wide(dtype)).tiny  # what is less may count as 0
+  tiny = float(jnp.finfo(wide(dtype)).tiny)  # what is less may count as 0
   least = max(2 * tiny, float(jnp.finfo(dtype).smallest_subnormal))
   scale, peak = jnp.maximum(scale / factor, least), peak / factor
   near = scale.astype(dtype)

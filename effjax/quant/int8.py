@@ -110,10 +110,10 @@ class Int8(Weight):
     common = x.dtype if x.dtype == self.dtype else np.promote_types(*map(numerics.wide, both))
     return multiply(x, basics.restore(self.q, self.scale, dtype=common))
 
-  def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    rows = weights.rows(self.q, indices)
+  def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
+    rows = weights.lookup(self.q, indices)
     if self.scale.shape[-2] > 1:
-      scale = weights.rows(self.scale, indices)
+      scale = weights.lookup(self.scale, indices)
     else:
       scale = numerics.expand(self.scale[0], rows.ndim)
     computed = numerics.wide(self.scale.dtype)

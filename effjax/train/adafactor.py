@@ -19,7 +19,7 @@ DECAY, EPSILON, THRESHOLD, FACTORED = 0.8, 1e-30, 1.0, 128
 class AdafactorState(NamedTuple):
   """Steps taken, and of each array {"row", "column"} or {"square"}, its second moments."""
 
-  count: Array
+  step: Array
   moments: PyTree
 
 
@@ -48,10 +48,10 @@ def scale_by_adafactor(matrices: Callable[[PyTree], PyTree]) -> optax.GradientTr
 
   def update(updates: PyTree, state: AdafactorState, params: PyTree | None = None):
     del params
-    beta = 1 - (state.count + 1.0) ** -DECAY
+    beta = 1 - (state.step + 1.0) ** -DECAY
     moments = jax.tree.map(lambda g, m: _moved(g, m, beta), updates, state.moments)
     updates = jax.tree.map(_scaled, updates, matrices(updates), moments)
-    return updates, AdafactorState(state.count + 1, moments)
+    return updates, AdafactorState(state.step + 1, moments)
 
   return optax.GradientTransformation(init, update)
 

@@ -17,8 +17,9 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1
 
+from effjax.core.known import number
 from effjax.core.trees import path_string
-from effjax.core.typing import PyTree
+from effjax.core.typing import PyTree, Size
 from effjax.train import records, workdir
 from effjax.train.lock import locked
 from effjax.train.records import Damaged
@@ -57,15 +58,14 @@ class Checkpoints:
     (5, {'row': 3}, [1.0, 1.0])
   """
 
-  def __init__(self, directory: str | Path, *, keep: int = 2):
+  def __init__(self, directory: str | Path, *, keep: Size = 2):
     """Names a directory, made if missing.
 
     Raises:
       ValueError: for `keep` below 1.
       OSError: when the directory cannot be made.
     """
-    if keep < 1:
-      raise ValueError(f"keep={keep}; allowed: from 1")
+    keep = number("keep", keep, of="Checkpoints", integer=True, least=1)
     self.directory = Path(directory).resolve()
     workdir.make(self.directory)
     self._keep, self._held = keep, contextlib.ExitStack()

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from effjax.core import known
 from effjax.core.typing import Key, Params
 from effjax.parallel.placement import Placement
 from effjax.train.checkpoint import Checkpoints
@@ -61,8 +62,8 @@ class LoopConfig:
 
   def __post_init__(self):
     for name in ("steps", "checkpoint_every", "log_every", "evaluate_every", "keep"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"LoopConfig: {name}={getattr(self, name)}; allowed: from 1")
+      given = getattr(self, name)
+      setattr(self, name, known.number(name, given, of="LoopConfig", integer=True, least=1))
 
 
 def fit(

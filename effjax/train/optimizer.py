@@ -6,9 +6,18 @@ import jax
 import optax
 
 from effjax.core import trees
+from effjax.core.known import number
 from effjax.core.typing import PyTree
 from effjax.train.adafactor import scale_by_adafactor
 from effjax.train.masters import master_copies
+
+BOUNDS: dict[str, dict] = {
+  **{name: {"least": 0} for name in ("learning_rate", "final", "weight_decay", "clip")},
+  **{name: {"least": 0, "below": 1} for name in ("b1", "b2")},
+  "eps": {"above": 0},
+  "warmup": {"integer": True, "least": 0},
+  "steps": {"integer": True, "least": 1},
+}
 
 
 @dataclasses.dataclass
@@ -98,7 +107,5 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def _check(config: OptimizerConfig) -> None:
   if config.name not in ("adamw", "adafactor"):
     raise ValueError(f"optimizer: name={config.name!r}; allowed: 'adamw', 'adafactor'")
-  bounds = {"learning_rate": 0.0, "warmup": 0, "steps": 1, "final": 0.0, "weight_decay": 0.0}
-  for name, least in {**bounds, "clip": 0.0}.items():
-    if not getattr(config, name) >= least:
-      raise ValueError(f"optimizer: {name}={getattr(config, name)}; allowed: from {least}")
+  for name, bounds in BOUNDS.items():
+    number(name, getattr(config, name), of="optimizer", **bounds)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from effjax import cost, models
 from effjax.core import trees
+from effjax.core.numerics import cross_entropy
 from effjax.core.typing import Array, Key, Params
 from effjax.data.tokenizers import ByteTokenizer, Tokenizer
 from effjax.layers import stack
@@ -92,8 +92,6 @@ def costs(subject: Subject, length: int) -> Row:
 
 @functools.partial(jax.jit, static_argnums=0)
 def token_nll(module: Transformer, params: Params, batch: dict) -> Array:
-  """−log p of each target, [B, T] in nats, whatever its weight."""
+  """−log p of each target, [B, T] in nats; 0 where its weight is."""
   logits, _ = forward(module, params, batch)
-  return optax.softmax_cross_entropy_with_integer_labels(
-    logits.astype(jnp.float32), batch["targets"]
-  )
+  return cross_entropy(logits, batch["targets"], batch.get("weights"))

@@ -167,4 +167,4 @@ def _add(total: Array, part: Array) -> Array:
 
 
 def _sum_dtype(dtype) -> jnp.dtype:
-  return jnp.promote_types(dtype, jnp.float32)
+  return numerics.wide(dtype)

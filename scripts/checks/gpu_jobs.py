@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.attention import attend, masks
+from effjax.attention.scores import ALiBi
 from effjax.kernels.flash_attention.fused.sizes import choose
 from scripts.checks import gpu_torch
 from scripts.checks.alone import Case, program
@@ -114,6 +115,33 @@ class Sparse(Job):
 
 
 @dataclasses.dataclass(frozen=True)
+class Scores(Job):
+  """ALiBi as scores, as a bias, and causal attention without either."""
+
+  width: int
+  length: int
+  backward: bool
+
+  def arguments(self):
+    return _arrays(self.length, self.width)
+
+  def programs(self):
+    alibi = ALiBi.standard(MODEL // self.width)
+    bias = lambda: alibi.dense(self.length).astype(jnp.bfloat16)
+    extra = {"scores": lambda: {"scores": alibi}, "bias": lambda: {"bias": bias()}, "none": dict}
+    return {
+      name: lambda *x, more=more: _program(masks.Causal(), "gpu", self.backward, **more())(*x)
+      for name, more in extra.items()
+    }
+
+  def rows(self, seconds, device):
+    if "scores" in seconds:
+      own = seconds["scores"]
+      peers = {f"× {by}": x / own for by, x in seconds.items() if by != "scores"}
+      yield dataclasses.asdict(self) | {"ms": own * 1e3} | peers
+
+
+@dataclasses.dataclass(frozen=True)
 class Kernels(Job):
   """Each kernel alone, so that a slow one is known by its name."""
 
@@ -187,8 +215,13 @@ def jobs(lengths: list[int]) -> dict[str, Job]:
     for T, (name, backward) in itertools.product(lengths, passes.items())
     if T >= 4096
   }
+  scores = {
+    f"scores/{T}/{name}": Scores(WIDTHS[0], T, backward)
+    for T, (name, backward) in itertools.product(lengths, passes.items())
+    if 4096 <= T <= 8192
+  }
   kernels = {f"kernels/{kind}": Kernels(Case.of(kind), longest) for kind in kinds}
-  return {"device": Device(), **dense, **sparse, **kernels, "decode": Decode(longest)}
+  return {"device": Device(), **dense, **sparse, **scores, **kernels, "decode": Decode(longest)}
 
 
 def work(length: int, causal: bool, backward: bool) -> float:
@@ -223,8 +256,8 @@ def _arrays(length: int, width: int) -> Arrays:
   return tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
 
 
-def _program(mask: masks.Mask, by: str, backward: bool) -> Callable:
-  attention = functools.partial(attend, mask=mask, implementation=by)
+def _program(mask: masks.Mask, by: str, backward: bool, **more: Any) -> Callable:
+  attention = functools.partial(attend, mask=mask, implementation=by, **more)
 
   def both(q, k, v, cotangent):
     out, pull = jax.vjp(attention, q, k, v)

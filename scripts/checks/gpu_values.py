@@ -14,6 +14,7 @@ import numpy as np
 from absl import app
 
 from effjax.attention import masks
+from effjax.attention.scores import ALiBi, RelativeBias
 from effjax.kernels.flash_attention import cases
 from effjax.kernels.flash_attention.fused import cudnn
 from effjax.kernels.flash_attention.fused.sizes import choose
@@ -38,10 +39,17 @@ def problems(length: int, widths: tuple[int, ...]) -> dict[str, cases.Structure]
     "bigbird": dataclasses.replace(of(64), mask=bigbird),
     "softcap": dataclasses.replace(of(64), softcap=1.5),
     "bias": dataclasses.replace(of(64), bias=(1, 4, length, length)),
+    "alibi": dataclasses.replace(of(64), scores=lambda rng: ALiBi.standard(4)),
+    "relative bias": dataclasses.replace(of(64), scores=_relative),
+    "learned cap": dataclasses.replace(of(64), softcap=1.5, learned_cap=True),
     "segments": dataclasses.replace(of(64), segments=True),
     "positions": dataclasses.replace(of(64, queries=half), positions=True),
     "fewer queries": of(64, queries=half),
   }
+
+
+def _relative(rng: np.random.Generator) -> RelativeBias:
+  return RelativeBias(rng.normal(size=(32, 4)).astype(np.float32))
 
 
 def chosen() -> dict[str, cases.Structure]:

@@ -185,12 +185,12 @@ def test_no_matrix_is_held():
     ({"scores": Term(lambda q, k: (q - k) * OUTSIDE)}, "reads an array .* from outside"),
     ({"mask": Predicate(lambda q, k: k < OUTSIDE)}, "reads an array .* from outside"),
     ({"scores": Term(lambda q, k: jnp.zeros((7, 1)))}, r"gives \(7, 1\) for pairs"),
-    ({"logit_softcap": 0}, "logit_softcap=0.0; allowed: finite numbers above 0"),
-    ({"logit_softcap": np.float32(-1)}, "logit_softcap=-1.0"),
-    ({"logit_softcap": jnp.float32(np.inf)}, "logit_softcap=inf"),
-    ({"logit_softcap": jnp.ones(2)}, r"logit_softcap has shape \(2,\)"),
-    ({"scale": np.nan}, "scale=nan; allowed: finite"),
-    ({"scale": jnp.ones((N, 1))}, r"scale has shape \(4, 1\), expected \(\) or \(4,\)"),
+    ({"logit_softcap": 0}, "logit_softcap 0; allowed: above 0"),
+    ({"logit_softcap": np.float32(-1)}, "logit_softcap -1.0"),
+    ({"logit_softcap": jnp.float32(np.inf)}, "logit_softcap inf"),
+    ({"logit_softcap": jnp.ones(2)}, r"logit_softcap float32\[2\]"),
+    ({"scale": np.nan}, "scale nan; allowed: finite"),
+    ({"scale": jnp.ones((N, 1))}, r"scale float32\[4, 1\]"),
   ],
 )
 def test_what_does_not_fit_is_named(implementation, given, message):

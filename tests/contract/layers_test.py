@@ -11,7 +11,7 @@ from effjax.core import trees
 from effjax.models import Transformer
 from effjax.parallel import make_mesh
 from effjax.train import Checkpoints
-from tests.contract.layers import PADDED, ROWS, TOKENS, B, T, V
+from tests.contract.layers import PADDED, ROWS, TOKENS, B, D, T, V
 from tests.modules import normal
 
 POSITIONS = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
@@ -160,6 +160,28 @@ def test_packed_sequences_are_as_they_are_alone(row):
   for part in (slice(0, T // 2), slice(T // 2, T)):  # of one length: one program
     alone = row.placed(row.params, inputs[:, part], ids[:, part], positions[:, part])
     assert_close(packed[:, part], alone, 1e-5)
+
+
+@rows("packed")
+def test_what_is_in_a_packed_sequence_does_not_reach_another(row):
+  if row.inputs.ndim == 2:
+    return
+  ids, positions = np.int32([[3] * 3 + [1] * 3] * B), POSITIONS % (T // 2)
+
+  @jax.jit
+  def run(inputs, dy):
+    y, pull = jax.vjp(
+      lambda x: row.run(row.params, x, jnp.asarray(ids), jnp.asarray(positions))[0], inputs
+    )
+    return y, pull(dy)[0]
+
+  inputs, dy = np.asarray(row.inputs), np.asarray(normal(B, T, D, seed=4))
+  for own in (1, 3):
+    keep = lambda x, fill, own=own: np.where((ids == own)[..., None], x, np.float32(fill))
+    clean = run(inputs, keep(dy, 0))
+    for fill in (np.nan, np.inf, 1e30):
+      for got, wanted in zip(run(keep(inputs, fill), keep(dy, 0)), clean, strict=True):
+        assert_close(keep(got, 0), keep(wanted, 0), 1e-6)
 
 
 @rows("decodes")

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,3 +33,21 @@ def test_matmul_contracts_the_last_axis_in_the_type_of_x(dtype):
   np.testing.assert_allclose(
     np.asarray(y, np.float64), expected, atol=1e-5 if dtype == jnp.float32 else 0.1
   )
+
+
+def test_a_nan_that_is_put_in_survives_what_is_fused_with_it():
+  kept = jnp.array([True, False])
+  functions = (jnp.exp, jax.nn.softmax, jax.nn.logsumexp, jax.nn.sigmoid)
+  for function in functions:
+    found = jax.jit(lambda x, m, f=function: jax.vmap(f)(numerics.nan_unless(m, x)))(
+      normal(2, 3), kept
+    )
+    assert np.isfinite(found[0]).all() and np.isnan(found[1]).all()
+  grad = jax.grad(lambda x: numerics.zero_unless(kept, numerics.nan_unless(kept, x)).sum())
+  np.testing.assert_array_equal(grad(normal(2, 3)), [[1] * 3, [0] * 3])
+
+
+def test_half_precision_values_are_averaged_in_float32():
+  values = jnp.full(64, 6e4, jnp.float16)
+  for weights in (None, jnp.ones(64, jnp.float16)):
+    assert float(numerics.weighted_mean(values, weights)) == pytest.approx(6e4, rel=1e-3)

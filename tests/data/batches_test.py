@@ -221,3 +221,12 @@ def test_a_split_without_documents_says_so():
 def test_a_source_can_be_given_by_name():
   with pytest.raises(ValueError, match="text source 'nowhere' is unknown"):
     load("nowhere")
+
+
+def test_the_place_of_a_loader_does_not_depend_on_the_type_of_its_numbers(corpus):
+  ours, theirs = {"batch_size": 2, "seed": 3, "length": 32}, {}
+  for name, value in ours.items():
+    theirs[name] = np.int64(value)
+  weights = {"left": np.float32(0.5), "right": 0.5}
+  place = load(corpus, weights={"left": 0.5, "right": 0.5}, **ours).get_state()
+  load(corpus, weights=weights, **theirs).set_state(place)

@@ -282,3 +282,20 @@ def test_a_model_without_logits_is_refused(model):
   headless = module.clone(config=dataclasses.replace(module.config, head=None))
   with pytest.raises(ValueError, match="head=None"):
     generate(headless, params, [[1]], max_new_tokens=2)
+
+
+def test_rows_have_rules_of_their_own(model):
+  rules = {"temperature": np.array([0.0, 5.0, 0.0]), "top_k": np.array([3, 1, 512], np.int64)}
+  out = generate(*model, PROMPTS, max_new_tokens=np.int64(NEW), key=jax.random.key(0), **rules)
+  assert out.tokens.tolist() == generate(*model, PROMPTS, max_new_tokens=NEW).tokens.tolist()
+  greedy = generate(*model, PROMPTS, max_new_tokens=NEW, temperature=np.float32(0))
+  assert greedy.tokens.tolist() == out.tokens.tolist()
+
+
+def test_a_row_without_a_distribution_ends_with_no_token(model):
+  module, params = model
+  table = params["embed"]["embedding"]
+  broken = {**params, "embed": {"embedding": table.at[PROMPTS[1][-1]].set(jnp.nan)}}
+  out = generate(module, broken, PROMPTS, max_new_tokens=NEW, pad_id=7)
+  assert out.lengths.tolist() == [1] * 3 and (np.asarray(out.tokens[:, 0]) == -1).all()
+  assert (np.asarray(out.tokens[:, 1:]) == 7).all()

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,3 +125,116 @@ def test_bad_rules(rule, message):
 def test_missing_key():
   with pytest.raises(ValueError, match="key is None"):
     sampling.sample(jnp.zeros(3))
+
+
+def nucleus(counts, p):
+  """Which of the tokens of probabilities counts / Σ counts stay, in exact arithmetic."""
+  kept, held, total = np.zeros(len(counts), bool), 0, int(counts.sum())
+  for value in np.unique(counts)[::-1].tolist():
+    if Fraction(held, total) >= p:
+      break
+    kept |= counts == value
+    held += value * int((counts == value).sum())
+  return kept
+
+
+def fractions(rng, size):
+  """Whole numbers whose shares are a distribution: flat, peaked, or with one that has half."""
+  counts = rng.integers(1, rng.integers(2, 60), size)
+  if rng.random() < 0.4:
+    counts = np.maximum(1, (50 * rng.random(size) ** 6).astype(int))
+  if rng.random() < 0.3:
+    counts[rng.integers(size)] = counts.sum()
+  return counts
+
+
+@pytest.mark.parametrize(("size", "draws"), [(4, 150), (50, 100), (1000, 30), (50_257, 10)])
+def test_a_nucleus_is_exact_at_its_edges_and_beside_them(size, draws):
+  rng, keep = np.random.default_rng(size), jax.jit(sampling.keep_top_p)
+  for _ in range(draws):
+    counts = fractions(rng, size)
+    total = int(counts.sum())
+    edge = int(rng.choice(np.cumsum(np.sort(counts)[::-1])))
+    logits = jnp.asarray(np.log(counts / total), jnp.float32)
+    for p in (Fraction(edge, total), Fraction(2 * edge - 1, 2 * total)):
+      found = np.asarray(keep(logits, float(p))) > -np.inf
+      np.testing.assert_array_equal(found, nucleus(counts, p) | (p == 1), str(p))
+
+
+def test_the_nucleus_of_all_is_all():
+  logits = jnp.array([0.0, -50.0, -200.0, -1e30])
+  np.testing.assert_array_equal(sampling.keep_top_p(logits, 1.0), logits)
+  almost = jnp.log(jnp.array([1 - 5e-7, 5e-7]))
+  assert np.isfinite(sampling.keep_top_p(almost, 1 - 1e-7)).all()
+
+
+draws = jax.jit(lambda logits, **rule: (
+  sampling.distribution(logits, **rule), sampling.sample(logits, jax.random.key(0), **rule)
+))  # fmt: skip
+SHARED = np.array([1.0, 4.0, 4.0, -np.inf], np.float32)
+
+
+@pytest.mark.parametrize(
+  ("rule", "expected"),
+  [
+    ({"temperature": 0.0}, [0, 1, 0, 0]),
+    ({"temperature": 1e-38}, [0, 1, 0, 0]),
+    ({"temperature": 1e-30}, [0, 0.5, 0.5, 0]),
+    ({"temperature": 1e38}, [1 / 3, 1 / 3, 1 / 3, 0]),
+    ({"top_k": 1}, [0, 0.5, 0.5, 0]),
+    ({"top_k": 2**31 - 1, "temperature": 1e38}, [1 / 3, 1 / 3, 1 / 3, 0]),
+    ({"top_p": 1e-30}, [0, 0.5, 0.5, 0]),
+  ],
+)
+def test_limits_are_the_same_of_known_and_traced_numbers(rule, expected):
+  known = {name: np.float32(x) if isinstance(x, float) else np.int64(x) for name, x in rule.items()}
+  eager = sampling.distribution(jnp.asarray(SHARED), **known)
+  for found, token in (draws(SHARED, **rule), (eager, 1)):
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert expected[int(token)] > 0
+
+
+@pytest.mark.parametrize(
+  ("logits", "rule"),
+  [
+    (SHARED, {"temperature": -1.0}),
+    (SHARED, {"temperature": np.nan}),
+    (SHARED, {"temperature": np.inf}),
+    (SHARED, {"top_k": 0}),
+    (SHARED, {"top_p": 0.0}),
+    (SHARED, {"top_p": 2.0}),
+    ([1.0, np.nan, 0.0, 2.0], {"temperature": 0.0}),
+    ([1.0, np.nan, 0.0, 2.0], {"top_k": 1, "top_p": 0.5}),
+    ([-np.inf] * 4, {"temperature": 1.0}),
+  ],
+)
+def test_no_distribution_is_nan_and_no_token(logits, rule):
+  found, token = draws(np.float32(logits), **rule)
+  assert np.isnan(found).all() and int(token) == -1
+
+
+def test_infinite_logits_share_all():
+  for logits in ([1.0, np.inf, 0.0, np.inf], [3e38, -3e38, 0.0, 3e38]):
+    found, _ = draws(np.float32(logits), temperature=1.0, top_p=0.9)
+    np.testing.assert_allclose(found, np.float32(logits == np.max(logits)) / 2)
+
+
+def test_rows_may_have_rules_of_their_own():
+  logits, keys = jnp.asarray(np.stack([LOGITS] * 3)), jax.random.split(jax.random.key(1), 200)
+  rules = {"temperature": np.array([0.0, 0.5, 2.0]), "top_k": jnp.array([6, 1, 2])}
+  found = sampling.distribution(logits, **rules)
+  for row in range(3):
+    own = {name: np.asarray(x)[row] for name, x in rules.items()}
+    np.testing.assert_allclose(found[row], sampling.distribution(logits[row], **own), rtol=1e-6)
+  drawn = np.asarray(jax.vmap(lambda key: sampling.sample(logits, key, **rules))(keys))
+  assert (drawn[:, :2] == 5).all() and set(drawn[:, 2]) == {0, 5}
+  for shape in ((2,), (3, 1), (3, 6)):
+    with pytest.raises(ValueError, match=r"temperature float32.*; allowed: from 0"):
+      sampling.sample(logits, keys[0], temperature=jnp.ones(shape))
+
+
+def test_a_learned_temperature_has_a_gradient():
+  spread = lambda t: sampling.distribution(jnp.asarray(SHARED), temperature=t)[0]
+  found, step = jax.jit(jax.grad(spread))(0.7), 1e-3
+  exact = lambda t: np.exp(1 / t) / (np.exp(1 / t) + 2 * np.exp(4 / t))
+  np.testing.assert_allclose(found, (exact(0.7 + step) - exact(0.7 - step)) / (2 * step), rtol=1e-4)

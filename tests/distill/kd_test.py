@@ -172,3 +172,19 @@ def test_training_brings_the_student_to_the_teacher():
   for _ in range(150):
     params, state, metrics = step(params, state)
   assert float(metrics["divergence"]) < 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-3, 20.0, 1e3, 1e9])
+def test_the_loss_has_its_limits_at_any_temperature(temperature):
+  softmax = lambda z: np.exp(z - z.max(-1, keepdims=True)) / np.exp(
+    z - z.max(-1, keepdims=True)
+  ).sum(-1, keepdims=True)  # fmt: skip
+  student, teacher = np.asarray(STUDENT, np.float64), np.asarray(TEACHER, np.float64)
+  apart = softmax(student / temperature) - softmax(teacher / temperature)
+  loss = lambda x: kd_loss(x, TEACHER, TARGETS, temperature=temperature, alpha=1.0)
+  value, grad = jax.jit(jax.value_and_grad(loss))(STUDENT)
+  np.testing.assert_allclose(grad, temperature * apart / TARGETS.size, rtol=1e-4, atol=1e-7)
+  if temperature >= 1e3:  # half the variance of the difference over the vocabulary
+    expected = (teacher - student).var(-1).mean() / 2
+    np.testing.assert_allclose(value, expected, rtol=0.01 if temperature < 1e9 else 1e-5)
+  assert np.isfinite(value) and value >= 0

@@ -6,12 +6,14 @@ import chex
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from effjax import models
 from effjax.attention.masks import Causal, SlidingWindow
 from effjax.layers import MLP, LayerNorm
 from effjax.models import families, presets
 from effjax.models.families import Entry, reading
+from effjax.models.safetensors_files import SINGLE
 
 CASES = {
   "llama": ("llama", {}),
@@ -109,6 +111,34 @@ def test_bert_with_a_head_loads_its_encoder(tiny_folder, reference, tmp_path):
   np.testing.assert_allclose(
     models.load(tmp_path / "masked")(TOKENS), reference(encoder, TOKENS), atol=2e-5
   )
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert"])
+def test_names_that_tensorflow_gave(model_type, tiny_folder):
+  folder, _ = tiny_folder(model_type)
+  expected = models.load(folder)
+  tensors = safetensors.numpy.load_file(folder / SINGLE)
+  older = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+  for new, old in older.items():
+    names = [name for name in tensors if name.endswith(new)]
+    assert names
+    for name in names:
+      tensors[name.removesuffix(new) + old] = tensors.pop(name)
+  safetensors.numpy.save_file(tensors, folder / SINGLE)
+  chex.assert_trees_all_equal(models.load(folder).params, expected.params)
+  tensors["embeddings.LayerNorm.weight"] = tensors["embeddings.LayerNorm.gamma"]
+  safetensors.numpy.save_file(tensors, folder / SINGLE)
+  with pytest.raises(ValueError, match=r"embeddings\.LayerNorm\.(gamma|weight)' are one"):
+    models.load(folder)
+
+
+def test_a_table_that_only_the_head_holds(tiny_folder):
+  folder, _ = tiny_folder("llama", tie_word_embeddings=True)
+  expected = models.load(folder)
+  tensors = safetensors.numpy.load_file(folder / SINGLE)
+  tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+  safetensors.numpy.save_file(tensors, folder / SINGLE)
+  chex.assert_trees_all_equal(models.load(folder).params, expected.params)
 
 
 PUBLISHED = ["smollm2-135m", "gemma3-270m", "opt-125m", "opt-350m", "opt-66b", "minilm"]

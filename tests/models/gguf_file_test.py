@@ -97,6 +97,51 @@ def test_damage_is_named(small, tmp_path, change, message):
     GGUFFile(path)
 
 
+def text(value):
+  return struct.pack("<Q", len(value)) + value.encode()
+
+
+def header(pairs=(), tensors=(), body=bytes(64)):
+  """A GGUF file of metadata (name, bytes of type and value) and float32 tensors [2] at offsets."""
+  start = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs))
+  named = b"".join(text(name) + value for name, value in pairs)
+  infos = [text(name) + struct.pack("<IQIQ", 1, 2, int(Q.F32), offset) for name, offset in tensors]
+  whole = start + named + b"".join(infos)
+  return whole + bytes(-len(whole) % 32) + body
+
+
+NUMBER = struct.pack("<II", 4, 7)
+NESTED = struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 10_000
+ALIGNED = ("general.alignment", struct.pack("<IQ", 10, 0))
+
+
+@pytest.mark.parametrize(
+  ("whole", "message"),
+  [
+    (header([("x", NUMBER), ("x", NUMBER)]), "'x' stands twice"),
+    (header(tensors=[("t", 0), ("t", 32)]), "'t' stands twice"),
+    (header(tensors=[("t", 0), ("u", 0)]), "tensor 'u' overlaps tensor 't'"),
+    (header(tensors=[("t", 4)]), "tensor 't' begins at 4, not aligned"),
+    (header([("x", NESTED)]), "arrays nested too deeply"),
+    (header([ALIGNED]), "general.alignment=0"),
+  ],
+)
+def test_hostile_headers_are_named(whole, message, tmp_path):
+  path = tmp_path / "bad.gguf"
+  path.write_bytes(whole)
+  with pytest.raises(ValueError, match=rf"bad\.gguf: .*{message}"):
+    GGUFFile(path)
+
+
+def test_types_that_cannot_be_dequantised(tmp_path):
+  whole = header(tensors=[("t", 0)]).replace(
+    struct.pack("<IQIQ", 1, 2, int(Q.F32), 0), struct.pack("<IQIQ", 1, 2, int(Q.I32), 0)
+  )
+  (tmp_path / "x.gguf").write_bytes(whole)
+  with pytest.raises(ValueError, match="tensor 't' is I32; allowed"):
+    GGUFFile(tmp_path / "x.gguf").read("t")
+
+
 def test_missing_file(tmp_path):
   with pytest.raises(FileNotFoundError, match="no such file"):
     GGUFFile(tmp_path / "none.gguf")

@@ -42,3 +42,10 @@ def test_a_model_checks_and_computes():
   np.testing.assert_allclose(model(tokens), apply(module, params, tokens), atol=1e-5)
   with pytest.raises(ValueError, match="tokens: id 600"):
     model(jnp.array([[600]]))
+
+
+def test_padding_may_hold_any_id():
+  ids, tokens = np.array([[0, -1]]), np.array([[5, -100]])
+  models.check_tokens(CONFIG, tokens, ids)
+  with pytest.raises(ValueError, match=r"id -100 at \[0, 1\]"):
+    models.check_tokens(CONFIG, tokens)

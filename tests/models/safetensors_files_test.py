@@ -115,6 +115,84 @@ def test_extra_bytes_and_unsupported_types(tmp_path):
     read_header(tmp_path / SINGLE)
 
 
+def rewritten(path, change, body=None):
+  """The file with another header: `change` takes its text and gives another."""
+  whole = path.read_bytes()
+  base = 8 + struct.unpack("<Q", whole[:8])[0]
+  text = change(whole[8:base].decode()).encode()
+  path.write_bytes(struct.pack("<Q", len(text)) + text + (whole[base:] if body is None else body))
+  return path
+
+
+@pytest.mark.parametrize(
+  ("entries", "message"),
+  [
+    ({"a": [0, 8], "b": [0, 8]}, "tensor 'b' overlaps tensor 'a'"),
+    ({"a": [0, 8], "b": [4, 12]}, "tensor 'b' overlaps tensor 'a'"),
+    ({"a": [0, 8], "b": [12, 20]}, "4 bytes between tensors"),
+    ({"a": [1, 9], "b": [9, 17]}, r"tensor 'a' is F32\[2\] in bytes 1 to 9"),
+    ({"a": [0, 8], "b": [8, 10**30]}, "tensor 'b' is F32"),
+    ({"a": [0, 8], "b": [-8, 0]}, "describes tensor 'b' as"),
+    ({"a": [0, 8], "b": [True, 9]}, "describes tensor 'b' as"),
+  ],
+)
+def test_tensors_lie_side_by_side(tmp_path, entries, message):
+  one = {"dtype": "F32", "shape": [2]}
+  header = json.dumps({name: one | {"data_offsets": span} for name, span in entries.items()})
+  end = max(e[1] for e in entries.values())
+  path = rewritten(folder_with(tmp_path) / SINGLE, lambda _: header, bytes(min(end, 20)))
+  with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
+    read_header(path)
+
+
+def test_a_name_that_stands_twice(tmp_path):
+  twice = lambda text: text.rstrip()[:-1] + ', "a": {}}'
+  path = rewritten(folder_with(tmp_path) / SINGLE, twice)
+  with pytest.raises(ValueError, match="field 'a' stands twice"):
+    read_header(path)
+
+
+def test_a_header_nested_too_deeply(tmp_path):
+  path = rewritten(folder_with(tmp_path) / SINGLE, lambda _: '{"a": ' * 10**5)
+  with pytest.raises(ValueError, match=r"model\.safetensors: header: damaged"):
+    read_header(path)
+
+
+@pytest.mark.parametrize("where", ["../secret", "/etc/hostname", "", ".", "a\0b", "link"])
+def test_shards_outside_the_folder_are_not_opened(tmp_path, where):
+  safetensors.numpy.save_file({"b": TENSORS["a"]}, tmp_path / "secret")
+  folder = tmp_path / "folder"
+  folder.mkdir()
+  index = json.loads((sharded(folder) / INDEX).read_text())
+  (folder / "link").symlink_to(tmp_path / "secret")
+  index["weight_map"]["b"] = where
+  (folder / INDEX).write_text(json.dumps(index))
+  with pytest.raises((ValueError, FileNotFoundError), match=r"inside the folder|missing"):
+    SafetensorsFolder(folder)
+
+
+def test_a_snapshot_of_the_hub_links_to_its_blobs(tmp_path):
+  snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+  for folder in (snapshot, blobs):
+    folder.mkdir(parents=True)
+  safetensors.numpy.save_file(TENSORS, blobs / "0123")
+  (snapshot / SINGLE).symlink_to("../../blobs/0123")
+  assert set(SafetensorsFolder(snapshot).names()) == set(TENSORS)
+
+
+def test_a_tensor_in_two_shards(tmp_path):
+  second = sharded(tmp_path) / "model-00002-of-00002.safetensors"
+  safetensors.numpy.save_file({"a": TENSORS["a"], "b": TENSORS["a"]}, second)
+  with pytest.raises(ValueError, match=r"tensor 'a' is in model-00002.* and in another shard"):
+    SafetensorsFolder(tmp_path)
+
+
+def test_integers_are_no_parameters(tmp_path):
+  source = SafetensorsFolder(folder_with(tmp_path))
+  with pytest.raises(ValueError, match="tensor 'ids' is int64; allowed: real numbers"):
+    source.read("ids", np.zeros((1, 4), np.float32))
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_every_truncation_raises_value_error(tmp_path_factory, data):

@@ -74,3 +74,7 @@ def test_randomness_is_on_with_a_key_only(stream):
 @pytest.mark.parametrize("nll, expected", [(np.log(7.0), 7.0), (1e4, np.inf)])
 def test_perplexity(nll, expected):
   assert perplexity(nll) == pytest.approx(expected)
+
+
+def test_the_perplexity_of_no_number_is_none():
+  assert np.isnan(perplexity(float("nan"))) and perplexity(np.float32(0)) == 1

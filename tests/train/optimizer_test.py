@@ -119,3 +119,22 @@ def test_adafactor_takes_stacked_layers_as_single_ones(adafactor, repeats):
 def test_wrong_values_are_named(wrong):
   with pytest.raises(ValueError, match=next(iter(wrong))):
     make_optimizer(OptimizerConfig(**wrong))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("size", [1e-4, 300.0])
+def test_gradients_of_16_bits_move_parameters_as_those_of_32_do(name, size):
+  config = OptimizerConfig(name=name, learning_rate=0.5, warmup=0, steps=9, clip=1e3)
+  optimizer = make_optimizer(config)
+  params = {"kernel": jnp.linspace(1, 2, 65_536, dtype=jnp.float16).reshape(256, 256)}
+  gradients = jax.tree.map(lambda x: (size * jnp.sin(100 * x)).astype(jnp.float16), params)
+  wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+  @jax.jit
+  def twice(params, gradients):
+    state = optimizer.init(params)
+    _, state = optimizer.update(gradients, state, params)
+    return optimizer.update(gradients, state, params)[0]
+
+  moved, expected = twice(params, gradients), twice(wide(params), wide(gradients))
+  np.testing.assert_allclose(wide(moved)["kernel"], expected["kernel"], rtol=1e-2, atol=1e-5)

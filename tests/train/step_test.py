@@ -207,3 +207,36 @@ def test_after_carries_what_the_optimiser_does_not(key):
     state, metrics = step(state, {"x": jnp.full(2, x)}, key)
     scales.append((float(metrics["seen"]), float(state.extra["scale"]), float(state.params["w"])))
   assert scales == [(1.0, 2.0, 0.0), (2.0, 1.0, 0.0), (1.0, 2.0, -1.0)]
+
+
+def test_the_norm_of_16_bit_gradients_does_not_overflow(key):
+  objective = lambda params, batch, rng: (
+    (params["w"] * batch["x"][0]).astype(jnp.float32).sum(),
+    {},
+  )
+  state = init_state({"w": jnp.ones(4, jnp.float16)}, optax.sgd(2.0**-9))
+  step = make_train_step(objective, optax.sgd(2.0**-9))
+  state, metrics = step(state, {"x": jnp.full((1, 4), 512, jnp.float16)}, key)
+  assert bool(metrics["finite"]) and float(metrics["grad_norm"]) == 1024
+  np.testing.assert_array_equal(state.params["w"], np.zeros(4))
+
+
+def test_microbatches_of_any_weights_are_their_mean(key):
+  """NaN in a part of no weight is not read; tiny and huge weights count like any."""
+
+  def objective(params, batch, rng):
+    weight = batch["weight"].sum()
+    return (params["w"] * batch["x"]).sum(), {"weight": weight, "x": batch["x"].sum()}
+
+  optimizer, x = optax.sgd(1.0), np.array([1.0, np.nan, 3.0, 8.0], np.float32)
+  step = make_train_step(objective, optimizer, microbatches=np.int64(4))
+  for scale in (1e-30, 1.0, 1e30):
+    weights = np.float32([1, 0, 3, 1]) * np.float32(scale)
+    state = init_state({"w": jnp.ones(())}, optimizer)
+    state, metrics = step(state, {"x": x, "weight": weights}, key)
+    np.testing.assert_allclose(metrics["loss"], (1 + 9 + 8) / 5, rtol=1e-6)
+    np.testing.assert_allclose(state.params["w"], 1 - (1 + 9 + 8) / 5, rtol=1e-6)
+    np.testing.assert_allclose(metrics["weight"], weights.sum(), rtol=1e-6)
+  none = {"x": np.float32([1, 2, 3, 6]), "weight": np.zeros(4, np.float32)}
+  _, metrics = step(init_state({"w": jnp.ones(())}, optimizer), none, key)
+  np.testing.assert_allclose(metrics["loss"], 3, rtol=1e-6)

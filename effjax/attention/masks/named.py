@@ -18,8 +18,8 @@ class ByValue:
   def __eq__(self, other: object) -> bool:
     if self is other or type(self) is not type(other):
       return self is other
-    (values, tree), (others, other_tree) = jax.tree.flatten(self), jax.tree.flatten(other)
-    return not values and not others and bool(tree == other_tree)
+    trees: list[Any] = [jax.tree.structure(x) for x in (self, other)]
+    return not jax.tree.leaves((self, other)) and trees[0] == trees[1]
 
   def __hash__(self) -> int:
     if jax.tree.leaves(self):

@@ -111,7 +111,7 @@ def _table(
     draw = lambda key, most: jax.random.randint(key, (heads,), 0, most)
     x = jax.vmap(draw, out_axes=1)(keys[:, j], jnp.maximum(left[0, 0], 1))[None]
     for y in jnp.moveaxis(jnp.sort(jnp.stack(chosen, -1), -1), -1, 0) if chosen else ():
-      x = x + (x >= y)
+      x = x + (x >= y).astype(x.dtype)
     chosen.append(jnp.where(left > 0, x, FAR))
   ranks = jnp.stack(chosen, -1) if chosen else jnp.zeros((*shape, 0), jnp.int32)
   low = ranks < before[..., None]

@@ -110,7 +110,7 @@ class Global(_Given):
     if chosen.shape[1] == 0:
       return none, none
     at = chosen[:, None, None]
-    return union(*grid.covering(at, at - (at < 0))), none
+    return union(*grid.covering(at, at - (at < 0).astype(at.dtype))), none
 
   @property
   def _listed(self) -> tuple[Index, Any]:

@@ -47,7 +47,7 @@ def _read(fields: Fields, family: str, offset: int) -> TransformerConfig:
     fields,
     family,
     NAMES,
-    fields.number("layer_norm_eps"),
+    fields.eps("layer_norm_eps"),
     context=rows - offset,
     position_offset=offset,
     token_types=fields.integer("type_vocab_size"),

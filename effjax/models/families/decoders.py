@@ -88,7 +88,7 @@ def read(
   shape = {
     "vocab_size": fields.integer("vocab_size"),
     "width": fields.integer("hidden_size"),
-    "norm": RMSNorm(fields.number("rms_norm_eps")),
+    "norm": RMSNorm(fields.eps("rms_norm_eps")),
     "context": longest(fields, layers),
     "tied": fields.flag("tie_word_embeddings"),
     "family": family,
@@ -187,4 +187,5 @@ def written_types(config: TransformerConfig) -> list[str]:
 def written_window(config: TransformerConfig) -> int | None:
   """`sliding_window`: that of the first local layer, None where there is none."""
   mixers: list[Any] = [spec.mixer for spec in config.layers]
-  return next((m.mask.left + 1 for m in mixers if isinstance(m.mask, SlidingWindow)), None)
+  windows = (m.mask.left for m in mixers if isinstance(m.mask, SlidingWindow))
+  return next((left + 1 for left in windows if left is not None), None)

@@ -2,7 +2,7 @@
 
 A family states its optional fields with the values that they stand for when they are left out, and
 reads each by its type. A field that is left over might change what a model computes, so it is an
-error, unless it is `HARMLESS` or null.
+error, unless it is known to be harmless or null.
 """
 
 import functools
@@ -11,121 +11,12 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from effjax.layers.spec import TransformerConfig
+from effjax.models.families.harmless import CONFIG
 
 MOST_LAYERS = 10_000
-# Where a configuration came from, how it was trained and generates, and what its heads are called.
-HARMLESS = frozenset(
-  [
-    "model_type",
-    "architectures",
-    "auto_map",
-    "_name_or_path",
-    "name_or_path",
-    "_commit_hash",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-    "transformers.js_config",
-    "unsloth_version",
-    "unsloth_fixed",
-    "is_llama_config",
-    "initializer_range",
-    "initializer_factor",
-    "init_std",
-    "use_cache",
-    "use_return_dict",
-    "return_dict",
-    "torchscript",
-    "output_hidden_states",
-    "output_attentions",
-    "output_scores",
-    "return_dict_in_generate",
-    "output_past",
-    "gradient_checkpointing",
-    "pretraining_tp",
-    "chunk_size_feed_forward",
-    "reorder_and_upcast_attn",
-    "attn_implementation",
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "use_bfloat16",
-    "xla_device",
-    "is_decoder",
-    "tf_legacy_loss",
-    "use_flash_attn",
-    "_flash_attn_2_enabled",
-    "tie_encoder_decoder",
-    "attention_dropout",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "activation_dropout",
-    "dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "embed_dropout",
-    "layerdrop",
-    "classifier_dropout",
-    "qa_dropout",
-    "seq_classif_dropout",
-    "hidden_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "sep_token_id",
-    "cls_token_id",
-    "mask_token_id",
-    "decoder_start_token_id",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "begin_suppress_tokens",
-    "suppress_tokens",
-    "max_length",
-    "min_length",
-    "do_sample",
-    "early_stopping",
-    "num_beams",
-    "num_beam_groups",
-    "diversity_penalty",
-    "temperature",
-    "top_k",
-    "top_p",
-    "typical_p",
-    "repetition_penalty",
-    "length_penalty",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "bad_words_ids",
-    "num_return_sequences",
-    "remove_invalid_values",
-    "exponential_decay_length_penalty",
-    "cache_implementation",
-    "num_labels",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "finetuning_task",
-    "task_specific_params",
-    "prefix",
-    "tokenizer_class",
-    "model_max_length",
-    "max_sequence_length",
-    "summary_type",
-    "summary_use_proj",
-    "summary_activation",
-    "summary_proj_to_labels",
-    "summary_first_dropout",
-    "predict_special_tokens",
-    "pooler_type",
-    "pooler_fc_size",
-    "pooler_num_attention_heads",
-    "pooler_num_fc_layers",
-    "pooler_size_per_head",
-    "directionality",
-  ]
-)
+LARGEST = 2**31
 # Fields of every family that must be as they are when left out.
-EVERYWHERE = {
+EVERYWHERE: dict[str, tuple] = {
   "is_encoder_decoder": (False, None),
   "is_causal": (True,),
   "add_cross_attention": (False, None),
@@ -197,13 +88,19 @@ class Fields:
   def integer(self, name: str, *, least: int = 1, null: bool = False) -> Any:
     """An integer from `least`; with `null`, None where the field is null."""
     value = self._typed(name, (int,), null, "integers")
-    if value is not None and value < least:
-      raise self.wrong(name, f"from {least}")
+    if value is not None and not least <= value < LARGEST:
+      raise self.wrong(name, f"from {least}, below {LARGEST}")
     return value
 
-  def number(self, name: str, *, null: bool = False, positive: bool = True) -> Any:
-    """A finite number as float, positive unless said otherwise; `null` as in `integer`."""
-    value = self._typed(name, (int, float), null, "numbers")
+  def number(
+    self, name: str, *, null: bool = False, positive: bool = True, whole: bool = True
+  ) -> Any:
+    """A finite number as float, positive unless said otherwise; `null` as in `integer`.
+
+    Without `whole`, it has to be written with a point, as transformers demands of some.
+    """
+    kinds, allowed = ((int, float), "numbers") if whole else ((float,), "numbers with a point")
+    value = self._typed(name, kinds, null, allowed)
     if value is None:
       return None
     try:
@@ -212,6 +109,13 @@ class Fields:
       value = math.inf
     if not math.isfinite(value) or (positive and value <= 0):
       raise self.wrong(name, "positive numbers" if positive else "finite numbers")
+    return value
+
+  def eps(self, name: str) -> float:
+    """What keeps a norm from dividing by zero, a positive number below 1."""
+    value = self.number(name, whole=False)
+    if value >= 1:
+      raise self.wrong(name, "below 1")
     return value
 
   def flag(self, name: str) -> bool:
@@ -296,13 +200,13 @@ class Fields:
     where = other.where if other else self.where
     return Fields(where, {**self._values, **other._values}, self._defaults, self.most_layers)
 
-  def finish(self, harmless: Collection[str] = HARMLESS) -> None:
+  def finish(self, harmless: Collection[str] = CONFIG) -> None:
     """Refuses what was not read, is not null and not `harmless`."""
     for name, value in self._values.items():
       if name not in self._read and name not in harmless and value is not None:
         raise ValueError(
-          f"{self.where}: {self._noun} {name!r}={_shown(value)} is not known, and might change what "
-          "is computed; allowed: to leave it out, if it has no influence"
+          f"{self.where}: {self._noun} {name!r}={_shown(value)} is not known, and might change "
+          "what is computed; allowed: to leave it out, if it has no influence"
         )
 
   def _typed(self, name: str, kinds: tuple[type, ...], null: bool, allowed: str) -> Any:

@@ -10,7 +10,8 @@ from effjax.layers import Rope
 from effjax.layers.spec import TransformerConfig
 from effjax.models.families import decoders, rope
 from effjax.models.families.decoders import GLOBAL, LOCAL
-from effjax.models.families.fields import HARMLESS, MOST_LAYERS, Fields, complete
+from effjax.models.families.fields import MOST_LAYERS, Fields, complete
+from effjax.models.families.harmless import CONFIG
 from effjax.models.families.table import GATED_MLP, SELF_ATTENTION, Entry, linear
 
 COMMON = {
@@ -71,7 +72,7 @@ def gemma3_config(
   Fields(f"{where}: text_config", text)
   if "tie_word_embeddings" in outer:
     text = {**text, "tie_word_embeddings": outer.raw("tie_word_embeddings")}
-  outer.finish(HARMLESS | OTHER_PARTS)
+  outer.finish(CONFIG | OTHER_PARTS)
   return _gemma3_text(text, f"{where}: text_config", layers)
 
 
@@ -83,7 +84,7 @@ def _gemma3_text(fields: Fields) -> TransformerConfig:
   fields.unused("_sliding_window_pattern")
   kinds = decoders.layer_types(fields, lambda i: (i + 1) % period != 0)
   ropes = _two_ropes(fields)
-  qk_norm = {"qk_norm": fields.number("rms_norm_eps")}
+  qk_norm = {"qk_norm": fields.eps("rms_norm_eps")}
   return _read(fields, "gemma3", kinds, lambda i: ropes[kinds[i]], qk_norm)
 
 
@@ -96,7 +97,7 @@ def _read(
 ) -> TransformerConfig:
   fields.need("use_bidirectional_attention", False, None)
   fields.need("hidden_act", None, fields.raw("hidden_activation"))
-  bias, cap = fields.flag("attention_bias"), fields.number("attn_logit_softcapping", null=True)
+  bias, cap = fields.flag("attention_bias"), _cap(fields, "attn")
   scale = fields.number("query_pre_attn_scalar") ** -0.5
   biases = {"use_bias": bias, "out_bias": bias}
   return decoders.read(
@@ -104,12 +105,16 @@ def _read(
     family,
     kinds,
     ropes,
-    attention={"scale": scale, "logit_softcap": cap} | biases | attention,
+    attention={"scale": scale, "logit_softcap": cap, **biases, **attention},
     act="hidden_activation",
     arrangement="sandwich",
     embed_scale=math.sqrt(fields.integer("hidden_size")),
-    logit_softcap=fields.number("final_logit_softcapping", null=True),
+    logit_softcap=_cap(fields, "final"),
   )
+
+
+def _cap(fields: Fields, what: str) -> float | None:
+  return fields.number(f"{what}_logit_softcapping", null=True, whole=False)
 
 
 def _two_ropes(fields: Fields) -> dict[str, Rope]:

@@ -40,7 +40,7 @@ def to_config(fields: Fields) -> TransformerConfig:
     vocab_size=fields.integer("vocab_size"),
     width=width,
     layers=(LayerSpec(attention, ffn),) * fields.depth("n_layer"),
-    norm=LayerNorm(fields.number("layer_norm_epsilon")),
+    norm=LayerNorm(fields.eps("layer_norm_epsilon")),
     positions="learned",
     context=fields.integer("n_positions"),
     tied=fields.flag("tie_word_embeddings"),

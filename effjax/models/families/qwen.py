@@ -30,7 +30,7 @@ def qwen2_config(fields: Fields) -> TransformerConfig:
 @complete(QWEN3_DEFAULTS)
 def qwen3_config(fields: Fields) -> TransformerConfig:
   """A `TransformerConfig` of a config.json of model type "qwen3"."""
-  bias, eps = fields.flag("attention_bias"), fields.number("rms_norm_eps")
+  bias, eps = fields.flag("attention_bias"), fields.eps("rms_norm_eps")
   return _read(fields, "qwen3", {"use_bias": bias, "out_bias": bias, "qk_norm": eps})
 
 

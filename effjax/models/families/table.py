@@ -97,7 +97,8 @@ class Family:
   Attributes:
     name: as in `TransformerConfig.family`.
     architecture: the transformers class that a saved folder names.
-    to_config: config.json as a dict → `TransformerConfig`.
+    to_config: config.json as a dict, and what errors shall begin with and how many layers there can
+      be, as `fields.complete` has it → `TransformerConfig`.
     from_config: the inverse; raises ValueError for what the family cannot express.
     layer: entries of one layer. An entry whose parameter a model lacks is left out.
     rest: entries outside the layers.
@@ -109,7 +110,7 @@ class Family:
 
   name: str
   architecture: str
-  to_config: Callable[[Mapping[str, Any]], TransformerConfig]
+  to_config: Callable[..., TransformerConfig]
   from_config: Callable[[TransformerConfig], dict[str, Any]]
   layer: tuple[Entry, ...]
   rest: tuple[Entry, ...]

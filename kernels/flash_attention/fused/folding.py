@@ -14,10 +14,12 @@ from effjax.core.typing import Array
 _ROWS = 64  # queries times heads of a group, up to which they make one tile
 
 
-def fits(query: Array, key: Array, *, mask: Any, bias=None, query_positions=None, **_) -> bool:
+def fits(
+  query: Array, key: Array, *, mask: Any, bias=None, scores=None, query_positions=None, **_
+) -> bool:
   """Whether the queries have positions, are few, and nothing tells the heads of a group apart."""
   group = query.shape[2] // key.shape[2]
-  alike = mask.heads == 1 and bias is None and query_positions is not None
+  alike = mask.heads == 1 and bias is None and scores is None and query_positions is not None
   return alike and group > 1 and query.shape[1] * group <= _ROWS
 
 

@@ -51,7 +51,7 @@ class Terms:
 
   @classmethod
   def of(
-    cls, score: Any, softcap: Any, T: int, S: int, positions: Array | None, dtype: Any
+    cls, score: Any, softcap: Any, T: int, S: int, positions: Any, dtype: Any
   ) -> "Terms | None":
     """For T queries and S keys, floats as `dtype`; None without a score or a cap that is data.
 
@@ -96,9 +96,10 @@ class Terms:
 
   def dense(self, positions: Any) -> Array:
     """All that the score adds, [b, n, T or 1, S or 1]; positions [b, T] as given to `of`."""
-    q, k = np.arange(self.S - self.T, self.S, dtype=np.int32)[None], np.arange(self.S)
-    q = (q if positions is None else positions)[:, None, :, None]
-    k = k.astype(np.int32)[None, None, None]
+    if positions is None:
+      positions = np.arange(self.S - self.T, self.S, dtype=np.int32)[None]
+    q = positions[:, None, :, None]
+    k = np.arange(self.S, dtype=np.int32)[None, None, None]
     if self.diagonal:
       pairs = functools.partial(diagonals, rows=self.T, columns=self.S)
     else:

@@ -24,11 +24,11 @@ Pull = Callable[[Array], Any] | None
 class Added:
   """A bias and terms addressed by tiles. Where one is None, there is nothing of it to add."""
 
-  def __init__(self, plan: Plan, sight: GroupedSight, bias: Array | None, terms: Any, dtype: Any):
+  def __init__(self, plan: Plan, sight: GroupedSight, bias: Any, terms: Any, dtype: Any):
     self.plan, self.sight, self.dtype, self.given = plan, sight, dtype, terms
-    self.biases: Any = None if bias is None else layout.Bias(plan, bias.shape)
-    self.padded_bias: Any = None if bias is None else self.biases.pad(bias)
-    self.bias_like: Any = bias
+    biases: Any = None if bias is None else layout.Bias(plan, bias.shape)
+    self.biases, self.padded_bias = biases, None if bias is None else biases.pad(bias)
+    self.bias_like = bias
     self.scored = terms is not None and terms.structure is not None
     self.cap: Any = plan.softcap if terms is None or terms.softcap is None else terms.softcap
     self.trained = [] if terms is None else self.pad(terms.trained)

@@ -67,7 +67,12 @@ class Plan:
     (batch, head), heads = self.split(c), x.shape[2] * self.tiles.heads // self.K
     first, length = (0, x.shape[1]) if i is None else (i * self.tiles.queries, self.tiles.queries)
     start = (batch * self.tiles.batch, first, head * heads, *(0 for _ in x.shape[3:]))
-    return start, (self.tiles.batch, length, heads, *x.shape[3:])
+    return starts(start), (self.tiles.batch, length, heads, *x.shape[3:])
+
+
+def starts(index: Any) -> tuple[Array, ...]:
+  """Where a slice begins, all of one type as XLA has it, in any mode."""
+  return tuple(jnp.asarray(i, jnp.int32) for i in index)
 
 
 def take(plan: Plan, x: Array, c: Array) -> Array:
@@ -138,7 +143,7 @@ def part(
   wide = t.batch, t.heads * plan.G
   axes = [(n * g, n) if x > 1 else (0, 1) for x, n, g in zip(shape, wide, groups, strict=False)]
   start, sizes = zip(*axes, (at, size) if shape[2] > 1 else (0, 1), strict=True)
-  return start, sizes
+  return starts(start), sizes
 
 
 def by_group(plan: Plan, x: Array) -> Array:
@@ -160,9 +165,10 @@ class Bias:
     heads = (t.heads, plan.G) if wide[1] else (1, 1)
     self.tile = (self.part[0], *heads, *self.part[2:])
 
-  def start(self, plan: Plan, c: Array, i: Array, j: Array) -> list[Any]:
+  def start(self, plan: Plan, c: Array, i: Array, j: Array) -> tuple[Array, ...]:
     index = (*plan.split(c), i, j)
-    return [n * x if w > 1 else 0 for n, x, w in zip(self.part, index, self.shape, strict=True)]
+    each = zip(self.part, index, self.shape, strict=True)
+    return starts(n * x if w > 1 else 0 for n, x, w in each)
 
   def pad(self, bias: Array) -> Array:
     for axis in (2, 3):

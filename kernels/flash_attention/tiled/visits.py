@@ -45,7 +45,7 @@ class GroupedSight:
         j = tile(n)
         return body(j, self.seen(c, i, j) if masked else None, carry)
 
-      carry = lax.fori_loop(0, count * wanted, step, carry)
+      carry = lax.fori_loop(0, jnp.where(wanted, count, 0), step, carry)
     return carry
 
   def seen(self, c: Array, i: Array, j: Array) -> Array:

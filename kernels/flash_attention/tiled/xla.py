@@ -50,10 +50,10 @@ def attention(
   """
   plan = _planned(query, key, value, mask, scale, logit_softcap, tiles)
   where = Where(mask, segment_ids, query_positions)
-  wide = jnp.promote_types(query.dtype, jnp.float32)
+  wide = numerics.wide(query.dtype)
   terms = Terms.of(scores, logit_softcap, plan.T, plan.S, query_positions, wide)
   operands = (query, key, value, bias, where, terms)
-  return _attention(plan, *numerics.vary_alike(operands, operands))
+  return _attention(plan, *numerics.vary_alike(operands, operands))[:2]
 
 
 def values(
@@ -68,7 +68,7 @@ def values(
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
   """`attention` with what is seen and added worked out before, and without derivatives."""
   plan = _planned(query, key, value, where.mask, scale, logit_softcap)
-  return forward.attention(plan, query, key, value, None, where, terms)
+  return forward.attention(plan, query, key, value, None, where, terms)[:2]
 
 
 def gradients(
@@ -90,7 +90,7 @@ def gradients(
     cotangents: theirs.
   """
   plan = _planned(query, key, value, where.mask, scale, logit_softcap)
-  saved = (query, key, value, None, where, terms, *results)
+  saved = (query, key, value, None, where, terms, *results, jnp.zeros_like(results[1]))
   d_query, d_key, d_value, _, d_terms = derivatives.backward(plan, saved, cotangents)
   return d_query, d_key, d_value, d_terms
 
@@ -102,7 +102,7 @@ def term_gradients(
   bias: Float[Array, "#B #N #T #S"] | None,
   where: Where,
   terms: Terms,
-  results: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]],
+  results: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"], Float[Array, "B T N"]],
   cotangents: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]],
   *,
   scale: float,
@@ -111,7 +111,7 @@ def term_gradients(
   """Gradients of what trains in the terms alone, for kernels that leave them to XLA.
 
   Args:
-    results: out and log-sum-exp.
+    results: out, log-sum-exp, and what the latter's rounding left out.
     cotangents: theirs.
   """
   plan = _planned(query, key, value, where.mask, scale, logit_softcap)
@@ -134,8 +134,9 @@ def _attention(plan, query, key, value, bias, where, terms):
 
 @_attention.defjvp
 def _attention_jvp(plan, primals, tangents):
-  results = _attention(plan, *primals)
+  *results, rest = _attention(plan, *primals)
   along = functools.partial(derivatives.tangents, plan)
   back = functools.partial(derivatives.backward, plan)
   moves = *tangents[:4], [] if tangents[5] is None else tangents[5].trained
-  return results, linear_map(along, back, (*primals, *results), moves, results)
+  moved = linear_map(along, back, (*primals, *results, rest), moves, tuple(results))
+  return (*results, rest), (*moved, jnp.zeros_like(rest))
