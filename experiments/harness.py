@@ -27,6 +27,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from effjax.train import workdir as files
+from effjax.train.lock import locked
 from experiments.lab.verdicts import HELD, NOT_HELD, Verdict
 
 Row = dict[str, Any]
@@ -51,7 +52,7 @@ def main(run: Callable[[Any, str], list[Row]], config: Any) -> None:
   """Runs an experiment from the command line: `--config.field=value`, `--workdir=folder`.
 
   A refused argument, a missing file or a disk that cannot be written ends it with one line and
-  status 2; `-v=1` shows where that came from.
+  status 2; `-v=1` shows where that came from. The folder is locked against a second process.
   """
   name = Path(inspect.getfile(run)).stem
   _refuse_unknown_fields(config, sys.argv[1:])
@@ -64,7 +65,11 @@ def main(run: Callable[[Any, str], list[Row]], config: Any) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)
     try:
-      run(configs.value, folder.value)
+      with locked(Path(folder.value) / "workdir.lock"):
+        run(configs.value, folder.value)
+    except KeyboardInterrupt:
+      print(f"\nSIGINT: what is finished is in {folder.value}; run again to go on", file=sys.stderr)
+      sys.exit(130)
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
       if flags.FLAGS.verbosity > 0:
         raise
@@ -219,7 +224,7 @@ def plot(
   try:
     path.write_bytes(image.getvalue())
   except OSError as error:
-    raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from error
+    raise files.unwritable(path, error) from error
   return path
 
 

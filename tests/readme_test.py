@@ -1,6 +1,7 @@
 """What the README says in code runs, and what it names exists."""
 
 import importlib.util
+import json
 import random
 import re
 from pathlib import Path
@@ -36,13 +37,17 @@ def test_the_first_example_continues_a_prompt_with_int8_and_lora(capsys):
 
 @with_smollm2
 @pytest.mark.usefixtures("optimized")  # its steps take longer than compiling them
-def test_the_second_example_fine_tunes_on_a_folder(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  "names", [["one.txt", *(f"deep/{i}.md" for i in range(4))], ["one.txt"], ["one.jsonl"]]
+)
+def test_the_second_example_fine_tunes_on_a_folder(capsys, tmp_path, monkeypatch, names):
   monkeypatch.chdir(tmp_path)
-  for name in ("one.txt", "deep/two.md"):
+  for name in names:
     path = tmp_path / "my_texts" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     words = random.Random(name).choices(["blorv", "quandle", "fipst", "zumari", "okteb"], k=900)
-    path.write_text(" ".join(words))
+    rows = [json.dumps({"text": " ".join(words[i : i + 300])}) for i in (0, 300, 600)]
+    path.write_text("\n".join(rows) if path.suffix == ".jsonl" else " ".join(words))
   names: dict = {}
   exec(BLOCKS[1], names)
   losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[:10]]

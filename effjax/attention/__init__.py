@@ -1,6 +1,6 @@
 """Attention: masks as values, and the functions and modules that attend through them."""
 
-from effjax.attention import masks
+from effjax.attention import masks, scores
 from effjax.attention.attend import attend
 from effjax.attention.big_bird import BigBird
 from effjax.attention.linear import LinearAttention, linear_attention
@@ -24,5 +24,6 @@ __all__ = [
   "linear_attention",
   "masks",
   "ring_attend",
+  "scores",
   "shifted_group_attention",
 ]

@@ -1,14 +1,19 @@
 """Attention on arrays: the one entry through which every module attends."""
 
 import functools
+import math
 import typing
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.attention import masks, parts
+from effjax.attention import scores as score_values
+from effjax.attention.masks.base import FAR, of_queries
+from effjax.core import numerics, spmd
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.flash_attention import reference
 from effjax.kernels.flash_attention.fused import cudnn, frame, gpu, tpu
@@ -27,6 +32,7 @@ _DEVICES: dict[str, dict[str, Callable]] = {
 _KNOWN = (*_EVERYWHERE, *(name for ready in _DEVICES.values() for name in ready))
 
 
+@spmd.on_any_mesh
 @typing.no_type_check  # the checks below name what is wrong
 def attend(
   query: Float[Array, "B T N H"],
@@ -34,29 +40,36 @@ def attend(
   value: Float[Array, "B S K Hv"],
   *,
   mask: masks.Mask | None = None,
-  scale: float | None = None,
-  logit_softcap: float | None = None,
+  scale: float | Float[Array, "#N"] | None = None,
+  logit_softcap: float | Float[Array, ""] | None = None,
   bias: Float[Array, "#B #N #T #S"] | None = None,
+  scores: score_values.Score | None = None,
   segment_ids: Int[Array, "B S"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
   query_positions: Int[Array, "B T"] | None = None,
   sinks: Float[Array, "N"] | None = None,
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-  """softmax(softcap(scale · query keyᵀ) + bias) value, over the keys each query may see.
+  """softmax(softcap(scale · query keyᵀ) + bias + scores) value, over the keys each query may see.
 
-  Query head n uses key-value head n // (N / K). A query that may see nothing gives zeros, a
-  log-sum-exp of −inf and no gradients. All implementations honour all arguments or raise.
+  Query head n uses key-value head n // (N / K). Keys and values are taken in the type of query,
+  which is that of the result. A query that may see nothing gives zeros, a log-sum-exp of −inf and
+  no gradients. All implementations honour all arguments or raise.
 
   Args:
     mask: who sees whom (`effjax.attention.masks`); None is everyone.
-    scale: factor on the scores, H^−½ when None.
-    logit_softcap: c in c · tanh(score / c), before bias and mask.
+    scale: factor on the scores, H^−½ when None: a number, or an array, of one or of a factor for
+      each head, which may be traced and trains.
+    logit_softcap: c in c · tanh(score / c), before bias and mask: a number above 0, or a traced
+      one, which trains.
     bias: added to the scores; each axis is full or 1. It may hold −inf.
+    scores: what is added to them as a function of positions and small arrays, which train
+      (`effjax.attention.scores`), with no T × S matrix.
     segment_ids: [B, S] for a sequence whose last T tokens ask, or a pair for queries and keys:
       equal ids see each other within the mask; a negative id is padding and sees nothing.
     query_positions: absolute position of each query among the keys' slots 0 … S − 1, as decoding
-      against a cache needs; the last T positions when None.
+      against a cache needs; the last T positions when None. Of what a mask or segment ids say of
+      single tokens, nothing is true of a position that is none of these.
     sinks: for each query head the score of one more key, which all see and whose value is zero: it
       takes its part of the softmax's denominator and gives nothing. With it, a query that may see
       nothing has a log-sum-exp of the sink.
@@ -80,11 +93,13 @@ def attend(
   with a score of their own, as gpt-oss learns it.
   """
   mask = masks.Full() if mask is None else mask
-  check_arrays(query, key, value, bias, sinks)
-  B, T, N, H = query.shape
+  query, key, value, bias, sinks = arrays(query, key, value, bias, sinks)
+  query_positions = places(query_positions)
+  B, T, N, _ = query.shape
   S = key.shape[1]
-  check_places(B, T, S, N, mask, query_positions)
-  run = _pick(implementation, query, value)
+  check_places(B, T, S, N, mask, scores, query_positions)
+  query, scale = scaled(query, scale)
+  run = _pick(implementation, query, value, scores is not None and query_positions is not None)
   if run is cudnn.attention:
     run = functools.partial(run, return_lse=return_lse or sinks is not None)
   out, lse = run(
@@ -92,9 +107,10 @@ def attend(
     key,
     value,
     mask=mask,
-    scale=H**-0.5 if scale is None else scale,
-    logit_softcap=logit_softcap,
+    scale=scale,
+    logit_softcap=cap(logit_softcap),
     bias=bias,
+    scores=scores,
     segment_ids=_id_pair(segment_ids, B, T, S, query_positions),
     query_positions=query_positions,
   )
@@ -103,7 +119,8 @@ def attend(
   return (out, lse) if return_lse else out
 
 
-def _pick(implementation: str | None, query: Array, value: Array) -> Callable:
+def _pick(implementation: str | None, query: Array, value: Array, looks_up: bool) -> Callable:
+  """The implementation; `looks_up` says whether scores at positions are given, as no TPU has."""
   backend = jax.default_backend()
   ready = _EVERYWHERE | _DEVICES.get(backend, {})
   if implementation in ready:
@@ -117,13 +134,43 @@ def _pick(implementation: str | None, query: Array, value: Array) -> Callable:
   if query.shape[1] < _FEW and backend != "gpu":
     return reference.attention
   shared = jax.device_count() > 1 and not jax.typeof(query).manual_axis_type.varying
-  return (
-    xla.attention if shared or frame.refusal(query, value) else ready.get(backend, xla.attention)
-  )
+  refused = frame.refusal(query, value) or (looks_up and backend == "tpu")
+  return xla.attention if shared or refused else ready.get(backend, xla.attention)
 
 
-def check_arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> None:
-  """Raises ValueError where the arrays of `attend` do not fit one another."""
+def arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> tuple[Any, ...]:
+  """The arrays of `attend` as JAX's, key and value in the type of query.
+
+  Raises:
+    ValueError: where they are no arrays, or do not fit one another.
+  """
+  given = {"query": query, "key": key, "value": value, "bias": bias, "sinks": sinks}
+  for name, x in given.items():
+    optional = name in ("bias", "sinks")
+    if not (hasattr(x, "dtype") and hasattr(x, "ndim")) and not (optional and x is None):
+      raise ValueError(f"{name} is {type(x).__name__}, expected an array")
+  _check_arrays(query, key, value, bias, sinks)
+  query, key, value, bias, sinks = (x if x is None else jnp.asarray(x) for x in given.values())
+  return query, key.astype(query.dtype), value.astype(query.dtype), bias, sinks
+
+
+def places(positions: Any) -> Array | None:
+  """Positions of queries as int32; those far from any key no further than sums of them fit.
+
+  Raises:
+    ValueError: where they are no integers.
+  """
+  if positions is None:
+    return None
+  if not jnp.issubdtype(getattr(positions, "dtype", jnp.float32), jnp.integer):
+    what = getattr(positions, "dtype", type(positions).__name__)
+    raise ValueError(f"query_positions is of {what}, expected an array of integers")
+  positions = jnp.asarray(positions)
+  wide = positions if positions.dtype.itemsize > 4 else positions.astype(jnp.int32)
+  return wide.clip(-FAR // 2, FAR // 2).astype(jnp.int32)
+
+
+def _check_arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> None:
   for name, x in (("query", query), ("key", key), ("value", value)):
     if x.ndim != 4 or 0 in x.shape:
       raise ValueError(
@@ -142,39 +189,105 @@ def check_arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> Non
       f"value has [length, heads] {value.shape[1:3]}, expected those of key, {(S, K)}"
     )
   if N % K:
-    raise ValueError(f"query has {N} heads, not a multiple of key's {K}")
+    raise ValueError(
+      f"query has {N} heads, not a multiple of key's {K}; axes are [batch, length, heads, width]"
+    )
   if bias is not None:
     whole = (B, N, T, S)
     if bias.ndim != 4 or any(n not in (1, w) for n, w in zip(bias.shape, whole, strict=True)):
       raise ValueError(f"bias has shape {bias.shape}, expected {whole} with any axis 1 instead")
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+      raise ValueError(
+        f"bias has type {bias.dtype}, expected floating point: it is added to the scores; who sees "
+        "whom is a mask=, or a bias of 0 and -inf"
+      )
   if sinks is not None and (sinks.shape != (N,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
     raise ValueError(f"sinks has shape {sinks.shape} of {sinks.dtype}, expected {(N,)} of floats")
 
 
-def check_places(B: int, T: int, S: int, N: int, mask: Any, positions: Any) -> None:
-  """Raises ValueError where `mask` or `positions` does not apply to these sizes."""
+def check_places(B: int, T: int, S: int, N: int, mask: Any, scores: Any, positions: Any) -> None:
+  """Raises ValueError where `mask`, `scores` or `positions` does not apply to these sizes."""
   if not isinstance(mask, masks.Mask):
     raise ValueError(
       f"mask is {type(mask).__name__}, expected a mask of effjax.attention.masks; "
-      "booleans can be given as a bias of 0 and -inf"
+      "booleans can be given as a bias of 0 and -inf, and scores as scores="
     )
   mask.check(B, T, S, positions is not None)
   if mask.heads not in (1, N):
     raise ValueError(f"mask: it tells {mask.heads} heads apart, and query has {N}")
+  if scores is not None and not isinstance(scores, score_values.Score):
+    raise ValueError(
+      f"scores is {type(scores).__name__}, expected a score of effjax.attention.scores; "
+      "an array can be given as a bias, and a mask as mask="
+    )
+  if scores is not None:
+    scores.check(B, T, S, N)
   if positions is not None and (positions.ndim != 2 or positions.shape not in ((B, T), (1, T))):
     raise ValueError(f"query_positions has shape {positions.shape}, expected {(B, T)}")
+
+
+def scaled(query: Array, scale: Any) -> tuple[Array, float]:
+  """`query`, and the factor on its scores that is part of the program: an array is multiplied in.
+
+  Raises:
+    ValueError: a scale that is not finite where that is known, or of another shape.
+  """
+  N, H = query.shape[2:]
+  scale = H**-0.5 if scale is None else _known(scale)
+  if isinstance(scale, float):
+    if not math.isfinite(scale):
+      raise ValueError(f"scale={scale}; allowed: finite numbers")
+    return query, scale
+  if scale.shape not in ((), (N,)):
+    raise ValueError(f"scale has shape {scale.shape}, expected () or {(N,)}, one for each head")
+  if not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale, float)).all():
+    raise ValueError(f"scale={scale}; allowed: finite numbers")
+  wide = numerics.wide(query.dtype)
+  factor = jnp.broadcast_to(scale.astype(wide), (N,))[None, None, :, None]
+  return (query.astype(wide) * factor).astype(query.dtype), 1.0
+
+
+def cap(logit_softcap: Any) -> Any:
+  """`logit_softcap` as a float where it is known, None and a traced one as they are.
+
+  Raises:
+    ValueError: one that is not above 0 and finite where that is known, or no scalar.
+  """
+  if logit_softcap is None:
+    return None
+  logit_softcap = _known(logit_softcap)
+  if isinstance(logit_softcap, float):
+    if not 0 < logit_softcap < math.inf:
+      raise ValueError(
+        f"logit_softcap={logit_softcap}; allowed: finite numbers above 0, or None for no cap"
+      )
+  elif logit_softcap.shape != ():
+    raise ValueError(f"logit_softcap has shape {logit_softcap.shape}, expected ()")
+  return logit_softcap
+
+
+def _known(x: Any) -> Any:
+  """A number, of Python, numpy or jax, as a float where its value is known; else an array."""
+  if isinstance(x, jax.core.Tracer):
+    return x
+  return jnp.asarray(x) if np.ndim(x) else float(x)
 
 
 def _id_pair(ids: Any, B: int, T: int, S: int, positions: Any) -> tuple[Array, Array] | None:
   """Segment ids of the queries [B, T] and of the keys [B, S]."""
   if ids is None:
     return None
-  q_ids, k_ids = ids if isinstance(ids, tuple | list) else (None, ids)
+  pair = ids if isinstance(ids, tuple | list) else (None, ids)
+  if len(pair) != 2 or not all(x is None or hasattr(x, "dtype") for x in pair):
+    raise ValueError("segment_ids: expected an integer array, or a pair of them (queries, keys)")
+  q_ids, k_ids = pair
   for name, x, length in (("queries", q_ids, T), ("keys", k_ids, S)):
     if x is not None and (x.ndim != 2 or x.shape[0] not in (1, B) or x.shape[1] != length):
       raise ValueError(f"segment_ids of the {name} have shape {x.shape}, expected {(B, length)}")
     if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
       raise ValueError(f"segment_ids of the {name} have type {x.dtype}, expected integers")
+  if k_ids is None:
+    raise ValueError("segment_ids: the keys' are None; expected an array, or a pair of them")
   if q_ids is not None:
     return jnp.asarray(q_ids), jnp.asarray(k_ids)
   if T > S:
@@ -182,5 +295,4 @@ def _id_pair(ids: Any, B: int, T: int, S: int, positions: Any) -> tuple[Array, A
   k_ids = jnp.asarray(k_ids)
   if positions is None:
     return k_ids[:, S - T :], k_ids
-  rows = jnp.broadcast_to(positions, (B, T))
-  return jnp.take_along_axis(jnp.broadcast_to(k_ids, (B, S)), rows, axis=1, mode="clip"), k_ids
+  return of_queries(k_ids, positions, -1), k_ids

@@ -40,7 +40,7 @@ class BigBird(Attention):
     )
 
   def init_cache(self, width, batch, length, dtype=jnp.float32):
-    """As in `Attention`; the last of the `length` slots are the last block.
+    """As in `Attention`.
 
     Raises:
       ValueError: without `Causal()`.

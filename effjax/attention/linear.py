@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from effjax.core.numerics import vary_alike
+from effjax.core.numerics import nan_unless, vary_alike, zero_unless
 from effjax.core.typing import Array, DTypeLike, Float, Int
-from effjax.layers import Context, Linear
+from effjax.layers import Context, Linear, without_padding
 from effjax.layers.axes import linear_axes
+from effjax.layers.meshes import on_any_mesh
 
 
 @struct.dataclass
@@ -86,17 +87,20 @@ def linear_attention(
   if state is None:
     state = LinearState.empty(B, N, H, value.shape[-1])
   ids = jnp.zeros((1, T), jnp.int32) if segment_ids is None else segment_ids
-  ids = _chunks(jnp.broadcast_to(ids, (B, T)), chunk, -1)
-  token = (ids >= 0)[..., None, None]
-  cut = lambda x: jnp.where(token, _chunks(x, chunk), 0)
-  q, k, v = cut(feature_map(query)), cut(feature_map(key)), cut(value.astype(jnp.float32))
+  ids = _chunks(jnp.broadcast_to(ids, (B, T)).astype(jnp.int32), chunk, -1)
+  token = ids >= 0
+  cut = lambda x: zero_unless(token, _chunks(x, chunk))
+  q, k = (zero_unless(token, feature_map(cut(x))) for x in (query, key))
+  v = cut(value).astype(jnp.float32)
   last, before = _scan_states(k, v, ids, state)
   parts = [_within(q, k, v, ids, causal), _from_state(q, ids, before)]
   if not causal:
     parts.append(_from_state(q, ids, _scan_states(k, v, ids, state, reverse=True)[1]))
   total, norm = (sum(x) for x in zip(*parts, strict=True))
-  some = (norm > 0)[..., None]
-  y = jnp.where(some, total / jnp.where(some, norm[..., None], 1), 0)
+  sound = jnp.isfinite(total).all(-1) & jnp.isfinite(norm)
+  some = sound & (norm > 0)
+  y = zero_unless(some, total) / jnp.where(some, norm, 1)[..., None]
+  y = nan_unless(sound, y)
   return jnp.moveaxis(y, 0, 1).reshape(B, -1, *y.shape[3:])[:, :T].astype(query.dtype), last
 
 
@@ -123,7 +127,7 @@ def _absorb(state: LinearState, k, v, ids, reverse: bool) -> LinearState:
   place = jnp.argmax(token, 1) if reverse else ids.shape[1] - 1 - jnp.argmax(token[:, ::-1], 1)
   segment = jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0]
   segment = jnp.where(token.any(1), segment, state.segment)
-  k = jnp.where((ids == segment[:, None])[..., None, None], k, 0)
+  k, v = (zero_unless(ids == segment[:, None], x) for x in (k, v))
   same = (segment == state.segment)[:, None, None]
   return LinearState(
     jnp.where(same[..., None], state.sums, 0) + jnp.einsum("bsnh,bsnv->bnhv", k, v),
@@ -133,19 +137,30 @@ def _absorb(state: LinearState, k, v, ids, reverse: bool) -> LinearState:
 
 
 def _within(q, k, v, ids, causal: bool) -> tuple[Array, Array]:
-  """Numerator and denominator from the keys of the query's own chunk."""
+  """Numerator and denominator from the keys of the query's own chunk.
+
+  A product over the chunk would carry what is not finite to tokens that do not see it: it is left
+  out, and who sees it gets NaN.
+  """
   seen = ids[:, :, :, None] == ids[:, :, None, :]
   if causal:
     seen &= jnp.tril(jnp.ones(seen.shape[-2:], bool))[None, None]
+  sound = [jnp.isfinite(x).all(-1) for x in (q, k, v)]
+  q, k, v = (zero_unless(whole, x) for whole, x in zip(sound, (q, k, v), strict=True))
   scores = jnp.where(seen[:, :, None], jnp.einsum("gbtnh,gbsnh->gbnts", q, k), 0)
-  return jnp.einsum("gbnts,gbsnv->gbtnv", scores, v), jnp.moveaxis(scores.sum(-1), 2, 3)
+  lost = ~(sound[1] & sound[2])
+  seen_lost = jnp.einsum("gbts,gbsn->gbtn", seen.astype(q.dtype), lost.astype(q.dtype)) > 0
+  norm = nan_unless(sound[0] & ~seen_lost, jnp.moveaxis(scores.sum(-1), 2, 3))
+  return jnp.einsum("gbnts,gbsnv->gbtnv", scores, v), norm
 
 
 def _from_state(q, ids, state: LinearState) -> tuple[Array, Array]:
   """Numerator and denominator from the keys of other chunks."""
-  q = jnp.where((ids == state.segment[..., None])[..., None, None], q, 0)
+  own = ids == state.segment[..., None]
+  q = zero_unless(own, q)
   total = jnp.einsum("gbtnh,gbnhv->gbtnv", q, state.sums)
-  return total, jnp.einsum("gbtnh,gbnh->gbtn", q, state.norms)
+  norm = jnp.einsum("gbtnh,gbnh->gbtn", q, state.norms)
+  return zero_unless(own, total), zero_unless(own, norm)
 
 
 class LinearAttention(nn.Module):
@@ -166,7 +181,9 @@ class LinearAttention(nn.Module):
   causal: bool = True
   chunk: int = 64
 
+  @on_any_mesh
   @nn.compact
+  @without_padding
   def __call__(
     self,
     x: Float[Array, "B T D"],

@@ -6,11 +6,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from effjax.attention.attend import attend
+from effjax.core import numerics
 from effjax.core.typing import Array, DTypeLike, Float, Int
 from effjax.core.weights import materialize
-from effjax.layers import Context, Linear, weight
+from effjax.layers import Context, Linear, weight, without_padding
 from effjax.layers.axes import linear_axes
 from effjax.layers.linear import KERNEL_INIT
+from effjax.layers.meshes import on_any_mesh
 
 
 def project_length(
@@ -37,7 +39,7 @@ def project_length(
     raise ValueError(f"Linformer: sequence of length {length}; allowed: up to {w.shape[0]}")
   if segment_ids is not None:
     x = jnp.where((segment_ids >= 0)[..., None, None], x, jnp.zeros((), x.dtype))
-  wide = jnp.promote_types(x.dtype, jnp.float32)  # half precision would lose the sum
+  wide = numerics.wide(x.dtype)  # half precision would lose the sum
   y = jnp.einsum("btnh,tr->brnh", x.astype(wide), materialize(w)[:length].astype(wide))
   return y.astype(x.dtype)
 
@@ -111,7 +113,9 @@ class Linformer(nn.Module):
   causal: bool = False
   implementation: str | None = None
 
+  @on_any_mesh
   @nn.compact
+  @without_padding
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context(), cache: Any = None
   ) -> tuple[Float[Array, "B T D"], None]:

@@ -131,9 +131,11 @@ class ShiftedSparseAttention(Attention):
   group: int | None = None
 
   def _attend(self, x, query, key, value, positions, context, cache):
-    self._check_mask()
+    self._check()
     if cache is not None:
       return super()._attend(x, query, key, value, positions, context, cache)
+    arguments = self._arguments
+    del arguments["scores"]
     y = shifted_group_attention(
       query,
       key,
@@ -141,7 +143,7 @@ class ShiftedSparseAttention(Attention):
       group=self._group(query.shape[1]),
       causal=self.mask == masks.Causal(),
       segment_ids=context.segment_ids,
-      **self._arguments,
+      **arguments,
     )
     return y, None
 
@@ -153,9 +155,10 @@ class ShiftedSparseAttention(Attention):
   def _group(self, length: int) -> int:
     return max(2, math.ceil(length / 4)) if self.group is None else self.group
 
-  def _check_mask(self) -> None:
-    if self.mask not in (masks.Causal(), masks.Full()) or self.cross:
-      given = f"mask={self.mask}, cross={self.cross}"
+  def _check(self) -> None:
+    plain = self.mask in (masks.Causal(), masks.Full())
+    if not plain or self.cross or self.scores is not None:
+      given = f"mask={self.mask}, cross={self.cross}, scores={self.scores}"
       raise ValueError(
-        f"ShiftedSparseAttention: {given}; allowed: Causal() or Full(), and cross=False"
+        f"ShiftedSparseAttention: {given}; allowed: Causal() or Full(), cross=False and scores=None"
       )

@@ -15,8 +15,9 @@ from effjax.attention import masks
 from effjax.attention.multi_head import Attention
 from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
-from effjax.layers import Context, Linear, Rope
+from effjax.layers import Context, Linear, Rope, without_padding
 from effjax.layers.axes import linear_axes, renamed, under
+from effjax.layers.meshes import on_any_mesh
 
 TAPS_INIT = nn.initializers.xavier_uniform()
 
@@ -57,6 +58,8 @@ def convolve(
   pad = lambda a, fill: jnp.pad(
     a, [(0, 0), (left, right)] + [(0, 0)] * (a.ndim - 2), constant_values=fill
   )
+  if segment_ids is not None and taps.shape[1] == x.shape[1]:
+    taps = zero_unless(segment_ids >= 0, taps)
   shift = lambda a, j: jax.lax.slice_in_dim(a, j, j + x.shape[1], axis=1)
   ids = None if segment_ids is None else pad(segment_ids, -1)
 
@@ -139,11 +142,15 @@ class LSRA(nn.Module):
   rope: Rope | None = None
   implementation: str | None = None
 
+  @on_any_mesh
   @nn.compact
+  @without_padding
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context(), cache: LSRACache | None = None
   ) -> tuple[Float[Array, "B T D"], LSRACache | None]:
     half = self._half(x.shape[-1])
+    if cache is not None:
+      context = context.after(x, cache.attention.ends)
     far, near = jnp.split(x, 2, axis=-1)
     attention = self._attention(name="attention")
     far, kv_cache = attention(far, context, None if cache is None else cache.attention)
@@ -154,9 +161,11 @@ class LSRA(nn.Module):
       near = convolve(near, taps, causal=self.causal, segment_ids=context.segment_ids)
     else:
       rows = jnp.arange(x.shape[0])[:, None]
-      slots = context.slots_for(x, cache.inputs.shape[1])
+      length = cache.inputs.shape[1]
+      slots = context.slots_for(x, length)
       inputs = cache.inputs.at[rows, slots].set(near.astype(cache.inputs.dtype), mode="drop")
       near = convolve_cached(inputs.astype(x.dtype), taps, context.positions_for(x))
+      near = jnp.where(context.lost(x, length)[..., None], jnp.nan, near)
       cache = LSRACache(kv_cache, inputs)
     return jnp.concatenate([far, Linear(half, name="out")(near)], axis=-1), cache
 

@@ -8,23 +8,44 @@ from flax import struct
 
 from effjax.attention import masks
 from effjax.attention.attend import attend
-from effjax.core.typing import Array, DTypeLike, Float
-from effjax.layers import Context, Linear, RMSNorm, Rope, taps
+from effjax.attention.scores import Score
+from effjax.core import numerics
+from effjax.core.typing import Array, Bool, DTypeLike, Float, Int
+from effjax.layers import Context, Linear, RMSNorm, Rope, taps, without_padding
 from effjax.layers.axes import linear_axes
+from effjax.layers.meshes import on_any_mesh
 
 
 @struct.dataclass
 class KVCache:
-  """Keys and values of the tokens seen so far; the token at position p lies in slot p."""
+  """Keys and values of the tokens seen so far; the token at position p lies in slot p.
+
+  Attributes:
+    key, value: zeros where nothing was written.
+    written: the slots that hold a token; no other is seen, whatever the mask shows.
+  """
 
   key: Float[Array, "... B S K H"]
   value: Float[Array, "... B S K H"]
+  written: Bool[Array, "... B S"]
+
+  @property
+  def ends(self) -> Int[Array, "... B"]:
+    """The slot after the last that holds a token, where a row goes on."""
+    after = jnp.arange(1, self.written.shape[-1] + 1, dtype=jnp.int32)
+    return jnp.where(self.written, numerics.expand(after, self.written.ndim), 0).max(-1)
 
   def write(self, key: Array, value: Array, slots: Array) -> "KVCache":
-    """The cache with `key` and `value` [B, T, K, H] in `slots` [B, T]; none past its end."""
+    """The cache with `key` and `value` [B, T, K, H] in `slots` [B, T]; none past its end.
+
+    What a row held in the first of them and beyond is forgotten.
+    """
+    length = self.written.shape[1]
     row = jnp.arange(slots.shape[0])[:, None]
     put = lambda old, new: old.at[row, slots].set(new.astype(old.dtype), mode="drop")
-    return KVCache(put(self.key, key), put(self.value, value))
+    before = jnp.arange(length)[None] < slots.min(1, keepdims=True, initial=length)
+    written = put(self.written & before, jnp.ones(slots.shape, bool))
+    return KVCache(put(self.key, key), put(self.value, value), written)
 
 
 class Attention(nn.Module):
@@ -44,6 +65,7 @@ class Attention(nn.Module):
     qk_norm: epsilon of an RMS norm on each query and key head (arXiv 2302.05442), or None.
     scale: factor of the scores; None means H^(−1/2).
     logit_softcap: caps the scores, see `numerics.softcap`.
+    scores: what is added to them at the tokens' places in the sequence, as in `attend`, or None.
     sinks: whether each head learns the score of a key without value, as in `attend`; 0 at first.
     cross: keys and values come from `context.memory`.
     implementation: as in `attend`.
@@ -61,11 +83,14 @@ class Attention(nn.Module):
   qk_norm: float | None = None
   scale: float | None = None
   logit_softcap: float | None = None
+  scores: Score | None = None
   sinks: bool = False
   cross: bool = False
   implementation: str | None = None
 
+  @on_any_mesh
   @nn.compact
+  @without_padding
   def __call__(
     self,
     x: Float[Array, "B T D"],
@@ -81,8 +106,14 @@ class Attention(nn.Module):
       raise ValueError(
         "Attention: cross=True with rope; allowed: rope=None, memory has no positions"
       )
+    if self.cross and self.scores is not None:
+      raise ValueError(
+        "Attention: cross=True with scores; allowed: scores=None, memory has no positions"
+      )
 
     source = source.astype(x.dtype)
+    if cache is not None:
+      context = context.after(x, cache.ends)
     positions = context.positions_for(x)
     query = self._placed("query", self._project("query", x, self.heads, width), positions)
     with taps.tokens(context.memory_segment_ids if self.cross else context.segment_ids):
@@ -117,7 +148,7 @@ class Attention(nn.Module):
 
   @property
   def _arguments(self) -> dict:
-    names = ("scale", "logit_softcap", "implementation")
+    names = ("scale", "logit_softcap", "scores", "implementation")
     given = {name: getattr(self, name) for name in names}
     return given | {"sinks": self.get_variable("params", "sinks")}
 
@@ -129,11 +160,19 @@ class Attention(nn.Module):
     if cache is None:
       mask, segments = self._mask(context, key.shape[1]), context.segment_ids
       return attend(query, key, value, mask=mask, segment_ids=segments, **arguments), None
-    cache = cache.write(key, value, context.slots_for(x, cache.key.shape[1]))
+    length = cache.key.shape[1]
+    cache = cache.write(key, value, context.slots_for(x, length))
     key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
-    arguments["query_positions"] = positions
-    mask = self._mask(context, key.shape[1])
-    return attend(query, key, value, mask=mask, **arguments), cache
+    out = attend(
+      query,
+      key,
+      value,
+      mask=self._mask(context, length),
+      segment_ids=_pair(context.segment_ids, jnp.where(cache.written, 0, -1), query, key),
+      query_positions=positions,
+      **arguments,
+    )
+    return jnp.where(context.lost(x, length)[..., None, None], jnp.nan, out), cache
 
   def init_cache(
     self, width: int, batch: int, length: int, dtype: DTypeLike = jnp.float32
@@ -142,7 +181,9 @@ class Attention(nn.Module):
     if self.cross:
       return None
     shape = (batch, length, self._kv_heads(), self._head_width(width))
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return KVCache(
+      jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), bool)
+    )
 
   @property
   def axes(self) -> dict[str, tuple[str, ...]]:
@@ -191,6 +232,6 @@ def _pair(query_ids, key_ids, query, key):
   if query_ids is None and key_ids is None:
     return None
   same = lambda x: jnp.zeros(x.shape[:2], jnp.int32)
-  # Cross-attention joins every query that is a token with every key that is one.
+  # Every query that is a token sees every key that is one.
   join = lambda ids, x: same(x) if ids is None else jnp.where(ids < 0, -1, 0)
   return join(query_ids, query), join(key_ids, key)

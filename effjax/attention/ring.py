@@ -13,13 +13,17 @@ import numpy as np
 from jax import lax
 
 from effjax.attention import masks, parts
-from effjax.attention.attend import check_arrays, check_places
-from effjax.core import numerics
+from effjax.attention import scores as score_values
+from effjax.attention.attend import arrays, cap, check_places, scaled
+from effjax.core import numerics, spmd
 from effjax.core.typing import Array, Float, Int, PyTree
+from effjax.kernels.flash_attention.tile_map.sight import Where
 from effjax.kernels.flash_attention.tile_map.spans import Grid
+from effjax.kernels.flash_attention.tile_map.terms import Terms
 from effjax.kernels.flash_attention.tiled import xla
 
 
+@spmd.on_any_mesh
 @typing.no_type_check  # the checks below name what is wrong
 def ring_attend(
   query: Float[Array, "B T N H"],
@@ -28,8 +32,9 @@ def ring_attend(
   *,
   axis: str,
   mask: masks.Mask | None = None,
-  scale: float | None = None,
-  logit_softcap: float | None = None,
+  scale: float | Float[Array, "#N"] | None = None,
+  logit_softcap: float | Float[Array, ""] | None = None,
+  scores: score_values.Score | None = None,
   segment_ids: Int[Array, "B T"] | None = None,
   sinks: Float[Array, "N"] | None = None,
   return_lse: bool = False,
@@ -50,6 +55,7 @@ def ring_attend(
   Args:
     axis: the mesh axis.
     mask: at positions 0 … n·T − 1; what arrays it holds are of the whole sequence, on every device.
+    scores: at the same positions; what arrays they hold are of the whole sequence, on every device.
     segment_ids: of the device's tokens; those of all are gathered.
     scale, logit_softcap, sinks, return_lse: as in `attend`.
 
@@ -69,8 +75,8 @@ def ring_attend(
   Reference: Ring Attention with Blockwise Transformers, arXiv 2310.01889, section 3.
   """
   mask = masks.Full() if mask is None else mask
-  check_arrays(query, key, value, None, sinks)
-  B, T, N, H = query.shape
+  query, key, value, _, sinks = arrays(query, key, value, None, sinks)
+  B, T, N, _ = query.shape
   if key.shape[1] != T:
     raise ValueError(f"ring_attend: key has {key.shape[1]} tokens; allowed: {T}, query's")
   size = lax.axis_size(axis)
@@ -79,10 +85,15 @@ def ring_attend(
       given = f"shape {segment_ids.shape} of {segment_ids.dtype}"
       raise ValueError(f"segment_ids has {given}, expected {(B, T)} of integers")
     mask &= masks.Documents(lax.all_gather(segment_ids, axis, axis=1, tiled=True))
-  check_places(B, size * T, size * T, N, mask, None)
-  scale = H**-0.5 if scale is None else float(scale)
-  ring = _Ring(axis, size, T, _needed(mask, size, T), scale, logit_softcap)
-  operands = (query, key, value, mask)
+  whole = size * T
+  check_places(B, whole, whole, N, mask, scores, None)
+  query, scale = scaled(query, scale)
+  logit_softcap = cap(logit_softcap)
+  wide = numerics.wide(query.dtype)
+  terms = Terms.of(scores, logit_softcap, whole, whole, None, wide)
+  softcap = logit_softcap if isinstance(logit_softcap, float) else None
+  ring = _Ring(axis, size, T, _needed(mask, size, T), scale, softcap)
+  operands = (query, key, value, mask, terms)
   out, lse = _attention(ring, *numerics.vary_alike(operands, operands, lax.axis_index(axis)))
   if sinks is not None:
     out, lse = parts.add_sinks((out, lse), sinks[None, None])
@@ -100,12 +111,17 @@ class _Ring:
   scale: float
   softcap: float | None
 
-  def view(self, mask: masks.Mask, offset: Any) -> masks.Shard:
-    """Who sees whom on this device in the step of `offset`."""
+  def view(self, mask: masks.Mask, terms: Terms | None, offset: Any) -> dict[str, Any]:
+    """What is seen and added on this device in the step of `offset`, and the factor and cap."""
     here = lax.axis_index(self.axis)
-    start = lambda device: device * self.tokens
-    there = (here - offset) % self.size
-    return masks.Shard(mask, start(here), start(there), self.size * self.tokens)
+    query, key = (device * self.tokens for device in (here, (here - offset) % self.size))
+    shard = masks.Shard(mask, query, key, self.size * self.tokens)
+    return {
+      "where": Where(shard, None, None),
+      "terms": None if terms is None else terms.shard(query, key, self.tokens),
+      "scale": self.scale,
+      "logit_softcap": self.softcap,
+    }
 
   def move(self, tree: PyTree, by: int) -> PyTree:
     """`tree` as it is on the device `by` places before this one."""
@@ -156,16 +172,16 @@ def _visited(view: masks.Shard, tokens: int) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(ring: _Ring, query: Array, key: Array, value: Array, mask: masks.Mask) -> parts.Part:
-  wide = jnp.promote_types(query.dtype, jnp.float32)
+def _attention(
+  ring: _Ring, query: Array, key: Array, value: Array, mask: masks.Mask, terms: Terms | None
+) -> parts.Part:
+  wide = numerics.wide(query.dtype)
 
   def step(offset, visitors, part, collect):
-    view = ring.view(mask, offset)
-    see = functools.partial(
-      xla.attention, query, *visitors, mask=view, scale=ring.scale, logit_softcap=ring.softcap
-    )
-    more = lambda part: parts.join(part, see())
-    return lax.cond(_visited(view, ring.tokens), more, lambda part: part, part), collect
+    view = ring.view(mask, terms, offset)
+    more = lambda part: parts.join(part, xla.values(query, *visitors, **view))
+    seen = _visited(view["where"].mask, ring.tokens)
+    return lax.cond(seen, more, lambda part: part, part), collect
 
   out = jnp.zeros((*query.shape[:3], value.shape[-1]), wide)
   part = numerics.vary_alike((out, jnp.full(query.shape[:3], -jnp.inf, wide)), query)
@@ -173,36 +189,37 @@ def _attention(ring: _Ring, query: Array, key: Array, value: Array, mask: masks.
   return out.astype(query.dtype), lse
 
 
-def _attention_fwd(ring, query, key, value, mask):
-  results = _attention(ring, query, key, value, mask)
-  return results, (query, key, value, mask, results)
+def _attention_fwd(ring, query, key, value, mask, terms):
+  results = _attention(ring, query, key, value, mask, terms)
+  return results, (query, key, value, mask, terms, results)
 
 
 def _attention_bwd(ring, saved, cotangents):
-  query, key, value, mask, results = saved
-  wide = jnp.promote_types(query.dtype, jnp.float32)
+  query, key, value, mask, terms, results = saved
+  wide = numerics.wide(query.dtype)
+  trained = [] if terms is None else terms.trained
 
   def step(offset, visitors, *sums):
-    view = ring.view(mask, offset)
+    view = ring.view(mask, terms, offset)
+    part = lambda arrays: ring.view(mask, terms.with_trained(arrays), offset)["terms"].trained
+    widen = lambda found: jax.vjp(part, trained)[1](found)[0] if trained else []
 
     def more(sums):
-      found = xla.gradients(
-        query,
-        *visitors,
-        results,
-        cotangents,
-        mask=view,
-        scale=ring.scale,
-        logit_softcap=ring.softcap,
+      d_query, d_key, d_value, d_terms = xla.gradients(
+        query, *visitors, results, cotangents, **view
       )
-      return jax.tree.map(jnp.add, sums, (found[0], found[1:]))
+      return jax.tree.map(jnp.add, sums, ((d_query, widen(d_terms)), (d_key, d_value)))
 
-    return lax.cond(_visited(view, ring.tokens), more, lambda sums: sums, sums)
+    seen = _visited(view["where"].mask, ring.tokens)
+    return lax.cond(seen, more, lambda sums: sums, sums)
 
-  zeros = numerics.vary_alike([jnp.zeros(x.shape, wide) for x in (query, key, value)], query)
-  d_query, collected = ring.travel(step, (key, value), zeros[0], tuple(zeros[1:]))
+  zeros = lambda arrays: numerics.vary_alike([jnp.zeros(x.shape, wide) for x in arrays], query)
+  d_query, d_key, d_value = zeros((query, key, value))
+  stay = d_query, zeros(trained)
+  (d_query, d_trained), collected = ring.travel(step, (key, value), stay, (d_key, d_value))
   gradients = (d_query, *collected)
-  return *(d.astype(x.dtype) for d, x in zip(gradients, saved[:3], strict=True)), None
+  d_arrays = (d.astype(x.dtype) for d, x in zip(gradients, saved[:3], strict=True))
+  return *d_arrays, None, None if terms is None else terms.gradient(d_trained)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

@@ -71,8 +71,15 @@ def _transpose(cotangents, *flat, backward, count, **_):
 def _batch(flat, axes, *, forward, backward, count, **_):
   size = next(x.shape[a] for x, a in zip(flat, axes, strict=True) if a is not None)
   front = lambda x, a: jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0)
-  flat = [front(x, a) for x, a in zip(flat, axes, strict=True)]
-  forward, backward = jax.vmap(forward), jax.vmap(backward)
+  # What all share stays one array; cotangents of the arguments are not shared.
+  known = [None if a is None else 0 for a in axes[:count]]
+  shared = [a is None for a in known] + [False] * (len(flat) - count)
+  each = zip(flat, axes, shared, strict=True)
+  flat = [x if alone else front(x, a) for x, a, alone in each]
+  over = lambda function: (
+    lambda *flat: jax.vmap(function, (*known, *[0] * (len(flat) - count)))(*flat)
+  )
+  forward, backward = over(forward), over(backward)
   types = jax.make_jaxpr(forward)(*flat).out_avals
   results = _bind(flat, types, forward=forward, backward=backward, count=count)
   return results, [0] * len(results)

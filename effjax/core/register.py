@@ -28,7 +28,7 @@ def register(
   constructor, not when a tree map makes one.
 
   Args:
-    static: fields that are no arrays; hashable.
+    static: fields that are no arrays, besides those of the class it is made from; hashable.
     trains: fields that receive gradients where nothing else is asked for (`trees.trained`); None
       is all of them, and none of a "quantised" one.
     kind: one of `KINDS`.
@@ -45,14 +45,15 @@ def register(
   def wrap(cls: type[T]) -> type[T]:
     made: Any = dataclasses.dataclass(frozen=True, repr=False)(cls)
     names = [field.name for field in dataclasses.fields(made)]
-    if unknown := {*static, *(trains or ())} - set(names):
+    fixed = tuple(dict.fromkeys((*getattr(cls, "static", ()), *static)))
+    if unknown := {*fixed, *(trains or ())} - set(names):
       raise ValueError(f"register: {cls.__name__} has no field {sorted(unknown)}; allowed: {names}")
-    if both := sorted({*static} & {*(trains or ())}):
+    if both := sorted({*fixed} & {*(trains or ())}):
       raise ValueError(f"register: {cls.__name__} trains {both}, which are static; allowed: arrays")
-    arrays = [name for name in names if name not in static]
+    arrays = [name for name in names if name not in fixed]
     default = () if kind == "quantised" else tuple(arrays)
-    made.static, made.trains, made.kind = static, default if trains is None else trains, kind
-    _register_pytree(made, arrays, static)
+    made.static, made.trains, made.kind = fixed, default if trains is None else trains, kind
+    _register_pytree(made, arrays, fixed)
     if kind != "wrapper":
       _refuse_other(made)
       REPRESENTATIONS[made.__name__] = made

@@ -1,27 +1,34 @@
-"""Computing each row on the device that has it.
+"""Computing each row on the device that has it, and what the compiler splits by itself.
 
 The compiler splits matrix products and maps over elements as their operands are split. A sort, or a
 loop whose trip count depends on the data, it runs on every device for all rows, after gathering
 them. `map_rows` runs such a function on each device for its own rows alone.
+
+On a mesh of explicit axes, which `jax.make_mesh` makes, the type of an array says how it is split,
+and an operation whose result types do not determine is an error. `automatic` computes there as on
+any other mesh, and types what comes out.
 """
 
 import contextlib
+import functools
+import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from effjax.core.typing import PyTree
 
 T = TypeVar("T")
+Given = ParamSpec("Given")
 AnyMesh = Mesh | AbstractMesh
 
 _split = jax.make_user_context()  # part of the key of every cache of traced functions
 
 
-def rows_split(mesh: Mesh, axes: Sequence[str]) -> contextlib.AbstractContextManager:
+def rows_split(mesh: AnyMesh, axes: Sequence[str]) -> contextlib.AbstractContextManager:
   """While a function is traced in it, the first axis of a batch is split over `axes` of `mesh`.
 
   Raises:
@@ -62,6 +69,87 @@ def map_rows(function: Callable[[PyTree, PyTree], T], rows: PyTree, whole: PyTre
     function, mesh=mesh, in_specs=(split, PartitionSpec()), out_specs=split, axis_names=set(axes)
   )
   return local(rows, whole)
+
+
+def automatic(
+  function: Callable[..., T],
+  arguments: Sequence[PyTree],
+  rows: Any,
+  split: Callable[[T], Iterable[PartitionSpec]],
+) -> T:
+  """function(*arguments), split over the devices by the compiler on a mesh of explicit axes too.
+
+  Within it types do not say how arrays are split, and `map_rows` is for the rows of `rows`. Where
+  no argument lies on explicit axes it is just that call.
+
+  Args:
+    function: of pytrees of arrays and of anything else.
+    arguments: its arguments.
+    rows: the one whose first axis is that of the rows.
+    split: result → the partition specification of each of its leaves.
+  """
+  mesh = explicit_mesh(tuple(arguments))
+  if mesh is None:
+    return function(*arguments)
+  shape = mesh.abstract_mesh
+  free = shape.update_axis_types(dict.fromkeys(shape.explicit_axes, AxisType.Auto))
+  compilers = NamedSharding(free, PartitionSpec())
+  release = lambda x: jax.sharding.reshard(x, compilers) if isinstance(x, jax.Array) else x
+  with jax.sharding.use_abstract_mesh(free), rows_split(free, _axes(next(iter(spec(rows)), None))):
+    result = function(*jax.tree.map(release, tuple(arguments)))
+  leaves, tree = jax.tree.flatten(result)
+  places = (NamedSharding(mesh, spec) for spec in split(result))
+  return tree.unflatten(map(jax.sharding.reshard, leaves, places))
+
+
+def on_any_mesh(function: Callable[Given, T]) -> Callable[Given, T]:
+  """`function`, made `automatic`, with results that are split as its first argument is.
+
+  Example:
+    >>> on_any_mesh(lambda x, *, scale: x * scale)(jax.numpy.ones(2), scale=3.0).tolist()
+    [3.0, 3.0]
+  """
+
+  signature = inspect.signature(function)
+
+  @functools.wraps(function)
+  def anywhere(*arguments: Given.args, **named: Given.kwargs) -> T:
+    first = next(iter(signature.bind(*arguments, **named).arguments.values()))
+    call = lambda arguments, named: function(*arguments, **named)
+    alike = lambda result: (spec_like(first, x) for x in jax.tree.leaves(result))
+    return automatic(call, (arguments, named), first, alike)
+
+  return anywhere
+
+
+def explicit_mesh(tree: PyTree) -> AnyMesh | None:
+  """The mesh of explicit axes that is in force here, or on which some array of `tree` lies."""
+  arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+  meshes = map(_mesh, arrays)
+  here = jax.sharding.get_abstract_mesh()
+  return next((mesh for mesh in (*meshes, here) if mesh.abstract_mesh.explicit_axes), None)
+
+
+def _mesh(x: jax.Array) -> AnyMesh:
+  """That of the devices where an array is known, else that of its type."""
+  known = not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding)
+  return x.sharding.mesh if known else jax.typeof(x).sharding.mesh
+
+
+def nowhere(result: PyTree) -> list[PartitionSpec]:
+  """Specifications of arrays that are not split."""
+  return [PartitionSpec()] * len(jax.tree.leaves(result))
+
+
+def spec_like(x: Any, y: jax.Array) -> PartitionSpec:
+  """The partition specification of `y` split as `x` is, along the axes that are of one size."""
+  axes = zip(spec(x), x.shape, y.shape, strict=False)
+  return PartitionSpec(*(entry if size == other else None for entry, size, other in axes))
+
+
+def spec(x: Any) -> PartitionSpec:
+  """How the type of `x` says that it is split; that of what is no array says nothing."""
+  return jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else PartitionSpec()
 
 
 def _in_force(rows: PyTree) -> tuple[AnyMesh, tuple[str, ...]]:

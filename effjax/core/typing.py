@@ -14,6 +14,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Integer, Num, PRNGKeyArray, Shaped
@@ -21,6 +22,9 @@ from jaxtyping import Bool, Float, Int, Integer, Num, PRNGKeyArray, Shaped
 PyTree = Any
 Params = Mapping[str, Any]
 Key = PRNGKeyArray
+Size = int | np.integer
+Number = int | float | np.integer | np.floating
+Scalar = Number | np.ndarray | Array  # perhaps traced
 
 __all__ = [
   "Array",
@@ -31,7 +35,10 @@ __all__ = [
   "Integer",
   "Key",
   "Num",
+  "Number",
   "Params",
   "PyTree",
+  "Scalar",
   "Shaped",
+  "Size",
 ]

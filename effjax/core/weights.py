@@ -24,8 +24,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from effjax.core import numerics
+from effjax.core.known import check_ids, is_id
 from effjax.core.register import register
-from effjax.core.typing import Array, Float, Int, PyTree
+from effjax.core.typing import Array, Float, Int, Integer, PyTree
 
 
 class Weight(abc.ABC):
@@ -77,9 +78,13 @@ class Weight(abc.ABC):
     """A vector [F] as it is added to x, or multiplies it: of a shape that broadcasts."""
     return numerics.expand(self.materialize(), x.ndim)
 
-  def take(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    """Rows W[indices], as an embedding table gives them."""
-    return jnp.take(self.materialize(), indices, axis=0)
+  def take(self, indices: Integer[Array | np.ndarray, "..."]) -> Float[Array, "... F"]:
+    """Rows W[indices], as an embedding table gives them; see the function `take`."""
+    return take(self, indices)
+
+  def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
+    """Rows W[indices], the indices all within 0 … D − 1: what `take` asks a representation for."""
+    return rows(self.materialize(), indices)
 
   @property
   def T(self) -> "Weight":
@@ -242,9 +247,32 @@ def linear(x: Float[Array, "... D"], w: Any, bias: Any = None) -> Array:
   return w.affine(x, bias) if isinstance(w, Weight) else _add_bias(numerics.matmul(x, w), bias)
 
 
-def take(w, indices: Int[Array, "..."]) -> Array:
-  """Rows of an embedding table [V, D], an array or a `Weight`."""
-  return w.take(indices) if isinstance(w, Weight) else jnp.take(w, indices, axis=0)
+def take(
+  w: Any, indices: Integer[Array | np.ndarray, "..."], name: str = "indices"
+) -> Float[Array, "... D"]:
+  """Rows of an embedding table [V, D], an array or a `Weight`; NaN for a traced id that is none.
+
+  Args:
+    w: the table.
+    indices: ids [...].
+    name: what a message calls them.
+
+  Raises:
+    ValueError: for ids, where they are known, that are not within 0 … V − 1.
+
+  Example:
+    >>> table = jnp.arange(6.0).reshape(3, 2)
+    >>> take(table, jnp.array([2, 0])).tolist(), jax.jit(take)(table, jnp.array([-1])).tolist()
+    ([[4.0, 5.0], [0.0, 1.0]], [[nan, nan]])
+  """
+  check_ids(name, indices, w.shape[0])
+  there = is_id(indices, w.shape[0])
+  return numerics.nan_unless(there, rows(w, jnp.where(there, indices, 0).astype(jnp.int32)))
+
+
+def rows(w: Any, indices: Int[Array, "..."]) -> Array:
+  """Rows of an array or a `Weight`, the indices all within it."""
+  return w.rows(indices) if isinstance(w, Weight) else jnp.take(w, indices, axis=0, mode="clip")
 
 
 def product(x: Array, w: Any, multiply: Callable[[Array, Array], Array]) -> Array:

@@ -154,11 +154,12 @@ def cache_bytes(module: Any, batch: int, length: int) -> int:
     ValueError: for a batch or length below 1, and as `init_cache`.
 
   Example:
-    Keys and values of 2 rows and 8 positions, 2 heads 16 wide, 3 layers, in float32:
+    Keys and values of 2 rows and 8 positions, 2 heads 16 wide, 3 layers, in float32, a flag for
+    each slot, and where each row ends:
 
     >>> from effjax.models import Transformer, presets
     >>> config = presets.llama(64, 32, layers=3, heads=2)
-    >>> cache_bytes(Transformer(config), 2, 8) == 3 * 2 * 2 * 8 * 2 * 16 * 4
+    >>> cache_bytes(Transformer(config), 2, 8) == 3 * 2 * 8 * (2 * 2 * 16 * 4 + 1) + 2 * 4
     True
   """
   for name, value in (("batch", batch), ("length", length)):

@@ -20,17 +20,20 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
   """Lets `write` fill a temporary file beside `path`, then renames it there.
 
   Readers, other processes and an interruption never see half a file.
-  Raises OSError where the folder cannot be written.
+  Raises OSError where the file cannot be written, naming it.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+  temporary = None
   try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     with os.fdopen(handle, "wb") as file:
       write(file)
     os.replace(temporary, path)
-  except BaseException:
-    Path(temporary).unlink(missing_ok=True)
-    raise
+  except OSError as error:
+    raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from error
+  finally:
+    if temporary is not None:
+      Path(temporary).unlink(missing_ok=True)
 
 
 def fetch(folder: Path, pattern: str, command: Sequence[str], advice: str) -> Path:

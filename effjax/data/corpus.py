@@ -2,8 +2,8 @@
 
 A document goes to validation if the SHA-256 of its source and title, read as a fraction of one, is
 below `VALIDATION`. Membership depends on nothing else: not on the machine, the run, the seed or
-which other documents are there. A corpus holds no two documents of equal text, so that no text is
-in both splits.
+which other documents are there; text of one's own can say otherwise, see `effjax.data.files`. A
+corpus holds no two documents of equal text, so that no text is in both splits.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ SPLITS = ("train", "validation")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text with the domain it belongs to, a title unique in it, and a label where it has one.
+  """A text with the domain it belongs to, a title unique in it, a label where it has one, and a
+  split where its name does not decide that.
 
   >>> Document("pydoc", "assert", "The assert statement").id
   'pydoc/assert'
@@ -27,6 +28,7 @@ class Document:
   title: str
   text: str
   label: str | None = None
+  split: str | None = None
 
   @property
   def id(self) -> str:
@@ -48,8 +50,13 @@ def split_of(document: Document) -> str:
   >>> split_of(Document("pydoc", "assert", "…"))
   'train'
   """
+  return document.split or ("validation" if fraction(document) < VALIDATION else "train")
+
+
+def fraction(document: Document) -> float:
+  """A number in [0, 1) that looks uniform and depends on a document's source and title alone."""
   source = document.domain.partition("/")[0]
-  return "validation" if _fraction(f"{source}/{document.title}") < VALIDATION else "train"
+  return _fraction(f"{source}/{document.title}")
 
 
 @dataclasses.dataclass(frozen=True)

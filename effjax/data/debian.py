@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from effjax.core.lines import lines
 from effjax.data import cleaning, rdata
 from effjax.data.cache import cache_dir, fetch, write_whole
 from effjax.data.corpus import Document
@@ -50,14 +51,14 @@ def _in_reading_order(folder: Path) -> list[Path]:
   """HTML files as the table of contents of `index.html` lists them, the rest by name."""
   pages = sorted(folder.rglob("*.html"))
   index = folder / "index.html"
-  links = re.findall(r'href="([^"#:]+\.html)', index.read_text()) if index.exists() else []
+  links = re.findall(r'href="([^"#:]+\.html)', index.read_text("utf-8")) if index.exists() else []
   order = {folder / link: place for place, link in reversed(list(enumerate(links)))}
   return sorted(pages, key=lambda page: (order.get(page, len(links)), page))
 
 
 def _pages(folder: Path, domain: str, *, without: str = r"$^") -> Iterator[Document]:
   paths = [path for path in _in_reading_order(folder) if not re.search(without, path.name)]
-  texts = [cleaning.html_to_text(path.read_text(errors="replace")) for path in paths]
+  texts = [cleaning.html_to_text(path.read_text("utf-8", "replace")) for path in paths]
   for path, text in zip(paths, cleaning.drop_repeated_lines(texts), strict=True):
     yield Document(domain, path.relative_to(folder).as_posix(), cleaning.normalise(text))
 
@@ -94,7 +95,7 @@ def _foldoc(root: Path, domain: str, part: str) -> Iterator[Document]:
   folder = root / "usr/share/dictd"
   data = gzip.decompress((folder / "foldoc.dict.dz").read_bytes())
   places: dict[tuple[int, int], str] = {}
-  for line in (folder / "foldoc.index").read_text().splitlines():
+  for line in lines((folder / "foldoc.index").read_text("utf-8")):
     word, offset, length = line.split("\t")[:3]
     places.setdefault((_dictd_number(offset), _dictd_number(length)), word)
   for (start, size), word in sorted(places.items()):
@@ -107,14 +108,14 @@ def _fortunes(root: Path, domain: str, part: str) -> Iterator[Document]:
   for path in sorted((root / "usr/share/games/fortunes").iterdir()):
     if path.suffix or path.is_symlink():
       continue
-    for number, text in enumerate(path.read_text(errors="replace").split("\n%\n")):
+    for number, text in enumerate(path.read_text("utf-8", "replace").split("\n%\n")):
       yield Document(domain, f"{path.name}/{number:05d}", cleaning.normalise(text), path.name)
 
 
 def _austen(root: Path, domain: str, part: str) -> Iterator[Document]:
   books = rdata.read_package_data(root / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdx")
-  for book, lines in books.items():
-    chapters = re.split(r"\n(?=chapter [ivxlc\d]+)", "\n".join(lines), flags=re.IGNORECASE)
+  for book, content in books.items():
+    chapters = re.split(r"\n(?=chapter [ivxlc\d]+)", "\n".join(content), flags=re.IGNORECASE)
     for number, chapter in enumerate(chapters):
       yield Document(domain, f"{book}/{number:02d}", cleaning.normalise(chapter), book)
 
@@ -122,7 +123,7 @@ def _austen(root: Path, domain: str, part: str) -> Iterator[Document]:
 def _wordnet(root: Path, domain: str, part: str) -> Iterator[Document]:
   labels = _LEXICOGRAPHER_FILES.split()
   for name in ("noun", "verb", "adj", "adv"):
-    for line in (root / "usr/share/wordnet" / f"data.{name}").read_text().splitlines():
+    for line in lines((root / "usr/share/wordnet" / f"data.{name}").read_text("utf-8")):
       if line.startswith(" "):
         continue
       fields, _, gloss = line.partition(" | ")

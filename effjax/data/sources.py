@@ -19,13 +19,16 @@
 | `wordnet` | glosses of WordNet 3.0, labelled by lexicographer file | Debian |
 | `path:FILE_OR_FOLDER` | your own .txt .md .rst .py .html .htm .jsonl files | disk |
 
+A twentieth of your own text is held out: whole documents, or the end of each where there are too
+few. `path:FILE_OR_FOLDER?validation=0.2` holds out another share, and
+`path:FILE_OR_FOLDER?validation=OTHER_FILE_OR_FOLDER` that text and no other.
+
 What comes from the package index is the same text on every machine: its bytes are checked against a
 digest. The text of `stdlib` and `pydoc`, which need nothing, is that of the Python that runs (the
 same on every machine with the same Python version); optional parts that distributions leave out,
 tests and tables are not read.
 """
 
-import json
 import os
 import pydoc_data.topics
 import sys
@@ -34,12 +37,10 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from effjax.data import cleaning, debian, wheels
+from effjax.data import cleaning, debian, files, wheels
 from effjax.data.corpus import Corpus, Document, combine
 
 EMBEDDED_BYTES = 4_000_000
-PART_CHARACTERS = 8192
-SUFFIXES = (".txt", ".md", ".rst", ".py", ".html", ".htm", ".jsonl")
 
 _LEFT_OUT_MODULES = {
   "test", "idlelib", "tkinter", "turtledemo", "turtle", "lib2to3", "distutils", "ensurepip",
@@ -56,13 +57,13 @@ def _is_read(path: Path) -> bool:
 
 def _stdlib() -> Iterator[Document]:
   root = Path(sysconfig.get_paths()["stdlib"])
-  files = []
+  found = []
   for folder, subfolders, here in os.walk(root):
     subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT_FOLDERS]
-    files += [Path(folder, name).relative_to(root) for name in here]
-  if not any(path.suffix == ".py" for path in files):
+    found += [Path(folder, name).relative_to(root) for name in here]
+  if not any(path.suffix == ".py" for path in found):
     raise FileNotFoundError(f"this Python has no source files of its library in {root}")
-  for path in sorted(filter(_is_read, files)):
+  for path in sorted(filter(_is_read, found)):
     with tokenize.open(root / path) as file:
       yield Document("stdlib", path.as_posix(), cleaning.normalise(file.read()))
 
@@ -70,65 +71,6 @@ def _stdlib() -> Iterator[Document]:
 def _pydoc() -> Iterator[Document]:
   for topic, text in sorted(pydoc_data.topics.topics.items()):
     yield Document("pydoc", topic, cleaning.normalise(text))
-
-
-def _decode(path: Path) -> str:
-  try:
-    return path.read_bytes().decode()
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from error
-
-
-def _json_lines(path: Path, domain: str, title: str) -> Iterator[Document]:
-  for number, line in enumerate(_decode(path).splitlines(), start=1):
-    if not line.strip():
-      continue
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-      raise ValueError(f'{path}, line {number}: it must be {{"text": "…"}}')
-    yield Document(domain, f"{title}:{number}", cleaning.normalise(text))
-
-
-def _file(path: Path, domain: str, title: str) -> Iterator[Document]:
-  if path.suffix == ".jsonl":
-    yield from _json_lines(path, domain, title)
-  elif path.suffix in (".html", ".htm"):
-    yield Document(domain, title, cleaning.html_to_text(_decode(path)))
-  else:
-    yield Document(domain, title, cleaning.normalise(_decode(path)))
-
-
-def _in_parts(document: Document) -> Iterator[Document]:
-  """A long text cut at line ends, so that one file gives both splits something."""
-  part: list[str] = []
-  size = number = 0
-  for line in document.text.splitlines(keepends=True):
-    if part and size + len(line) > PART_CHARACTERS:
-      yield Document(document.domain, f"{document.title}#{number:05d}", "".join(part))
-      part, size, number = [], 0, number + 1
-    part.append(line)
-    size += len(line)
-  yield Document(document.domain, f"{document.title}#{number:05d}", "".join(part))
-
-
-def _path(location: str) -> Iterator[Document]:
-  root = Path(location).expanduser()
-  if not root.exists():
-    raise FileNotFoundError(f"text source 'path:{location}': there is no such file or folder")
-  domain = root.resolve().name
-  if root.is_file():
-    for document in _file(root, domain, root.name):
-      yield from _in_parts(document)
-    return
-  files = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-  if not files:
-    raise ValueError(f"text source 'path:{location}': no file ends in {', '.join(SUFFIXES)}")
-  for path in files:
-    yield from _file(path, domain, path.relative_to(root).as_posix())
 
 
 def names() -> tuple[str, ...]:
@@ -142,7 +84,7 @@ def names() -> tuple[str, ...]:
 
 def _source(name: str) -> Corpus:
   if name.startswith("path:"):
-    return Corpus(name, tuple(_path(name.removeprefix("path:"))))
+    return files.read(name)
   if name.partition("/")[0] in debian.PACKAGES:
     return Corpus(name, tuple(debian.read(name)))
   if name in wheels.WHEELS:

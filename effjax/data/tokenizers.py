@@ -17,6 +17,8 @@ from typing import ClassVar, Protocol, SupportsIndex, runtime_checkable
 
 import tokenizers as hf_tokenizers
 
+from effjax.data.cache import write_whole
+
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 _WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s")
 
@@ -250,7 +252,7 @@ def save(tokenizer: Trained, path: str | Path) -> None:
   """Writes one of this file's tokenizers as JSON; `load` reads it back equal."""
   fields = {field.name: getattr(tokenizer, field.name) for field in dataclasses.fields(tokenizer)}
   content = {"kind": tokenizer.kind, "pieces": fields.get("pieces"), "json": fields.get("json")}
-  Path(path).write_text(json.dumps(content), encoding="utf-8")
+  write_whole(Path(path), lambda file: file.write(json.dumps(content).encode()))
 
 
 def load(path: str | Path) -> Trained:
@@ -261,7 +263,7 @@ def load(path: str | Path) -> Trained:
   try:
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     kind = content["kind"]
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} holds no tokenizer written by save") from error
   match kind:
     case "byte":

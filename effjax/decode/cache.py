@@ -8,26 +8,30 @@ import dataclasses
 from typing import TypeVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core.typing import Array, Int, Params, PyTree
+from effjax.core.known import known, number
+from effjax.core.typing import Array, Int, Params, PyTree, Size
 from effjax.layers.stack import unscan
 
 SMALLEST_BUCKET = 16
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def bucket(length: int) -> int:
+def bucket(length: Size) -> int:
   """`length` rounded up so that few shapes occur: to a quarter of the power of two below it.
 
   At least 16; wastes at most a quarter; four shapes for each doubling.
+
+  Raises:
+    ValueError: for a length below 0.
 
   Example:
     >>> [bucket(n) for n in (1, 16, 17, 65, 100, 192, 193)]
     [16, 16, 20, 80, 112, 192, 224]
   """
+  length = number("length", length, integer=True, least=0)
   if length <= SMALLEST_BUCKET:
     return SMALLEST_BUCKET
   step = 1 << ((length - 1).bit_length() - 3)
@@ -81,10 +85,9 @@ def prefill(
 def _check_lengths(lengths: Array | np.ndarray, tokens: Array | np.ndarray) -> None:
   if tuple(lengths.shape) != tuple(tokens.shape[:1]):
     raise ValueError(f"lengths: shape {lengths.shape}; allowed: {tokens.shape[:1]}, one a row")
-  if isinstance(lengths, jax.core.Tracer):
-    return
-  wrong = [int(n) for n in np.asarray(lengths) if not 0 <= n <= tokens.shape[1]]
-  if wrong:
+  values = known(lengths)
+  wrong = () if values is None else values[(values < 0) | (values > tokens.shape[1])]
+  if len(wrong):
     raise ValueError(f"lengths: {wrong[0]}; allowed: 0 … {tokens.shape[1]}, the width of tokens")
 
 

@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core.typing import Array, Int, Key, Params, PyTree
+from effjax.core import spmd
+from effjax.core.known import check_ids, number
+from effjax.core.typing import Array, Int, Key, Params, PyTree, Scalar, Size
 from effjax.decode import sampling
 from effjax.decode.cache import bucket, check_padding, prefill
 
-NO_END = -1
+NO_END = -2
+_MOST = int(np.iinfo(np.int32).max)
 
 
 class Generation(NamedTuple):
@@ -46,14 +49,14 @@ def generate(
   params: Params,
   prompts: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
   *,
-  max_new_tokens: int,
+  max_new_tokens: Size,
   lengths: Int[Array | np.ndarray, "B"] | Sequence[int] | None = None,
   key: Key | None = None,
-  temperature: float | int = 0.0,
-  top_k: int | None = None,
-  top_p: float | int | None = None,
-  eos_id: int | Sequence[int] | None = None,
-  pad_id: int = 0,
+  temperature: Scalar = 0.0,
+  top_k: Size | Array | np.ndarray | None = None,
+  top_p: Scalar | None = None,
+  eos_id: Size | Sequence[Size] | np.ndarray | None = None,
+  pad_id: Size = 0,
   padding: str = "right",
 ) -> Generation:
   """Continues each prompt until an end token or `max_new_tokens`, all rows together.
@@ -73,13 +76,14 @@ def generate(
     max_new_tokens: tokens to add at most.
     lengths: [B], tokens in each row of an array of prompts; None means T.
     key: key of the draws; not needed at temperature 0.
-    temperature, top_k, top_p: as in `sampling.distribution`.
+    temperature, top_k, top_p: as in `sampling.distribution`, numbers or [B].
     eos_id: one or several tokens that end a row, or None.
     pad_id: fills a row after its end; any 32-bit integer.
     padding: on which side of an array of prompts the padding lies, "right" or "left".
 
   Returns:
-    A `Generation`: the new tokens and their number.
+    A `Generation`: the new tokens and their number. Where logits are no numbers (NaN, −∞ only) a
+    row ends with −1.
 
   Raises:
     ValueError: for prompts that are empty, no integers, out of the vocabulary or, with
@@ -96,17 +100,22 @@ def generate(
     ((2, 5), [5, 5])
   """
   tokens, counts = _padded(prompts, lengths, padding)
+  max_new_tokens = number("max_new_tokens", max_new_tokens, integer=True, least=1, most=_MOST)
+  pad_id = number("pad_id", pad_id, integer=True, least=-_MOST - 1, most=_MOST)
   _check(module.config, tokens, counts, max_new_tokens)
-  sampling.check_sampling(temperature, top_k, top_p)
-  _check_integer("pad_id", pad_id, np.iinfo(np.int32).min)
-  greedy = sampling.is_greedy(temperature)
+  given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+  rule = {
+    name: sampling.checked(name, value, counts.shape)
+    for name, value in given.items()
+    if value is not None
+  }
+  greedy = sampling.is_greedy(rule["temperature"])
   if not greedy and key is None:
     raise ValueError(f"key is None with temperature {temperature}; allowed: a jax.random key")
   context, longest = module.config.context, int(counts.max())
   width = min(bucket(longest), context)
   prompt = np.zeros((len(tokens), width), np.int32)
   prompt[:, :longest] = tokens[:, :longest]
-  rule = {} if greedy else {"temperature": temperature, "top_k": top_k, "top_p": top_p}
   tokens, counts = _run(
     module,
     params,
@@ -116,7 +125,7 @@ def generate(
     np.int32(max_new_tokens),
     np.int32(pad_id),
     None if greedy else key,
-    jax.tree.map(jnp.asarray, rule),
+    {} if greedy else {name: jnp.broadcast_to(x, counts.shape) for name, x in rule.items()},
     slots=min(bucket(max(longest + max_new_tokens, width)), context),
     room=bucket(max_new_tokens),
   )
@@ -124,7 +133,12 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnames=("module", "slots", "room"))
-def _run(module, params, prompt, counts, ends, limit, pad, key, rule, *, slots, room):
+def _run(module, params, prompt, *rest, slots, room):
+  loop = functools.partial(_loop, module, slots, room)
+  return spmd.automatic(loop, (params, prompt, *rest), prompt, spmd.nowhere)
+
+
+def _loop(module, slots, room, params, prompt, counts, ends, limit, pad, key, rule):
   batch = prompt.shape[0]
   rows = jnp.arange(batch)
   cache = prefill(module, params, prompt, counts - 1, module.init_cache(batch, slots))
@@ -153,12 +167,12 @@ def _run(module, params, prompt, counts, ends, limit, pad, key, rule, *, slots, 
     alive = ~state.ended
     return _State(
       step=state.step + 1,
-      tokens=jax.lax.dynamic_update_slice(state.tokens, chosen[:, None], (0, state.step)),
+      tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.step, 1),
       lengths=state.lengths + alive,
       last=chosen,
       previous=state.last,
       position=state.position + alive,
-      ended=state.ended | (chosen[:, None] == ends[None]).any(1),
+      ended=state.ended | (chosen[:, None] == ends[None]).any(1) | (chosen == sampling.NO_TOKEN),
       cache=cache,
     )
 
@@ -172,7 +186,8 @@ def _choose(logits: Array, key: Key | None, step: Array, rule: dict) -> Int[Arra
     return sampling.sample(logits, temperature=0)
   step_key = jax.random.fold_in(key, step)
   row_keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(jnp.arange(len(logits)))
-  return jax.vmap(lambda row, row_key: sampling.sample(row, row_key, **rule))(logits, row_keys)
+  draw = lambda row, row_key, rule: sampling.sample(row, row_key, **rule)
+  return jax.vmap(draw)(logits, row_keys, rule)
 
 
 def _padded(prompts, lengths, padding: str) -> tuple[np.ndarray, np.ndarray]:
@@ -212,17 +227,10 @@ def _padded(prompts, lengths, padding: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check(config, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int) -> None:
-  _check_integer("max_new_tokens", max_new_tokens, 1)
   if config.head is None:
     raise ValueError("module: its config has head=None; allowed: a model that gives logits")
   real = np.arange(tokens.shape[1])[None] < counts[:, None]
-  outside = np.argwhere(real & ((tokens < 0) | (tokens >= config.vocab_size)))
-  if len(outside):
-    row, column = map(int, outside[0])
-    found = tokens[row, column]
-    raise ValueError(
-      f"prompts: id {found} at [{row}, {column}]; allowed: 0 to {config.vocab_size - 1}"
-    )
+  check_ids("prompts", tokens, config.vocab_size, real)
   total = int(counts.max()) + max_new_tokens
   if total > config.context:
     raise ValueError(
@@ -231,15 +239,12 @@ def _check(config, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int) 
     )
 
 
-def _check_integer(name: str, value: int, least: int) -> None:
-  most = np.iinfo(np.int32).max
-  if not isinstance(value, int | np.integer) or not least <= value <= most:
-    raise ValueError(f"{name} {value}; allowed: integers, {least} … {most}")
-
-
 def _ends(eos_id, vocab_size: int) -> np.ndarray:
-  ends = [] if eos_id is None else np.atleast_1d(np.asarray(eos_id)).tolist()
-  for end in ends:
-    if not 0 <= end < vocab_size:
-      raise ValueError(f"eos_id {end}; allowed: 0 to {vocab_size - 1}")
+  if eos_id is None:
+    return np.asarray([NO_END], np.int32)
+  listed = isinstance(eos_id, Sequence) or np.ndim(eos_id)
+  ends = [
+    number("eos_id", end, integer=True, least=0, most=vocab_size - 1)
+    for end in (eos_id if listed else [eos_id])
+  ]
   return np.asarray(ends or [NO_END], np.int32)

@@ -1,15 +1,17 @@
 """Distillation by logits (Hinton et al., arXiv 1503.02531, section 2)."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.tree_util import Partial
 
-from effjax.core.numerics import weighted_mean
-from effjax.core.typing import Array, Float, Int, Params
+from effjax.core.known import number
+from effjax.core.numerics import cross_entropy, weighted_mean, zero_unless
+from effjax.core.typing import Array, Float, Integer, Params, Scalar, Shaped
 from effjax.layers.forward import forward
 from effjax.layers.objective import Objective, per_token
 
@@ -17,11 +19,11 @@ from effjax.layers.objective import Objective, per_token
 def kd_loss(
   student_logits: Float[Array, "... V"],
   teacher_logits: Float[Array, "... V"],
-  targets: Int[Array, "..."],
+  targets: Integer[Array | np.ndarray, "..."],
   *,
-  temperature: float | int = 1.0,
-  alpha: float | int = 0.5,
-  weights: Float[Array, "..."] | None = None,
+  temperature: Scalar = 1.0,
+  alpha: Scalar = 0.5,
+  weights: Shaped[Array | np.ndarray, "..."] | None = None,
 ) -> Float[Array, ""]:
   """α·T²·KL(softmax(teacher/T) ‖ softmax(student/T)) + (1−α)·CE(student, targets), in nats.
 
@@ -30,53 +32,93 @@ def kd_loss(
 
   Args:
     student_logits, teacher_logits: [..., V].
-    targets: the right tokens, [...]; read even where the weight is 0.
+    targets: the right tokens, [...]; a traced one that is no token gives NaN.
     temperature: T > 0.
-    alpha: share of the teacher, 0 … 1.
-    weights: [...], 0 for positions that do not count; None counts all.
+    alpha: share of the teacher, 0 … 1; one that is 0 does not read the teacher.
+    weights: [...], from 0; where it is 0 neither logits nor target are read. None counts all alike.
 
   Raises:
-    ValueError: when the shapes differ, or the temperature or alpha is out of range.
+    ValueError: when the shapes differ; and for a temperature, alpha, target or weight, where it is
+      known, that is out of range.
 
   Example:
     >>> logits, targets = jnp.zeros((1, 4)), jnp.array([2])
     >>> round(float(kd_loss(logits, logits, targets, alpha=0.5)), 4)
     0.6931
   """
-  _check_share(temperature, alpha)
-  losses, _ = _losses(student_logits, teacher_logits, targets, temperature, alpha)
+  losses, _ = _losses(student_logits, teacher_logits, targets, weights, temperature, alpha)
   return weighted_mean(losses, weights)
 
 
-def _losses(student_logits, teacher_logits, targets, temperature, alpha):
-  """The loss of each position, and its two parts."""
-  if student_logits.shape != teacher_logits.shape:
-    raise ValueError(
-      f"student_logits {student_logits.shape} and teacher_logits {teacher_logits.shape} differ; "
-      "allowed: one shape, over one vocabulary"
-    )
-  if targets.shape != student_logits.shape[:-1]:
-    raise ValueError(f"targets {targets.shape}; allowed: {student_logits.shape[:-1]}")
-  apart = divergence(student_logits, teacher_logits, temperature)
-  nll = optax.softmax_cross_entropy_with_integer_labels(student_logits.astype(jnp.float32), targets)
-  return alpha * temperature**2 * apart + (1 - alpha) * nll, {"nll": nll, "divergence": apart}
+def _losses(student_logits, teacher_logits, targets, weights, temperature, alpha):
+  """The loss of each position, and its two parts; 0 where the weight is."""
+  temperature, alpha = _checked(temperature, alpha)
+  nll = cross_entropy(student_logits, targets, weights)
+  read = None if weights is None else jnp.asarray(weights) != 0
+  student, teacher = zero_unless(read, student_logits), zero_unless(read, teacher_logits)
+  apart = _scaled_divergence(student, teacher, temperature)
+  parts = ((alpha, apart), (1 - alpha, nll))
+  loss = sum(share * part for share, part in parts if isinstance(share, Array) or share > 0)
+  return loss, {"nll": nll, "divergence": apart / temperature / temperature}
 
 
 def divergence(
   student_logits: Float[Array, "... V"],
   teacher_logits: Float[Array, "... V"],
-  temperature: float | int = 1.0,
+  temperature: Scalar = 1.0,
 ) -> Float[Array, "..."]:
   """KL(softmax(teacher/T) ‖ softmax(student/T)) per position, in nats and float32.
+
+  Raises:
+    ValueError: as `kd_loss`.
 
   Example:
     >>> round(float(divergence(jnp.zeros(2), jnp.array([jnp.log(3.0), 0.0]))), 4)
     0.1308
   """
-  teacher = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature
-  log_p = jax.nn.log_softmax(teacher)
-  log_q = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
-  return optax.losses.kl_divergence_with_log_targets(log_q, log_p, where=~jnp.isneginf(log_p))
+  temperature, _ = _checked(temperature)
+  return _scaled_divergence(student_logits, teacher_logits, temperature) / temperature / temperature
+
+
+def _scaled_divergence(student: Array, teacher: Array, temperature: Scalar) -> Array:
+  """T²·KL, which has limits as T goes to 0 and to infinity.
+
+  At small T it is T·Σ p·(T·log p − T·log q), where no quotient by T is left. At large T the two
+  logarithms are nearly equal. With y the difference of the logits less its mean under p, KL is
+  log Σ p·exp(−y/T) = log(1 + m), m = Σ p·(exp(−y/T) − 1 + y/T), whose first two orders cancel.
+  """
+  if student.shape != teacher.shape:
+    raise ValueError(
+      f"student_logits {student.shape} and teacher_logits {teacher.shape} differ; "
+      "allowed: one shape, over one vocabulary"
+    )
+  temperature = jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
+  below = lambda x: x - jax.lax.stop_gradient(x.max(axis=-1, keepdims=True))
+  student, teacher = below(student.astype(jnp.float32)), below(teacher.astype(jnp.float32))
+  teacher = jax.lax.stop_gradient(teacher)
+  log_p, log_q = (_scaled_log_softmax(x, temperature) for x in (teacher, student))
+  p = jnp.exp(log_p / temperature)
+  small_t = temperature * jnp.where(p > 0, p * (log_p - log_q), 0).sum(axis=-1)
+  y = jnp.where(p > 0, teacher - student, 0)
+  y = y - (p * y).sum(axis=-1, keepdims=True)
+  near = jnp.abs(y / temperature).max(axis=-1) < 0.5
+  y = zero_unless(near, y)
+  m_t2 = (p * y**2 * _second_order(y / temperature)).sum(axis=-1)
+  m = jnp.maximum(m_t2 / temperature / temperature, 1e-12)
+  return jnp.where(near, m_t2 * (jnp.log1p(m) / m), small_t)
+
+
+def _scaled_log_softmax(below: Array, temperature: Array) -> Array:
+  """T·log softmax(z/T) for logits z from −∞ to 0, one of them 0."""
+  return below - temperature * jax.nn.logsumexp(below / temperature, axis=-1, keepdims=True)
+
+
+def _second_order(v: Array) -> Array:
+  """(exp(−v) − 1 + v) / v² for |v| < 1/2, by Taylor's series."""
+  total = jnp.zeros_like(v)
+  for n in range(9, 1, -1):
+    total = total * -v + 1 / math.factorial(n)
+  return total
 
 
 def kd_objective(
@@ -84,8 +126,8 @@ def kd_objective(
   teacher: nn.Module,
   teacher_params: Params,
   *,
-  temperature: float | int = 1.0,
-  alpha: float | int = 0.5,
+  temperature: Scalar = 1.0,
+  alpha: Scalar = 0.5,
 ) -> Objective:
   """A training objective (params, batch, rng) → (loss, metrics) that distils `teacher`.
 
@@ -112,18 +154,15 @@ def kd_objective(
     >>> float(loss), round(float(metrics["nll"]), 4)
     (0.0, 1.0986)
   """
-  _check_share(temperature, alpha)
+  temperature, alpha = _checked(temperature, alpha)
   loss = functools.partial(_token_loss, teacher, temperature, alpha)
   return per_token(student, Partial(loss, teacher_params))
 
 
 def _token_loss(teacher, temperature, alpha, teacher_params, logits, batch):
   taught, _ = forward(teacher, teacher_params, batch)
-  return _losses(logits, taught, batch["targets"], temperature, alpha)
+  return _losses(logits, taught, batch["targets"], batch.get("weights"), temperature, alpha)
 
 
-def _check_share(temperature: float | int, alpha: float | int) -> None:
-  if not temperature > 0:
-    raise ValueError(f"temperature {temperature}; allowed: above 0")
-  if not 0 <= alpha <= 1:
-    raise ValueError(f"alpha {alpha}; allowed: 0 … 1")
+def _checked(temperature: Scalar, alpha: Scalar = 0.0) -> tuple[Scalar, Scalar]:
+  return number("temperature", temperature, above=0), number("alpha", alpha, least=0, most=1)

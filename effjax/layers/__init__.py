@@ -1,7 +1,7 @@
 """What mixers, feed-forward layers, transforms and models share: blocks and layer specs."""
 
 from effjax.layers.axes import axes
-from effjax.layers.context import Context
+from effjax.layers.context import Context, without_padding
 from effjax.layers.embedding import Embed, sinusoidal_positions
 from effjax.layers.linear import Linear, weight
 from effjax.layers.mlp import MLP, activation, hidden_units
@@ -31,4 +31,5 @@ __all__ = [
   "hidden_units",
   "sinusoidal_positions",
   "weight",
+  "without_padding",
 ]

@@ -2,10 +2,12 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
-from effjax.core.typing import Array, Float, Int
+from effjax.core.typing import Array, Float, Int, Integer
 from effjax.core.weights import linear, take, transpose
 from effjax.layers.linear import weight
+from effjax.layers.meshes import on_any_mesh
 
 
 class Embed(nn.Module):
@@ -19,8 +21,16 @@ class Embed(nn.Module):
     init = nn.initializers.normal(self.stddev)
     self.table = weight(self, "embedding", init, (self.entries, self.features))
 
-  def __call__(self, indices: Int[Array, "B T"], dtype=jnp.float32) -> Float[Array, "B T D"]:
-    return take(self.table, indices).astype(dtype)
+  @on_any_mesh
+  def __call__(
+    self, indices: Integer[Array | np.ndarray, "B T"], dtype=jnp.float32
+  ) -> Float[Array, "B T D"]:
+    """The rows; NaN for a traced index that is none.
+
+    Raises:
+      ValueError: for indices, where they are known, that are none of 0 … entries − 1.
+    """
+    return take(self.table, indices, self.name or "indices").astype(dtype)
 
   def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """x · tableᵀ: the output layer that shares the input embeddings."""

@@ -8,8 +8,9 @@ import jax
 
 from effjax.core.typing import Array, Float
 from effjax.layers.axes import linear_axes
-from effjax.layers.context import Context
+from effjax.layers.context import Context, without_padding
 from effjax.layers.linear import Linear
+from effjax.layers.meshes import on_any_mesh
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "relu": jax.nn.relu,
@@ -58,7 +59,9 @@ class MLP(nn.Module):
   gated: bool = False
   use_bias: bool = False
 
+  @on_any_mesh
   @nn.compact
+  @without_padding
   def __call__(self, x: Float[Array, "B T D"], context: Context = Context()) -> Array:
     up = Linear(self.width, self.use_bias, name="up")(x)
     gate = Linear(self.width, self.use_bias, name="gate")(x) if self.gated else None

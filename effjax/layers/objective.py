@@ -10,11 +10,12 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from effjax.core.numerics import weighted_mean
+from effjax.core.numerics import weighted_mean, zero_unless
 from effjax.core.typing import Array, Float, Key, Params, PyTree
 from effjax.layers.forward import forward, layer_means, sown_values
 
@@ -38,7 +39,9 @@ def per_token(
 
   Args:
     module: tokens → output, logits most often.
-    loss: (output, batch) → values [B, T], and by name more values [B, T] that are only reported.
+    loss: (output, batch) → values [B, T], and by name more values [B, T] that are only reported. A
+      value is of its position alone: where the weight is 0, `output` and what `loss` reads of the
+      batch are given as zeros, so that NaN in them has no influence.
       Arrays that it holds should be a `jax.tree_util.Partial`'s: they are then arguments of a
       jitted step and not constants in it.
     reads: entries of the batch that `loss` reads.
@@ -70,12 +73,23 @@ def _per_token(
   *extra: PyTree,
 ) -> tuple[Array, dict[str, Array]]:
   output, sown = forward(module, params, batch, rng, read=(*reads, "weights"))
-  values, reported = loss(output, batch, *(extra if reads_extra else ()))
-  weights = jnp.asarray(batch.get("weights", jnp.ones(values.shape, values.dtype)))
+  weights = batch.get("weights")
+  seen = {name: batch[name] for name in reads if name in batch}
+  output, seen = _counted((output, seen), weights)
+  values, reported = loss(output, {**batch, **seen}, *(extra if reads_extra else ()))
   metrics = {name: weighted_mean(x, weights) for name, x in reported.items()}
   added = layer_means(sown.get("losses", {})).values()
   total = sum(added, start=weighted_mean(values, weights))
-  return total, {**sown_values(sown), **metrics, "weight": weights.sum()}
+  weight = jnp.asarray(jnp.ones(values.shape) if weights is None else weights, jnp.float32).sum()
+  return total, {**sown_values(sown), **metrics, "weight": weight}
+
+
+def _counted(tree: PyTree, weights: Array | np.ndarray | None) -> PyTree:
+  """`tree` with zeros at the positions [B, T] of weight 0, in the arrays that have positions."""
+  if weights is None:
+    return tree
+  keep = lambda x: zero_unless(jnp.asarray(weights) != 0, jnp.asarray(x))
+  return jax.tree.map(lambda x: keep(x) if tuple(x.shape[:2]) == tuple(weights.shape) else x, tree)
 
 
 def through(

@@ -30,7 +30,8 @@ class Router(Protocol):
   """A Flax module that says which experts each row visits, and sows its own losses.
 
   Rows are tokens [B, T] laid end to end, in the order of `context.tokens.reshape(-1)`. Rows where
-  `mask` is False are padding: they count in no loss, and what the router says of them is not read.
+  `mask` is False are padding: what they hold and the cotangents that come back to them have no
+  influence, NaN included, they count in no loss, and what the router says of them is not read.
   """
 
   @property

@@ -36,7 +36,9 @@ class Mixer(Protocol):
   ) -> tuple[Float[Array, "B T D"], PyTree]:
     """y, and the cache after x: it has absorbed each token once, those that are not there never.
 
-    Whether a token is there, `context.segment_ids` says; see `Context`.
+    Whether a token is there, `context.segment_ids` says; see `Context`. At padding y is zero, and
+    nothing that stands or comes back there has influence: see `without_padding`. A cache without
+    room for a position refuses it, or, where it is not known while tracing, makes y NaN there.
     """
     ...
 
@@ -65,7 +67,10 @@ class FeedForward(Protocol):
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context()
   ) -> Float[Array, "B T D"]:
-    """y, finite at padding too."""
+    """y, zero at padding, where nothing that stands or comes back has influence.
+
+    See `without_padding`.
+    """
     ...
 
   def flops(self, width: int, length: int, queries: int | None = None) -> float:

@@ -151,7 +151,7 @@ def _form(leaf: Any) -> str:
     fields = ((field.name, getattr(leaf, field.name)) for field in dataclasses.fields(leaf))
     inside = ", ".join(f"{name}={_form(value)}" for name, value in fields)
     return f"{type(leaf).__name__}({inside})"
-  return f"{leaf.dtype} {tuple(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf)
+  return f"{leaf.dtype} {tuple(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
 
 
 def _stack(*leaves):

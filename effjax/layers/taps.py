@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 from flax import struct, traverse_util
 
+from effjax.core import spmd
 from effjax.core.trees import Chooser, chooses
 from effjax.core.typing import Array, Int, Params, PyTree
 from effjax.layers.forward import forward
@@ -118,8 +119,12 @@ def capture(
 @functools.partial(jax.jit, static_argnames=("module", "reduce", "select", "kind", "at"))
 def _statistics(params: Params, batch: dict, *, module, reduce, select, kind, at):
   observe = functools.partial(_observe, reduce=reduce, kind=kind, at=at)
-  with tokens(batch.get("segment_ids")), nn.intercept_methods(observe):
-    _, sown = forward(module, params, batch, collections=(_COLLECTION,))
+
+  def run(params: Params, batch: dict) -> Mapping:
+    with tokens(batch.get("segment_ids")), nn.intercept_methods(observe):
+      return forward(module, params, batch, collections=(_COLLECTION,))[1]
+
+  sown = spmd.automatic(run, (params, batch), batch["tokens"], spmd.nowhere)
   # Inside a module that another one applies, paths are relative: what was asked for is known here,
   # and the compiler drops the rest.
   return _selected(sown.get(_COLLECTION, {}), select)

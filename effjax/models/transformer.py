@@ -5,10 +5,12 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from effjax.core.numerics import softcap
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Embed, Linear, sinusoidal_positions
+from effjax.layers.meshes import on_any_mesh
 from effjax.layers.spec import LayerSpec, TransformerConfig, ask, facts
 from effjax.layers.stack import Segment, segments
 
@@ -66,6 +68,26 @@ class Pattern(nn.Module):
     return x, None if cache is None else tuple(caches)
 
 
+@struct.dataclass
+class Cache:
+  """The caches of a model's layers, and where its rows go on.
+
+  Attributes:
+    layers: what the mixers keep.
+    ends: [B], the position that follows each row's last token.
+    length: how many positions there is room for.
+  """
+
+  layers: PyTree
+  ends: Int[Array, "B"]
+  length: int = struct.field(pytree_node=False)
+
+  def write(self, layers: PyTree, slots: Int[Array, "B T"]) -> "Cache":
+    """The cache after tokens in `slots`, of which those from `length` on were not written."""
+    last = jnp.where(slots < self.length, slots + 1, 0).max(1, initial=0)
+    return Cache(layers, jnp.where(last > 0, last, self.ends), self.length)
+
+
 class Transformer(nn.Module):
   """A stack of layers between token embeddings and, with `config.head`, logits.
 
@@ -81,6 +103,7 @@ class Transformer(nn.Module):
   dtype: DTypeLike = jnp.float32
   remat: bool = False
 
+  @on_any_mesh
   @nn.compact
   def __call__(
     self,
@@ -88,7 +111,7 @@ class Transformer(nn.Module):
     *,
     segment_ids: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
-    cache: PyTree = None,
+    cache: Cache | None = None,
     memory: Float[Array, "B S D"] | None = None,
     memory_segment_ids: Int[Array, "B S"] | None = None,
     global_positions: Int[Array, "B G"] | None = None,
@@ -97,11 +120,15 @@ class Transformer(nn.Module):
   ):
     """Logits [B, T, V], or hidden states [B, T, D]; with a `cache`, (those, the new cache).
 
+    At padding they are zero, and cotangents that come back there have no influence: any of hidden
+    states, of logits those that are finite, since another pass over all logits is not for free.
+
     Args:
       tokens: token ids; what padding holds has no influence, an id out of the vocabulary included.
       segment_ids: packed sequences: equal ids attend to one another, negative is padding. With a
         cache each row is one sequence, and a negative id a token that is not there.
-      positions: None means 0 … T−1.
+      positions: None means 0 … T−1, and with a cache that each row goes on where it ended. Going on
+        from an earlier position forgets what the row held from there on.
       cache: what `init_cache` gives or an earlier call returned.
       memory: what cross-attention reads.
       memory_segment_ids: as `segment_ids`, for `memory`.
@@ -111,7 +138,9 @@ class Transformer(nn.Module):
         one, so steps with a cache have to give it.
 
     Raises:
-      ValueError: when T exceeds `config.context`.
+      ValueError: when T exceeds `config.context`, and for a position that the cache lacks. Where it
+        is not known while tracing, its keys and values are not kept, and layers that keep them give
+        NaN there.
     """
     config = self.config
     if tokens.shape[1] > config.context:
@@ -126,17 +155,21 @@ class Transformer(nn.Module):
       attributes=attributes,
       previous=previous,
     ).blanked()
+    if cache is not None:
+      context = context.after(tokens, cache.ends)
+      slots = context.slots_for(tokens, cache.length)
     embed = Embed(config.vocab_size, config.embed_width or config.width, name="embed")
     x = self._embed(embed, context)
     caches = []
     for i, segment in enumerate(segments(config)):
       layers = self._segment(segment, cache is not None)(name=f"segments_{i}")
-      x, new = layers(x, context, None if cache is None else cache[i])
+      x, new = layers(x, context, None if cache is None else cache.layers[i])
       caches.append(new)
     if config.final_norm:
       x = config.norm.copy(name="final_norm")(x)
+    x = context.blank(x)
     x = x if config.head is None else self._logits(embed, x)
-    return x if cache is None else (x, tuple(caches))
+    return x if cache is None else (x, cache.write(tuple(caches), slots))
 
   @property
   def reads(self) -> set[str]:
@@ -159,14 +192,14 @@ class Transformer(nn.Module):
   def _embed(self, embed: Embed, context: Context):
     config, tokens = self.config, context.tokens
     assert tokens is not None  # `__call__` has them
-    x = embed(tokens, self.dtype) * jnp.asarray(config.embed_scale, self.dtype)
+    x = context.blank(embed(tokens, self.dtype)) * jnp.asarray(config.embed_scale, self.dtype)
     if config.embed_width is not None:
       x = Linear(config.width, name="embed_in")(x)
     positions = context.positions_for(x)
     if config.positions == "learned":
       entries = config.context + config.position_offset
       table = Embed(entries, config.width, name="positions")
-      x = x + table(positions + config.position_offset, self.dtype)
+      x = x + context.blank(table(positions + config.position_offset, self.dtype))
     if config.positions == "sinusoidal":
       x = x + sinusoidal_positions(positions, config.width).astype(self.dtype)
     if config.token_types:
@@ -181,7 +214,7 @@ class Transformer(nn.Module):
     logits = embed.logits(x) if config.tied else Linear(config.vocab_size, name="head")(x)
     return softcap(logits, config.logit_softcap)
 
-  def init_cache(self, batch: int, length: int) -> PyTree:
+  def init_cache(self, batch: int, length: int) -> Cache:
     """Empty caches of all mixers for `batch` rows and `length` positions.
 
     Raises:
@@ -206,7 +239,8 @@ class Transformer(nn.Module):
       stack = lambda x: jnp.broadcast_to(x, (segment.repeats, *x.shape))
       return jax.tree.map(stack, caches)
 
-    return tuple(of_segment(segment) for segment in segments(self.config))
+    layers = tuple(of_segment(segment) for segment in segments(self.config))
+    return Cache(layers, jnp.zeros(batch, jnp.int32), length)
 
 
 class EncoderDecoder(nn.Module):

@@ -30,12 +30,12 @@ def mix_experts(
   Args:
     apply: (rows sorted by expert [M·k, D], rows of each expert) → outputs [M·k, D]. The sizes are
       [E], or [P, E] where P devices have M·k / P rows each, sorted by themselves. What is given for
-      rows past the last expert's is not read.
+      rows past the last expert's is not read, and their cotangents are zero.
     x: tokens.
-    experts: the experts of each token, distinct along k; `count` or more for none.
+    experts: the experts of each token, distinct along k; what is none of 0 … E − 1 is no expert.
     gates: weight of each choice.
     count: number of experts E.
-    mask: False for padding, which no expert computes.
+    mask: False for padding, which no expert computes, whatever is in it.
 
   Example:
     >>> double_or_negate = lambda rows, sizes: jnp.where(jnp.arange(2)[:, None] < sizes[0],
@@ -44,8 +44,9 @@ def mix_experts(
     >>> mix_experts(double_or_negate, x, jnp.array([[1], [0]]), gates, count=2).tolist()
     [[-1.0], [2.0]]
   """
-  if mask is not None:
-    experts = jnp.where(mask[:, None], experts, count)
+  x = zero_unless(mask, x)
+  there = (experts >= 0) & (experts < count)
+  experts = jnp.where(there if mask is None else there & mask[:, None], experts, count)
   send = lambda rows, _: _send(rows[0], rows[1], count)
   rows, sizes, order, place = spmd.map_rows(send, (x, experts), ())
   outputs = apply(rows, sizes if sizes.shape[0] > 1 else sizes[0])

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from flax.errors import ScopeParamShapeError
 
 from effjax.core import spmd
-from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, Float, Int, Params, PyTree
 from effjax.core.weights import is_weight
 from effjax.kernels.grouped_matmul import Grouped
-from effjax.layers import Context, Router, taps
+from effjax.layers import Context, Router, taps, without_padding
 from effjax.layers.axes import lead, renamed, under
+from effjax.layers.meshes import on_any_mesh
 from effjax.layers.spec import ask
 from effjax.moe.dispatch import mix_experts
 
@@ -43,12 +43,13 @@ class MoE(nn.Module):
   expert: nn.Module
   shared: nn.Module | None = None
 
+  @on_any_mesh
   @nn.compact
+  @without_padding
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context()
   ) -> Float[Array, "B T D"]:
     mask = context.is_token(x)
-    x = zero_unless(mask, x)
     rows, row_mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
     with taps.tokens(None if row_mask is None else row_mask.astype(jnp.int32) - 1):
       routing = self.router(rows, context, row_mask)
@@ -60,7 +61,7 @@ class MoE(nn.Module):
       count=self.router.experts,
       mask=row_mask,
     ).reshape(x.shape)
-    return y if self.shared is None else y + zero_unless(mask, self.shared(x, context))
+    return y if self.shared is None else y + self.shared(x, context)
 
   def _experts(
     self, rows: Float[Array, "M D"], sizes: Int[Array, "E"] | Int[Array, "P E"]

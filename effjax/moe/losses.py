@@ -93,4 +93,6 @@ def z_loss(
 
 def _token_mean(values: Float[Array, "... E"], mask: Array | None) -> Float[Array, "E"]:
   values = zero_unless(mask, values.astype(jnp.float32)).reshape(-1, values.shape[-1])
-  return values.mean(axis=0) if mask is None else values.sum(axis=0) / jnp.maximum(mask.sum(), 1.0)
+  if mask is None:
+    return values.mean(axis=0)
+  return values.sum(axis=0) / jnp.maximum(mask.sum(dtype=values.dtype), 1.0)

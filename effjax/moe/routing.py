@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import spmd
+from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, Bool, Float
 from effjax.core.weights import linear
 from effjax.layers import Context, Routing, weight
@@ -90,9 +91,9 @@ class TopK(nn.Module):
       given = f"top_k={self.top_k}, experts={self.experts}"
       raise ValueError(f"TopK: {given}; allowed: 1 ≤ top_k ≤ experts")
     kernel = weight(self, "kernel", KERNEL_INIT, (rows.shape[-1], self.experts))
-    logits = linear(rows.astype(jnp.float32), kernel)
+    logits = linear(zero_unless(mask, rows).astype(jnp.float32), kernel)
     choose = functools.partial(top_k_routing, k=self.top_k, renormalize=self.renormalize)
-    routing = spmd.map_rows(lambda logits, _: choose(logits), logits, ())
+    routing = spmd.map_rows(lambda logits, _: choose(logits), zero_unless(mask, logits), ())
     self._sow(routing, mask)
     return routing
 

@@ -57,8 +57,8 @@ class Gathered(weights.Weight):
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
     return self.within(lambda w, x: weights.linear(x, w), x)
 
-  def take(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    return self.within(weights.take, indices)
+  def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
+    return self.within(weights.rows, indices)
 
   @property
   def T(self) -> "Gathered":

@@ -8,6 +8,7 @@ stage is shardings; the compiler derives the all-gathers and reduce-scatters.
 
 import contextlib
 import dataclasses
+import warnings
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +21,7 @@ from effjax.parallel.gathered import Gathered, gather
 from effjax.parallel.shards import Shards
 
 T = TypeVar("T")
+NOTEWORTHY = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +79,30 @@ class Zero:
     return self._from(2, grads)
 
   def state(self, state: Any) -> Any:
-    """Shardings of a `train.TrainState`."""
+    """Shardings of a `train.TrainState`; warns where much of it cannot be split."""
+    self._report((state.opt_state, state.params) if self.stage >= 3 else (state.opt_state,))
     return dataclasses.replace(
       state,
       step=self.shards.replicated,
       params=self.params(state.params),
       opt_state=self._from(1, state.opt_state),
       extra=jax.tree.map(lambda x: self.shards.replicated, state.extra),
+    )
+
+  def _report(self, parts: tuple[PyTree, ...]) -> None:
+    """Warns when more than a twentieth of what this stage splits stays whole on every device."""
+    n = self.mesh.shape[self.axis]
+    leaves = jax.tree_util.tree_leaves_with_path(parts)
+    whole = [(p, x) for p, x in leaves if self.shards.split(x).is_fully_replicated]
+    size, of = (trees.nbytes([x for _, x in each]) for each in (whole, leaves))
+    if not self.stage or n == 1 or size <= of * NOTEWORTHY:
+      return
+    names = trees.some((f"{trees.path_string(p)} {tuple(x.shape)}" for p, x in whole), 4)
+    warnings.warn(
+      f"zero={self.stage} splits {len(leaves) - len(whole)} of {len(leaves)} arrays over "
+      f"{self.axis}={n}: {size:,} of {of:,} bytes stay whole on every device, having no axis that "
+      f"{n} divides: {names}",
+      stacklevel=3,
     )
 
   def scope(self) -> contextlib.AbstractContextManager:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from effjax.core import trees, weights
 from effjax.core.trees import Chooser
 from effjax.core.typing import Array, Float, Int, Key, PyTree
-from effjax.core.weights import Weight, is_weight, linear, materialize, register, take, transpose
+from effjax.core.weights import Weight, is_weight, linear, materialize, register, transpose
 
 TARGETS = r"mixer/(query|value)/kernel$"
 
@@ -94,9 +94,9 @@ class LoRA(Weight):
     low_rank = multiply(multiply(x, self.a * self.scale), self.b)
     return weights.product(x, self.base, multiply) + low_rank
 
-  def take(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    rows = take(self.base, indices)
-    return rows + self._scaled(linear(take(self.a, indices), self.b)).astype(rows.dtype)
+  def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
+    rows = weights.rows(self.base, indices)
+    return rows + self._scaled(linear(weights.rows(self.a, indices), self.b)).astype(rows.dtype)
 
   @property
   def T(self) -> "LoRA":

@@ -3,23 +3,35 @@
 A granularity is a tile of the matrix [D, F] that shares one scale; everything here is the same
 arithmetic over different tiles. Background: Nagel et al., "A White Paper on Neural Network
 Quantization", arXiv 2106.08295, section 2.
+
+A scale is rounded up to its type, so that the bound of s/2 holds in each. The least there is, L, is
+2^−125 in float32 and bfloat16, whose numbers below 2^−126 may count as 0, and 2^−24 in float16. A
+tile below L/2 would be lost, and has the scale NaN instead, as one has that holds NaN or infinity.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from effjax.core.typing import Array, Float, Int, Integer
+from effjax.core.numerics import wide
+from effjax.core.typing import Array, DTypeLike, Float, Int, Integer, Num
 
 GRANULARITIES = ("tensor", "row", "channel", "group")
 # Outside a program too, a large matrix is gone through once, without copies of it in between.
-_compiled = functools.partial(jax.jit, static_argnames=("bits", "granularity", "group"))
+_STATIC = ("bits", "granularity", "group", "scale_dtype")
+_compiled = functools.partial(jax.jit, static_argnames=_STATIC)
 
 
 @_compiled
 def symmetric(
-  w: Float[Array, "... D F"], *, bits: int = 8, granularity: str = "channel", group: int = 64
+  w: Num[Array | np.ndarray, "... D F"],
+  *,
+  bits: int = 8,
+  granularity: str = "channel",
+  group: int = 64,
+  scale_dtype: DTypeLike = jnp.float32,
 ) -> tuple[Int[Array, "... D F"], Float[Array, "... M N"]]:
   """q = round(w / s), s = max|w| / (2^(bits−1) − 1) over each tile; |w − q·s| ≤ s/2.
 
@@ -29,28 +41,37 @@ def symmetric(
     granularity: what shares a scale: "tensor" (the matrix), "row" (w[d, :]), "channel" (an output
       channel w[:, f]) or "group" (`group` consecutive rows of an output channel).
     group: rows a group has.
+    scale_dtype: type of the scales. A 16-bit one costs accuracy: rounded up, s is larger by up to
+      2^−7 of itself in bfloat16, and by 2^−10 of itself and 2^−24 in float16, which has no scale
+      beyond 65504.
 
   Returns:
-    q, int8 [..., D, F], and the scales [..., M, N], one a tile, in the type of `w`.
+    q, int8 [..., D, F], and the scales [..., M, N], one a tile.
 
   Raises:
-    ValueError: for bits, a granularity or a group that is not allowed.
+    ValueError: for bits, a granularity, a group or types that are not allowed.
 
   Example:
     >>> q, scale = symmetric(jnp.array([[1.0, 10.0], [-2.0, 0.0]]))
     >>> q.tolist(), scale.shape
     ([[64, 127], [-127, 0]], (1, 2))
   """
-  tiles = _tiles(w, bits, granularity, group)
+  tiles, factor = _tiles(jnp.asarray(w), bits, granularity, group)
   top = 2 ** (bits - 1) - 1
-  scale = _positive(jnp.abs(tiles).max((-3, -1), keepdims=True) / top, w.dtype)
-  q = jnp.clip(jnp.round(tiles / scale.astype(jnp.float32)), -top, top)
+  peak = _peak(tiles)
+  scale = _scale(peak / top, peak, factor, scale_dtype)
+  q = jnp.clip(_steps(tiles, factor, scale), -top, top)
   return q.astype(jnp.int8).reshape(w.shape), scale[..., 0, :, 0]
 
 
 @_compiled
 def affine(
-  w: Float[Array, "... D F"], *, bits: int = 8, granularity: str = "channel", group: int = 64
+  w: Num[Array | np.ndarray, "... D F"],
+  *,
+  bits: int = 8,
+  granularity: str = "channel",
+  group: int = 64,
+  scale_dtype: DTypeLike = jnp.float32,
 ) -> tuple[Integer[Array, "... D F"], Float[Array, "... M N"], Int[Array, "... M N"]]:
   """q = round(w / s) + z, s = (max − min) / (2^bits − 1), z = −round(min / s); |w − (q−z)s| ≤ s/2.
 
@@ -67,58 +88,93 @@ def affine(
     >>> q.tolist(), scale.tolist(), zero.tolist()
     ([[0], [255]], [[1.0]], [[0]])
   """
-  tiles = _tiles(w, bits, granularity, group)
+  tiles, factor = _tiles(jnp.asarray(w), bits, granularity, group)
   top = 2**bits - 1
-  low = jnp.minimum(tiles.min((-3, -1), keepdims=True), 0)
-  high = jnp.maximum(tiles.max((-3, -1), keepdims=True), 0)
-  scale = _positive((high - low) / top, w.dtype)
-  zero = jnp.round(-low / scale.astype(jnp.float32))
-  q = jnp.clip(jnp.round(tiles / scale.astype(jnp.float32)) + zero, 0, top)
+  low = tiles.min((-3, -1), keepdims=True, initial=0)
+  high = tiles.max((-3, -1), keepdims=True, initial=0)
+  scale = _scale((high - low) / top, jnp.maximum(high, -low), factor, scale_dtype)
+  zero = _steps(-low, factor, scale)
+  q = jnp.clip(_steps(tiles, factor, scale) + zero, 0, top)
   zero = zero[..., 0, :, 0].astype(jnp.int32)
   return q.astype(jnp.uint8).reshape(w.shape), scale[..., 0, :, 0], zero
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="dtype")
 def restore(
   q: Integer[Array, "... D F"],
   scale: Float[Array, "... M N"],
   zero: Int[Array, "... M N"] | None = None,
+  *,
+  dtype: DTypeLike | None = None,
 ) -> Float[Array, "... D F"]:
-  """(q − z)·s, the inverse of `symmetric` (without `zero`) and `affine`, in the scale's type.
+  """(q − z)·s, the inverse of `symmetric` (without `zero`) and `affine`.
+
+  Args:
+    q, scale, zero: what those give.
+    dtype: type of the result; None is that of the scale.
 
   Example:
     >>> restore(jnp.array([[3, 5]]), jnp.array([[2.0]]), jnp.array([[1]])).tolist()
     [[4.0, 8.0]]
   """
   centred = q.astype(jnp.int32) if zero is None else q.astype(jnp.int32) - _spread(zero, q.shape)
-  wide = centred.astype(jnp.float32) * _spread(scale, q.shape).astype(jnp.float32)
-  return wide.astype(scale.dtype)
+  computed = wide(scale.dtype)
+  values = centred.astype(computed) * _spread(scale, q.shape).astype(computed)
+  return values.astype(dtype or scale.dtype)
 
 
 def _spread(values: Array, shape: tuple[int, ...]) -> Array:
   """One value a tile, repeated over its tile."""
   for axis in (-2, -1):
-    values = jnp.repeat(values, shape[axis] // values.shape[axis], axis=axis)
+    values = jnp.repeat(values, shape[axis] // max(1, values.shape[axis]), axis=axis)
   return values
 
 
-def _tiles(w: Array, bits: int, granularity: str, group: int) -> Float[Array, "... m d n f"]:
-  """`w` in float32, cut into [m, d, n, f]: m × n tiles of d × f."""
+def _tiles(w: Array, bits: int, granularity: str, group: int) -> tuple[Array, Array]:
+  """`w` in float32 at least, cut into [..., m, d, n, f]: m × n tiles of d × f.
+
+  Each is multiplied by the power of two [..., m, 1, n, 1] that comes with it, so that neither what
+  is computed with it nor the reciprocal of its scale leaves the normal numbers.
+  """
   if w.ndim < 2:
     raise ValueError(f"w has shape {w.shape}; allowed: matrices [..., D, F]")
+  if not jnp.issubdtype(w.dtype, jnp.floating):
+    raise ValueError(f"w has type {w.dtype}; allowed: floating point")
   if not 2 <= bits <= 8:
     raise ValueError(f"bits {bits}; allowed: 2 … 8")
   D, F = w.shape[-2:]
-  sizes = {"tensor": (D, F), "row": (1, F), "channel": (D, 1), "group": (group, 1)}
-  if granularity not in sizes:
+  counts = {"tensor": (1, 1), "row": (D, 1), "channel": (1, F)}
+  if granularity == "group":
+    if group < 1 or D % group:
+      raise ValueError(f"group {group} does not divide the {D} rows of w {w.shape}")
+    counts["group"] = D // group, F
+  if granularity not in counts:
     raise ValueError(f"granularity {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
-  d, f = sizes[granularity]
-  if d < 1 or D % d:
-    raise ValueError(f"group {group} does not divide the {D} rows of w {w.shape}")
-  return w.astype(jnp.float32).reshape(*w.shape[:-2], D // d, d, F // f, f)
+  m, n = counts[granularity]
+  d, f = (group if granularity == "group" else D // max(m, 1)), F // max(n, 1)
+  tiles = w.astype(wide(w.dtype)).reshape(*w.shape[:-2], m, d, n, f)
+  factor = jnp.where(_peak(tiles) > 1, 2.0**-4, 2.0**24).astype(tiles.dtype)
+  return tiles * factor, factor
 
 
-def _positive(scale: Array, dtype) -> Array:
-  """The scale in its final type, 1 where everything is zero."""
-  scale = scale.astype(dtype)
-  return jnp.where(scale == 0, jnp.ones_like(scale), scale)
+def _peak(tiles: Array) -> Array:
+  return jnp.abs(tiles).max((-3, -1), keepdims=True, initial=0)
+
+
+def _steps(x: Array, factor: Array, scale: Array) -> Array:
+  """x, which is multiplied by `factor`, in steps of `scale`."""
+  return jnp.round(x / (scale.astype(x.dtype) * factor))
+
+
+def _scale(scale: Array, peak: Array, factor: Array, dtype: DTypeLike) -> Array:
+  """`scale` / `factor` rounded up to `dtype`, NaN where a tile up to `peak` would be lost."""
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"scale_dtype {jnp.dtype(dtype).name}; allowed: floating point")
+  tiny = float(jnp.finfo(wide(dtype)).tiny)  # what is less may count as 0
+  least = max(2 * tiny, float(jnp.finfo(dtype).smallest_subnormal))
+  scale, peak = jnp.maximum(scale / factor, least), peak / factor
+  near = scale.astype(dtype)
+  above = jnp.nextafter(near, jnp.full_like(near, jnp.inf))
+  near = jnp.where(near.astype(scale.dtype) < scale, above, near)
+  lost = (peak >= jnp.finfo(peak.dtype).tiny) & (2 * peak < near.astype(peak.dtype))
+  return jnp.where(lost, jnp.nan, near)

@@ -1,16 +1,21 @@
 """Weights as 8-bit integers with one scale an output channel."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from effjax.core.typing import Array, Float, Int, PyTree
+from effjax.core import numerics, weights
+from effjax.core.typing import Array, DTypeLike, Float, Int, Num, PyTree
 from effjax.core.weights import Weight, register
 from effjax.quant import basics
 from effjax.quant.product import integer_product
 
 
-@register(kind="quantised")
+@register(static=("dtype", "turned"), kind="quantised")
 class Int8(Weight):
   """W[d, f] = q[d, f] · scale, scale = max|W[:, f]| / 127 (symmetric absmax).
 
@@ -21,18 +26,34 @@ class Int8(Weight):
   Invariants:
     q: int8 [..., D, F] in −127 … 127.
     scale: [..., 1, F], one an output channel; or [..., D, 1], one a row, as an embedding table has
-      whose rows are the output channels of the tied head. Its type is that of the matrix.
+      whose rows are the output channels of the tied head.
+    dtype: type of the matrix that it stands for; None is that of the scale.
+    turned: whether q lies in memory as its transpose, which decides how products go through it.
   """
 
   q: PyTree
   scale: PyTree
+  dtype: Any = dataclasses.field(default=None, kw_only=True)
+  turned: bool = dataclasses.field(default=False, kw_only=True)
 
   @classmethod
-  def quantize(cls, w: Float[Array, "... D F"], *, granularity: str = "channel") -> "Int8":
-    """The nearest `Int8` of `w`; granularity "channel" or "row".
+  def quantize(
+    cls,
+    w: Num[Array | np.ndarray, "... D F"],
+    *,
+    granularity: str = "channel",
+    scale_dtype: DTypeLike = jnp.float32,
+  ) -> "Int8":
+    """The nearest `Int8` of `w`.
+
+    Args:
+      w: matrices [..., D, F].
+      granularity: "channel" or "row", what has a scale.
+      scale_dtype: type of the scales, 16-bit ones at the cost that `basics.symmetric` says.
 
     Raises:
-      ValueError: for another granularity, or when `w` is not a floating-point matrix.
+      ValueError: for another granularity; when `w` is not a floating-point matrix, or holds NaN or
+        infinity, or magnitudes that `scale_dtype` has no scale for, where values are known.
 
     Example:
       >>> w = Int8.quantize(jnp.array([[1.0, 10.0], [-2.0, 0.0]]))
@@ -41,15 +62,24 @@ class Int8(Weight):
     """
     if granularity not in ("channel", "row"):
       raise ValueError(f"granularity {granularity!r}; allowed: channel, row")
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-      raise ValueError(f"w has type {w.dtype}; allowed: floating point")
-    return cls(*basics.symmetric(w, granularity=granularity))
+    q, scale = basics.symmetric(w, granularity=granularity, scale_dtype=scale_dtype)
+    if not isinstance(scale, jax.core.Tracer) and not jnp.isfinite(scale).all():
+      raise ValueError(
+        f"w has NaN, infinity or what no scale in {scale.dtype} is for; allowed: finite numbers, "
+        "and scale_dtype=float32 for very small or large ones"
+      )
+    return cls(q, scale, dtype=jnp.result_type(w.dtype))
 
   @classmethod
-  def represent(cls, path: str, w: Float[Array, "... D F"]) -> "Int8":
+  def represent(cls, path: str, w: Num[Array | np.ndarray, "... D F"]) -> "Int8":
     """The `Int8` of the parameter at `path`: a table named "embedding" has one scale a row."""
     table = path.rsplit("/", 1)[-1] == "embedding"
     return cls.quantize(w, granularity="row" if table else "channel")
+
+  def __post_init__(self):
+    if self.dtype is None and hasattr(self.scale, "dtype"):
+      object.__setattr__(self, "dtype", jnp.dtype(self.scale.dtype))
+    super().__post_init__()
 
   def check(self) -> None:
     *batch, D, F = self.q.shape
@@ -62,37 +92,38 @@ class Int8(Weight):
   def shape(self) -> tuple[int, ...]:
     return tuple(self.q.shape)
 
-  @property
-  def dtype(self) -> jnp.dtype:
-    return self.scale.dtype
-
   def materialize(self) -> Array:
-    return basics.restore(self.q, self.scale)
+    return basics.restore(self.q, self.scale, dtype=self.dtype)
 
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-    rows = self.scale.shape[-2]
-    if rows > 1:
-      x = (x * _along_last(self.scale[:, 0], x.ndim)).astype(x.dtype)
-    y = integer_product(x, self.q)
-    if rows == 1:
-      y = y * _along_last(jnp.broadcast_to(self.scale[0], (self.shape[-1],)), y.ndim)
+    computed = numerics.wide(x.dtype)  # in 16 bits what is not scaled yet may overflow
+    scale = self.scale.astype(computed)
+    if scale.shape[-2] > 1:
+      y = integer_product(_scaled(x.astype(computed), scale[:, 0]), self.q, turned=self.turned)
+    else:
+      y = integer_product(x, self.q, turned=self.turned)
+      y = _scaled(y, jnp.broadcast_to(scale[0], (self.shape[-1],)))
     return y.astype(x.dtype)
 
   def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
-    wide = jnp.promote_types(x.dtype, self.dtype)
-    return multiply(x, basics.restore(self.q, self.scale.astype(wide)))
+    both = x.dtype, self.dtype
+    common = x.dtype if x.dtype == self.dtype else np.promote_types(*map(numerics.wide, both))
+    return multiply(x, basics.restore(self.q, self.scale, dtype=common))
 
-  def take(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    rows = jnp.take(self.q, indices, axis=0)
-    per_row = self.scale.shape[-2] > 1
-    scale = jnp.take(self.scale, indices, axis=0) if per_row else self.scale[0]
-    scale = scale if per_row else _along_last(scale, rows.ndim)
-    return (rows.astype(jnp.float32) * scale.astype(jnp.float32)).astype(self.dtype)
+  def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
+    rows = weights.rows(self.q, indices)
+    if self.scale.shape[-2] > 1:
+      scale = weights.rows(self.scale, indices)
+    else:
+      scale = numerics.expand(self.scale[0], rows.ndim)
+    computed = numerics.wide(self.scale.dtype)
+    return (rows.astype(computed) * scale.astype(computed)).astype(self.dtype)
 
   @property
   def T(self) -> "Int8":
-    return Int8(jnp.matrix_transpose(self.q), jnp.matrix_transpose(self.scale))
+    q, scale = jnp.matrix_transpose(self.q), jnp.matrix_transpose(self.scale)
+    return dataclasses.replace(self, q=q, scale=scale, turned=not self.turned)
 
 
-def _along_last(v: Float[Array, "F"], ndim: int) -> Array:
-  return v.astype(jnp.float32).reshape((1,) * (ndim - 1) + v.shape)
+def _scaled(x: Float[Array, "... F"], v: Float[Array, "F"]) -> Array:
+  return x * numerics.expand(v, x.ndim)

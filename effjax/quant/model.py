@@ -1,5 +1,7 @@
 """Quantising the matrices of a model, and going back."""
 
+from typing import Any
+
 import jax
 
 from effjax.core import trees
@@ -30,7 +32,8 @@ def quantize(params: PyTree, method: str = "int8", targets: Chooser = TARGETS) -
       norms, biases, routers and convolutions.
 
   Raises:
-    ValueError: for an unknown method; when no matrix matches, or one is quantised already.
+    ValueError: for an unknown method; when no matrix matches, one is quantised already or cannot
+      be, as one of integers or, where values are known, one that holds NaN or infinity.
 
   Example:
     >>> import jax.numpy as jnp
@@ -45,7 +48,14 @@ def quantize(params: PyTree, method: str = "int8", targets: Chooser = TARGETS) -
   for path, leaf in found.items():
     if is_weight(leaf):
       raise ValueError(f"{path} is {type(leaf).__name__} already; allowed: plain arrays")
-  return trees.update(params, lambda path, leaf: path in found, methods()[method].represent)
+
+  def represent(path: str, leaf: Any) -> Weight:
+    try:
+      return methods()[method].represent(path, leaf)
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from error
+
+  return trees.update(params, lambda path, leaf: path in found, represent)
 
 
 def dequantize(params: PyTree) -> PyTree:

@@ -2,6 +2,7 @@
 
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.loop import LoopConfig, fit
+from effjax.train.masters import master_copies
 from effjax.train.objectives import next_token, per_token, perplexity, through
 from effjax.train.optimizer import OptimizerConfig, make_optimizer
 from effjax.train.state import TrainState, init_state
@@ -16,6 +17,7 @@ __all__ = [
   "init_state",
   "make_optimizer",
   "make_train_step",
+  "master_copies",
   "next_token",
   "per_token",
   "perplexity",

@@ -1,6 +1,16 @@
-"""Checkpoints over Orbax: written whole or not at all, restored to the bit, never pickled."""
+"""Checkpoints over Orbax: written whole or not at all, restored to the bit, never pickled.
 
+Each is a directory named by its step: what Orbax writes, and a record of it with the SHA-256 of
+every file. It is made under another name and renamed when all of it is on disk.
+"""
+
+import contextlib
 import dataclasses
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +19,11 @@ from orbax.checkpoint import v1
 
 from effjax.core.trees import path_string
 from effjax.core.typing import PyTree
-from effjax.train import workdir
+from effjax.train import records, workdir
+from effjax.train.lock import locked
+from effjax.train.records import Damaged
+
+UNFINISHED, DAMAGED = ".unfinished", ".damaged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +44,9 @@ class Saved:
 class Checkpoints:
   """The checkpoints of one run, the newest `keep` of them.
 
-  A process that is killed while it writes leaves the previous checkpoints as they were.
+  A process that is killed while it writes leaves the previous checkpoints as they were. To write,
+  open it by `with`: that keeps other processes from writing, and removes what an interrupted save
+  left. To read, that is not needed.
 
   Example:
     >>> import tempfile, jax.numpy as jnp
@@ -42,35 +58,33 @@ class Checkpoints:
   """
 
   def __init__(self, directory: str | Path, *, keep: int = 2):
-    """Opens a directory, made if missing; what an interrupted save left there is removed.
+    """Names a directory, made if missing.
 
     Raises:
       ValueError: for `keep` below 1.
-      OSError: when the directory cannot be written.
+      OSError: when the directory cannot be made.
     """
     if keep < 1:
       raise ValueError(f"keep={keep}; allowed: from 1")
     self.directory = Path(directory).resolve()
     workdir.make(self.directory)
-    self._keep = keep
-    self._open()
-
-  def _open(self) -> None:
-    self._checkpointer = v1.training.Checkpointer(
-      self.directory,
-      preservation_policy=v1.training.preservation_policies.LatestN(self._keep),
-      cleanup_tmp_directories=True,
-    )
+    self._keep, self._held = keep, contextlib.ExitStack()
+    self._writes = False
 
   def __enter__(self):
+    self._held.enter_context(locked(self.directory.with_name(self.directory.name + ".lock")))
+    self._writes = True
+    self._clear()
     return self
 
   def __exit__(self, *_):
-    self._checkpointer.close()
+    self._writes = False
+    self._held.close()
 
   def steps(self) -> list[int]:
     """Steps that have a checkpoint, ascending."""
-    return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+    names = (path.name for path in self.directory.iterdir() if path.is_dir())
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
   def save(self, step: int, state: PyTree, *, data: Any = None) -> None:
     """Writes a checkpoint and removes those beyond `keep`; returns when it is on disk.
@@ -81,21 +95,33 @@ class Checkpoints:
       data: JSON, such as the state of the data iterator.
 
     Raises:
+      ValueError: for a `step` that is not above the others.
       OSError: when it cannot be written: disk full, read-only, quota.
     """
-    metadata = {"data": data}
-    try:
-      self._checkpointer.save_checkpointables(
-        step, {"state": state}, custom_metadata=metadata, force=True
+    before = self.steps()
+    if before and step <= before[-1]:
+      raise ValueError(
+        f"save: step={step}; allowed: above {before[-1]}, which {self.directory} has"
       )
+    unfinished = self.directory / f"{step}{UNFINISHED}"
+    try:
+      with _quiet():
+        v1.save_checkpointables(unfinished, {"state": state}, overwrite=True)
+      records.write(unfinished, {"data": data, "arrays": _layout(state)})
+      unfinished.rename(self.directory / str(step))
+      _to_disk(self.directory)
     except Exception as error:  # Orbax and TensorStore raise many types for a failed write.
-      self._open()
-      good = f"; last good checkpoint: step {self.steps()[-1]}" if self.steps() else ""
-      message = f"checkpoint of step {step} could not be written to {self.directory}{good}: {error}"
-      raise OSError(message) from error
+      self._clear()
+      told = f"checkpoint of step {step} could not be written to disk; {self.newest()}: {error}"
+      raise OSError(told) from error
+    for old in self.steps()[: -self._keep]:
+      shutil.rmtree(self.directory / str(old))
 
   def restore(self, like: PyTree, *, step: int | None = None) -> Saved:
-    """The checkpoint of `step` (None: the newest), laid out as `like`.
+    """The checkpoint of `step` (None: the newest that is not damaged), laid out as `like`.
+
+    Damaged ones that were passed over are named in a warning, and are kept under another name
+    where this may write.
 
     Args:
       like: arrays or `jax.ShapeDtypeStruct`s that give structure, shapes, types and shardings.
@@ -103,31 +129,105 @@ class Checkpoints:
 
     Raises:
       FileNotFoundError: when there is no such checkpoint.
-      ValueError: when its structure, shapes or types are not those of `like`.
+      ValueError: when its structure, shapes or types are not those of `like`; `Damaged`, when
+        files of it are missing or changed, and of all others too where `step` is None.
     """
     steps = self.steps()
     if not steps or (step is not None and step not in steps):
       raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; steps: {steps}")
-    step = steps[-1] if step is None else step
-    metadata = self._checkpointer.checkpointables_metadata(step)
-    _check_layout(metadata.metadata["state"], like, f"{self.directory}/{step}")
-    abstract = jax.tree.map(_abstract, like)
-    state = self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
-    return Saved(step, state, metadata.custom_metadata["data"])
+    damage: dict[int, str] = {}
+    for each in reversed(steps) if step is None else [step]:
+      try:
+        saved = self._read(each, like)
+      except Damaged as error:
+        damage[each] = str(error)
+        continue
+      self._pass_over(damage, each)
+      return saved
+    raise Damaged(f"{self.directory}: {_told(damage)}; good ones: {self.good_steps() or 'none'}")
+
+  def newest(self) -> str:
+    """Where a run could go on from, for messages."""
+    steps = self.steps()
+    return (
+      f"last good checkpoint: {f'step {steps[-1]}' if steps else 'none yet'} in {self.directory}"
+    )
+
+  def good_steps(self) -> list[int]:
+    """Steps that have an undamaged checkpoint, ascending; reads all of their files."""
+    good = []
+    for step in self.steps():
+      with contextlib.suppress(Damaged):
+        records.read(self.directory / str(step))
+        good.append(step)
+    return good
+
+  def _clear(self) -> None:
+    for path in self.directory.glob(f"*{UNFINISHED}*"):
+      shutil.rmtree(path, ignore_errors=True)
+
+  def _read(self, step: int, like: PyTree) -> Saved:
+    path = self.directory / str(step)
+    record = records.read(path)
+    _check_layout(record["arrays"], _layout(like), str(path))
+    state = v1.load_checkpointables(path, {"state": jax.tree.map(_abstract, like)})["state"]
+    return Saved(step, state, record["data"])
+
+  def _pass_over(self, damage: dict[int, str], good: int) -> None:
+    if not damage:
+      return
+    aside = ""
+    if self._writes:
+      for step in damage:
+        target = self.directory / f"{step}{DAMAGED}"
+        shutil.rmtree(target, ignore_errors=True)
+        (self.directory / str(step)).rename(target)
+      aside = f", and kept as *{DAMAGED}"
+    told = f"{self.directory}: {_told(damage)}; passed over{aside}: going on from step {good}"
+    warnings.warn(told, stacklevel=3)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Without the log of what goes wrong, tracebacks in it: that is raised too."""
+  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+  before = [logger.disabled for logger in loggers]
+  for logger in loggers:
+    logger.disabled = True
+  try:
+    yield
+  finally:
+    for logger, disabled in zip(loggers, before, strict=True):
+      logger.disabled = disabled
+
+
+def _told(damage: dict[int, str]) -> str:
+  return "; ".join(f"checkpoint of step {step} is damaged: {what}" for step, what in damage.items())
+
+
+def _to_disk(directory: Path) -> None:
+  handle = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
 
 
 def _abstract(x) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
-def _check_layout(saved: PyTree, like: PyTree, where: str) -> None:
-  describe = lambda tree: {
-    path_string(path): (tuple(x.shape), str(x.dtype))
-    for path, x in jax.tree_util.tree_leaves_with_path(tree)
-  }
-  there, here = describe(saved), describe(like)
+def _layout(tree: PyTree) -> dict[str, list]:
+  """Path → shape and type of every array, as JSON."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {path_string(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
+
+
+def _check_layout(there: dict[str, list], here: dict[str, list], where: str) -> None:
+  describe = lambda form: None if form is None else (tuple(form[0]), form[1])
   for path in sorted({*there, *here}):
     if there.get(path) != here.get(path):
       raise ValueError(
-        f"{where}: {path} is {there.get(path)} in the checkpoint and {here.get(path)} here"
+        f"{where}: {path} is {describe(there.get(path))} in the checkpoint and"
+        f" {describe(here.get(path))} here"
       )

@@ -1,10 +1,12 @@
 """The training loop: batches in, checkpoints and metrics out, resumed to the bit."""
 
+import contextlib
 import dataclasses
 import math
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +18,7 @@ from effjax.core.typing import Key, Params
 from effjax.parallel.placement import Placement
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.objectives import Batch
+from effjax.train.settings import Settings, moments
 from effjax.train.state import TrainState
 from effjax.train.step import Step
 from effjax.train.workdir import METRICS, append_row, read_rows, write_rows
@@ -77,7 +80,8 @@ def fit(
 
   Rows of `workdir`/metrics.jsonl hold "step", the metrics of that step, and what `evaluate` gave.
   They hold no times: those of a run that was killed and resumed equal an undisturbed run's.
-  After SIGTERM the current step is finished and saved, and the process exits with status 0.
+  After SIGTERM or SIGINT the current step is finished and saved, and the process exits with status
+  0. A checkpoint that is damaged is named in a warning, and the one before it is gone on from.
 
   Args:
     step: from `make_train_step`; it consumes `state`.
@@ -91,37 +95,42 @@ def fit(
 
   Raises:
     FloatingPointError: when the loss or the gradients are not finite; checkpoints stay good.
-    ValueError: when `workdir` holds checkpoints of another model or optimiser.
-    OSError: when `workdir` cannot be written.
+    ValueError: when `workdir` holds checkpoints of another model or of other settings (step, rng,
+      parameters at the start, data), or none that is undamaged.
+    OSError: when `workdir` cannot be written, or another process trains in it.
   """
   directory = Path(workdir)
-  with Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints, _Stop() as stop:
-    state = _resume(checkpoints, state, batches)
-    start = int(state.step)
+  opened = Checkpoints(directory / "checkpoints", keep=config.keep)
+  with _Stop() as stop, opened as checkpoints, _naming(opened):
+    settings = Settings(directory, step, rng, placement, moments(state))
+    state = _resume(checkpoints, state, batches, config.steps, settings)
+    number = start = int(state.step)
     log = Log(directory, start, tensorboard=config.tensorboard)
     pending, observe = [], getattr(batches, "observe", None)
-    bar = tqdm(total=config.steps, initial=start, disable=not config.progress, unit="step")
-    for number in range(start + 1, config.steps + 1):
-      state, metrics = step(state, _put(next(batches), placement), rng)
-      pending.append((number, metrics))
-      due = lambda every, number=number: number in (config.steps, number // every * every)
-      judge = evaluate if due(config.evaluate_every) else None
-      logging, saving = due(config.log_every), due(config.checkpoint_every) or stop.asked
-      if judge or logging or saving or observe is not None:
-        row = _drain(pending, checkpoints) | (judge(state.params) if judge else {})
-        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-      if observe is not None:
-        observe(row)
-      if judge or logging:
-        log.write(row)
-      if saving:
-        checkpoints.save(number, state, data=batches.get_state())
-      bar.update()
-      if stop.asked and number < config.steps:
-        bar.close()
-        print(f"SIGTERM: step {number} is saved in {checkpoints.directory}; run again to go on")
-        raise SystemExit(0)
-    bar.close()
+    with tqdm(total=config.steps, initial=start, disable=not config.progress, unit="step") as bar:
+      for number in range(start + 1, config.steps + 1):
+        batch = _put(next(batches), placement)
+        if number == start + 1:
+          settings.write(state, batch)
+        state, metrics = step(state, batch, rng)
+        pending.append((number, metrics))
+        due = lambda every, number=number: number in (config.steps, number // every * every)
+        judge = evaluate if due(config.evaluate_every) else None
+        if judge or due(config.log_every) or observe is not None:
+          row = _drain(pending, checkpoints) | (judge(state.params) if judge else {})
+          bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        if observe is not None:
+          observe(row)
+        if judge or due(config.log_every):
+          log.write(row)
+        leaving = stop.asked  # read once: what is asked for later is for the next step
+        if due(config.checkpoint_every) or leaving:
+          _drain(pending, checkpoints)
+          checkpoints.save(number, state, data=batches.get_state())
+        bar.update()
+        if leaving:
+          break
+    stop.leave(f"step {number} is saved in {checkpoints.directory}; run again to go on")
   return state
 
 
@@ -147,35 +156,74 @@ class Log:
 
 
 class _Stop:
-  """Notes SIGTERM while it is open; Python takes signals in its main thread only."""
+  """Notes SIGTERM and SIGINT while it is open; Python takes signals in its main thread only.
 
-  def __init__(self):
-    self.asked = False
+  A second SIGINT interrupts at once. A signal that was noted and not obeyed by `leave` is sent
+  again when all is done.
+  """
+
+  asked: signal.Signals | None = None
 
   def __enter__(self):
-    self._main = threading.current_thread() is threading.main_thread()
-    if self._main:
-      self._before = signal.signal(signal.SIGTERM, self._ask)
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
+    self._before = {number: signal.signal(number, self._ask) for number in numbers}
     return self
 
-  def __exit__(self, *_):
-    if self._main:
-      signal.signal(signal.SIGTERM, self._before)
+  def __exit__(self, kind, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+    if self.asked and kind is None:
+      signal.raise_signal(self.asked)
 
-  def _ask(self, *_):
-    self.asked = True
+  def leave(self, saved: str) -> None:
+    """Ends the process with status 0 if that was asked for."""
+    if self.asked:
+      print(f"{self.asked.name}: {saved}", flush=True)
+      raise SystemExit(0)
+
+  def _ask(self, number, _):
+    if number == self.asked == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.asked = signal.Signals(number)
+    again = "; once more stops it unsaved" if number == signal.SIGINT else ""
+    os.write(2, f"\n{self.asked.name}: the step is finished and saved{again}\n".encode())
+
+
+@contextlib.contextmanager
+def _naming(checkpoints: Checkpoints) -> Iterator[None]:
+  """Adds to the error of a file where the run can go on from."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None:
+      raise
+    what = f"{error.strerror}; {checkpoints.newest()}"
+    raise OSError(error.errno, what, error.filename) from error
 
 
 def _put(batch: Batch, placement: Placement | None) -> Batch:
   return batch if placement is None else jax.device_put(batch, placement.batch(batch))
 
 
-def _resume(checkpoints: Checkpoints, state: TrainState, batches: Batches) -> TrainState:
-  """The newest saved state, with `batches` back at its place; `state` when none is saved."""
+def _resume(
+  checkpoints: Checkpoints, state: TrainState, batches: Batches, steps: int, settings: Settings
+) -> TrainState:
+  """The newest saved state, with `batches` back at its place; `state` when none is saved.
+
+  Raises:
+    ValueError: when it is of other settings, or has taken more than `steps`.
+  """
   if not checkpoints.steps():
     return state
   saved = checkpoints.restore(state)
+  if saved.step > steps:
+    raise ValueError(
+      f"steps={steps}; {checkpoints.directory} has taken {saved.step}; allowed: from {saved.step}"
+    )
+  settings.check(state)
   batches.set_state(saved.data)
+  print(f"going on from step {saved.step} of {steps} in {checkpoints.directory}", flush=True)
   return saved.state
 
 
@@ -189,11 +237,9 @@ def _drain(pending: list[tuple[int, dict]], checkpoints: Checkpoints) -> dict[st
   for number, metrics in jax.device_get(pending):
     row = {"step": number} | {name: np.asarray(x).tolist() for name, x in metrics.items()}
     if not row.pop("finite", math.isfinite(row["loss"])):
-      steps = checkpoints.steps()
-      good = f"step {steps[-1]} in {checkpoints.directory}" if steps else "none yet"
       raise FloatingPointError(
         f"step {number}: loss is {row['loss']} and the norm of the gradients"
-        f" {row.get('grad_norm')}; last good checkpoint: {good}"
+        f" {row.get('grad_norm')}; {checkpoints.newest()}"
       )
   pending.clear()
   return row

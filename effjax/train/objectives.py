@@ -3,10 +3,9 @@
 import math
 
 import flax.linen as nn
-import jax.numpy as jnp
-import optax
 
-from effjax.core.typing import Array
+from effjax.core.numerics import cross_entropy
+from effjax.core.typing import Array, Scalar
 from effjax.layers.objective import Batch, Objective, per_token, through
 
 __all__ = ["Batch", "Objective", "next_token", "per_token", "perplexity", "through"]
@@ -30,16 +29,15 @@ def next_token(module: nn.Module) -> Objective:
 
 
 def _nll(logits: Array, batch: Batch) -> tuple[Array, dict[str, Array]]:
-  wide = logits.astype(jnp.float32)
-  values = optax.softmax_cross_entropy_with_integer_labels(wide, batch["targets"])
+  values = cross_entropy(logits, batch["targets"], batch.get("weights"))
   return values, {"nll": values}
 
 
-def perplexity(nll: float) -> float:
-  """exp of a mean negative log-likelihood in nats; infinity where that overflows.
+def perplexity(nll: Scalar) -> float:
+  """exp of a mean negative log-likelihood in nats; infinity where that overflows, NaN of NaN.
 
   Example:
     >>> perplexity(0.0)
     1.0
   """
-  return math.exp(nll) if nll < 700 else math.inf
+  return math.inf if nll >= 700 else math.exp(nll)

@@ -3,11 +3,12 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from effjax.core import trees
 from effjax.core.typing import PyTree
+from effjax.train.adafactor import scale_by_adafactor
+from effjax.train.masters import master_copies
 
 
 @dataclasses.dataclass
@@ -22,7 +23,8 @@ class OptimizerConfig:
     final: the learning rate at the end, as a part of the peak.
     b1, b2, eps: moments of AdamW.
     weight_decay: decoupled decay of matrices; norms and biases have none.
-    decay: pattern of the parameters that count as matrices.
+    decay: pattern of the parameters that count as matrices, on their last two axes; others count
+      as vectors, on the last.
     clip: largest global norm of the gradients; 0 for no clipping.
   """
 
@@ -69,12 +71,15 @@ def matrices(params: PyTree, pattern: str = OptimizerConfig.decay) -> PyTree:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Clipping, then the optimiser of `config` on its schedule.
+  """Clipping, then the optimiser of `config` on its schedule, all in float32 (`master_copies`).
+
+  Norms, moments and updates are in float32 where parameters and gradients have 16 bits.
 
   Raises:
     ValueError: for an unknown name, or a number out of range.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup=0, clip=0.0))
     >>> state = optimizer.init({"kernel": jnp.ones((2, 2))})
   """
@@ -84,26 +89,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     rule = optax.adamw(rate, **moments, weight_decay=config.weight_decay, mask=decay)
   else:
-    rule = optax.chain(
-      optax.adafactor(rate, multiply_by_parameter_scale=False),
-      _decay_at(rate, config.weight_decay, decay),
-    )
-  return optax.chain(optax.clip_by_global_norm(config.clip), rule) if config.clip else rule
-
-
-def _decay_at(rate: optax.Schedule, weight_decay: float, mask) -> optax.GradientTransformation:
-  """Adds −rate(t) · weight_decay · w, as AdamW does; optax's Adafactor decays without the rate."""
-  scaled = optax.chain(
-    optax.add_decayed_weights(weight_decay, mask=mask),
-    optax.scale_by_learning_rate(rate),
-  )
-
-  def update(updates, state, params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    decays, state = scaled.update(zeros, state, params)
-    return jax.tree.map(jnp.add, updates, decays), state
-
-  return optax.GradientTransformation(scaled.init, update)
+    decayed = optax.add_decayed_weights(config.weight_decay, mask=decay)
+    rule = optax.chain(scale_by_adafactor(decay), decayed, optax.scale_by_learning_rate(rate))
+  clipped = optax.chain(optax.clip_by_global_norm(config.clip), rule) if config.clip else rule
+  return master_copies(clipped)
 
 
 def _check(config: OptimizerConfig) -> None:

@@ -8,6 +8,7 @@ import optax
 
 from effjax.core import trees
 from effjax.core.typing import Params, PyTree
+from effjax.train.masters import master_copies
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +76,7 @@ def init_state(
 
   Args:
     params: all parameters.
-    optimizer: sees those that train.
+    optimizer: sees those that train, in float32 where they are coarser, see `master_copies`.
     trainable: a pattern or predicate of `core.trees`; None is what the parameters themselves say:
       where there are adapters those alone, else every array of floats but for quantised weights.
     extra: what the state carries besides, see `TrainState`.
@@ -91,7 +92,8 @@ def init_state(
   chosen, _ = trained(params, trainable)
   leaves = jax.tree_util.tree_leaves_with_path(chosen)
   paths = frozenset(trees.path_string(path) for path, _ in leaves)
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(chosen), extra, paths)
+  opt_state = master_copies(optimizer).init(chosen)
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, extra, paths)
 
 
 def _partition(params: Params, paths: frozenset[str]) -> tuple[PyTree, PyTree]:

@@ -1,17 +1,22 @@
 """One jitted training step for every objective and every placement."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend import core as jex
 from jax.tree_util import Partial
 
 from effjax.core import trees
-from effjax.core.typing import Array, Key, PyTree
+from effjax.core.known import number
+from effjax.core.numerics import wide
+from effjax.core.typing import Array, Key, PyTree, Size
 from effjax.parallel.placement import Anywhere, Placement
+from effjax.train.masters import master_copies
 from effjax.train.objectives import Batch, Objective
 from effjax.train.state import TrainState
 
@@ -48,12 +53,18 @@ class Step:
     """The program for these arguments, or their shapes, to be compiled or looked at."""
     return self.program.lower(self.objective, state, batch, rng)
 
+  def trace(
+    self, state: TrainState, batch: Batch | Mapping[str, jax.ShapeDtypeStruct], rng: Key
+  ) -> jex.ClosedJaxpr:
+    """The program for these arguments, or their shapes, before it is lowered."""
+    return self.program.trace(self.objective, state, batch, rng).jaxpr
+
 
 def make_train_step(
   objective: Objective,
   optimizer: optax.GradientTransformation,
   *,
-  microbatches: int = 1,
+  microbatches: Size = 1,
   placement: Placement | None = None,
   after: After | None = None,
 ) -> Step:
@@ -89,9 +100,8 @@ def make_train_step(
     >>> float(state.params["w"]), float(metrics["loss"])
     (1.0, 1.0)
   """
-  if microbatches < 1:
-    raise ValueError(f"microbatches={microbatches}; allowed: from 1")
-  place = placement or Anywhere()
+  microbatches = number("microbatches", microbatches, integer=True, least=1)
+  place, optimizer = placement or Anywhere(), master_copies(optimizer)
 
   def step(objective: Objective, state: TrainState, batch: Batch, rng: Key):
     chosen, rest = state.partition()
@@ -106,7 +116,7 @@ def make_train_step(
 
     key = jax.random.fold_in(rng, state.step)
     grads, metrics = _accumulate(compute, _split(batch, microbatches), key)
-    norm = optax.tree.norm(grads)
+    norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(wide(x.dtype)), grads))
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     metrics = {**metrics, "grad_norm": norm, "finite": finite}
     updates, opt_state = optimizer.update(grads, state.opt_state, chosen)
@@ -131,25 +141,35 @@ def _split(batch: Batch, parts: int) -> Batch:
 
 
 def _accumulate(compute, parts: Batch, key: Key) -> tuple[PyTree, dict[str, Array]]:
-  """Gradients and metrics averaged over `parts` by "weight", which itself is summed."""
+  """Gradients and metrics averaged over `parts` by "weight", which itself is summed.
+
+  The mean runs along, so that weights of any size are good; while all are 0, parts count alike.
+  """
   count = jax.tree.leaves(parts)[0].shape[0]
   if count == 1:
     return compute(jax.tree.map(lambda x: x[0], parts), key)
 
-  def add(total, inputs):
-    part, key = inputs
+  def add(carry, inputs):
+    (mean, total), (part, key, place) = carry, inputs
     grads, metrics = compute(part, key)
     weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
-    scaled = jax.tree.map(lambda x: weight * x.astype(jnp.float32), (grads, metrics))
-    return jax.tree.map(jnp.add, total, (*scaled, weight)), None
+    total = total + weight
+    share = jnp.where(total == 0, 1 / place, weight / jnp.where(total == 0, 1, total))
+    mean = jax.tree.map(functools.partial(_moved, share), mean, (grads, metrics))
+    return (mean, total), None
 
-  inputs = (parts, jax.random.split(key, count))
-  first = jax.eval_shape(lambda inputs: compute(*inputs), jax.tree.map(lambda x: x[0], inputs))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (*first, jnp.zeros(())))
-  (grads, metrics, weight), _ = jax.lax.scan(add, zeros, inputs)
-  mean = lambda x: x / jnp.maximum(weight, 1e-9)
-  grads = jax.tree.map(lambda x, like: mean(x).astype(like.dtype), grads, first[0])
-  return grads, {
-    **jax.tree.map(mean, metrics),
-    **({"weight": weight} if "weight" in metrics else {}),
-  }
+  inputs = (parts, jax.random.split(key, count), jnp.arange(1.0, count + 1))
+  first = jax.eval_shape(
+    lambda part, key, _: compute(part, key), *jax.tree.map(lambda x: x[0], inputs)
+  )
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
+  ((grads, metrics), weight), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), inputs)
+  grads = jax.tree.map(lambda x, like: x.astype(like.dtype), grads, first[0])
+  return grads, {**metrics, **({"weight": weight} if "weight" in metrics else {})}
+
+
+def _moved(share: Array, mean: Array, x: Array) -> Array:
+  """mean + share · (x − mean), where what has a share of 0 is not read."""
+  x = x.astype(jnp.float32)
+  part = lambda share, x: jnp.where(share != 0, share * x, 0)
+  return part(1 - share, mean) + part(share, x)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from effjax.core.lines import json_lines
+
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 
@@ -39,7 +41,7 @@ def claim(workdir: str | os.PathLike, config: Any, *, free: tuple[str, ...] = ()
   mine = _plain(config)
   path = workdir / CONFIG
   if path.exists():
-    _require_same(workdir, json.loads(path.read_text()), mine, free)
+    _require_same(workdir, read_json(path), mine, free)
     return workdir
   make(workdir)
   write_text(path, json.dumps(mine, indent=2) + "\n")
@@ -55,16 +57,32 @@ def make(directory: str | os.PathLike) -> None:
   try:
     Path(directory).mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise _unwritable(directory, error) from error
+    raise unwritable(directory, error) from error
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """The content of a JSON file.
+
+  Raises:
+    ValueError: when it is not JSON, naming it.
+  """
+  try:
+    return json.loads(Path(path).read_text("utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows of a JSONL file, without a last line that was cut off; [] when there is no file."""
+  """The rows of a JSONL file, without a last line that was cut off; [] when there is no file.
+
+  Raises:
+    ValueError: for a line that is not JSON, naming file and line.
+  """
   path = Path(path)
   if not path.exists():
     return []
-  whole, _, _ = path.read_text().rpartition("\n")
-  return [json.loads(line) for line in whole.splitlines() if line]
+  whole, _, _ = path.read_text("utf-8", errors="replace").rpartition("\n")
+  return [row for _, row in json_lines(whole, path)]
 
 
 def append_row(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
@@ -90,7 +108,7 @@ def append_row(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
       file.flush()
       os.fsync(file.fileno())
   except OSError as error:
-    raise _unwritable(path, error) from error
+    raise unwritable(path, error) from error
 
 
 def write_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -107,13 +125,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   path = Path(path)
   new = path.with_name(path.name + ".new")
   try:
-    with open(new, "w") as file:
+    with open(new, "w", encoding="utf-8") as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
     new.replace(path)
   except OSError as error:
-    raise _unwritable(path, error) from error
+    raise unwritable(path, error) from error
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -148,5 +166,6 @@ def _end_of_last_line(file, block: int = 65536) -> int:
   return 0
 
 
-def _unwritable(path: str | os.PathLike, error: OSError) -> OSError:
+def unwritable(path: str | os.PathLike, error: OSError) -> OSError:
+  """The error of a file that cannot be written, naming it, which Python's own may not."""
   return OSError(error.errno, f"cannot write ({error.strerror})", str(path))

@@ -230,9 +230,7 @@ def _tokenizer(config: Config, corpus, folder: Path):
     return data.tokenizers.load(path)
   sample = (document.text for document in corpus.select(split="train").limited(1_000_000))
   tokenizer = data.tokenizers.build(config.tokenizer, sample, config.vocab)
-  new = path.with_suffix(".new")
-  data.tokenizers.save(tokenizer, new)
-  new.replace(path)
+  data.tokenizers.save(tokenizer, path)
   return tokenizer
 
 

@@ -6,6 +6,7 @@ cases: they differ in every array, among them segment ids, positions, global tok
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,8 @@ class Structure:
     mask: draws a mask, of the same kind each time.
     segments, positions: whether segment ids, and positions of the queries, are given.
     tiles, sizes: those of the XLA and of the fused implementations.
+    scores: draws what is added to the scores, of the same kind each time, or None.
+    learned_cap: whether the soft cap is data, which trains.
   """
 
   shape: tuple[int, ...]
@@ -47,10 +50,13 @@ class Structure:
   positions: bool
   tiles: Tiles
   sizes: Sizes
+  scores: Draw | None = None
+  learned_cap: bool = False
 
   @property
   def options(self) -> dict[str, Any]:
-    return {"scale": self.scale, "logit_softcap": self.softcap}
+    softcap = None if self.learned_cap else self.softcap
+    return {"scale": self.scale, "logit_softcap": softcap}
 
   def draw(self, rng: np.random.Generator) -> tuple[Any, Any]:
     """Arrays (query, key, value, bias, d_out, d_lse), and who sees whom."""
@@ -67,6 +73,10 @@ class Structure:
       "segment_ids": (ids(T), ids(S)) if self.segments else None,
       "query_positions": integers(0, S, T) if self.positions else None,
     }
+    if self.scores is not None:
+      where["scores"] = self.scores(rng)
+    if self.learned_cap:
+      where["logit_softcap"] = np.float32(self.softcap)
     return jax.device_put((arrays, where))
 
 
@@ -78,11 +88,30 @@ def operands(B, T, S, N, K, H, Hv, bias=None, dtype="float32", rng=0) -> list[An
 
 
 def evaluate(attention: Callable, arrays: Any, where: Any) -> tuple[Any, ...]:
-  """out, lse and the gradients of query, key, value and bias."""
+  """out, lse and the gradients of query, key, value and bias, and of the floats in `where`."""
   *inputs, d_out, d_lse = arrays
-  (out, lse), backward = jax.vjp(lambda q, k, v, b: attention(q, k, v, bias=b, **where), *inputs)
+  learned, others = _floats(where), _floats(where, others=True)
+
+  def run(query, key, value, bias, learned):
+    given = jax.tree.map(lambda x, y: y if x is None else x, learned, others, is_leaf=_missing)
+    return attention(query, key, value, bias=bias, **given)
+
+  (out, lse), backward = jax.vjp(run, *inputs, learned)
   d_lse = jnp.where(jnp.isfinite(lse), d_lse.astype(lse.dtype), 0)
-  return out, lse, *jax.tree.leaves(backward((d_out.astype(out.dtype), d_lse)))
+  *gradients, more = backward((d_out.astype(out.dtype), d_lse))
+  more = jax.tree.leaves(more)
+  kept = gradients if more else jax.tree.leaves(gradients)
+  return out, lse, *kept, *more
+
+
+def _floats(where: Any, others: bool = False) -> Any:
+  """`where` with None for all that does not train, or for all that does."""
+  trains = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
+  return jax.tree.map(lambda x: x if trains(x) is not others else None, where)
+
+
+def _missing(x: Any) -> bool:
+  return x is None
 
 
 def programs(
@@ -106,7 +135,10 @@ def exact(**options: Any) -> Callable:
 
   def wide(arrays, where):
     with jax.enable_x64(True):
-      arrays = [None if x is None else jax.device_put(np.asarray(x, np.float64)) for x in arrays]
+      double = lambda x: np.asarray(
+        x, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else None
+      )
+      arrays, where = jax.device_put(jax.tree.map(double, (arrays, where)))
       return jax.tree.map(np.asarray, run(arrays, where))
 
   return wide
@@ -116,16 +148,24 @@ def errors(got: tuple[Any, ...], want: tuple[Any, ...]) -> dict[str, float]:
   """‖got − want‖ / ‖want‖ of each result; infinite where one of the two alone is not finite.
 
   The elements of `want` count as at least `LEAST` on average, for gradients that cancel to nothing;
-  those of a bias shared along keys, which sum what all its queries' log-sum-exps ask for, as at
-  least what so many terms of `LEAST` add up to by chance.
+  those of a bias shared along keys, which sum what all its queries' log-sum-exps ask for, and those
+  of a score's arrays and of a cap, which sum over pairs, as at least what so many terms of `LEAST`
+  add up to by chance.
   """
   found = {}
-  for name, x, y in zip(NAMES, got, want, strict=False):
+  names = itertools.chain(NAMES, (f"d_scores_{n}" for n in itertools.count()))
+  for name, x, y in zip(names, got, want, strict=False):
+    if y is None:
+      continue
     x, finite = np.asarray(x, np.float64), np.isfinite(y)
     if (np.isfinite(x) != finite).any() or (x[~finite] != y[~finite]).any():
       found[name] = np.inf
       continue
-    terms = np.size(want[1]) / y.size if name == "d_bias" and y.shape[3] == 1 else 1.0
+    terms = 1.0
+    if name.startswith("d_scores"):
+      terms = np.size(want[1]) * want[3].shape[1] / y.size
+    elif name == "d_bias" and y.shape[3] == 1:
+      terms = np.size(want[1]) / y.size
     x, y = x[finite], y[finite]
     size = max(np.linalg.norm(y), LEAST * (x.size * terms) ** 0.5)
     found[name] = float(np.linalg.norm(x - y) / size) if x.size else 0.0

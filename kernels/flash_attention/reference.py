@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from effjax.core import numerics
 from effjax.core.typing import Array, Bool, Float, Int
+from effjax.kernels.flash_attention import shown
+from effjax.kernels.flash_attention.tile_map.terms import Terms
 
 
 def attention(
@@ -20,24 +22,31 @@ def attention(
   *,
   mask: Any,
   scale: float,
-  logit_softcap: float | None = None,
+  logit_softcap: float | Float[Array, ""] | None = None,
   bias: Float[Array, "#B #N #T #S"] | None = None,
+  scores: Any = None,
   segment_ids: tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None = None,
   query_positions: Int[Array, "#B T"] | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-  """softmax(softcap(scale·QKᵀ) + bias)V over the keys the mask shows, and its log-sum-exp."""
+  """softmax(softcap(scale·QKᵀ) + bias + scores)V over the keys the mask shows, with its LSE."""
   B, T, N, _ = query.shape
   S, K = key.shape[1:3]
   wide = jnp.promote_types(query.dtype, jnp.float32)
-  grouped = query.reshape(B, T, K, N // K, -1)
-  scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=wide)
-  scores = numerics.softcap(scores.reshape(B, N, T, S) * scale, logit_softcap)
-  if bias is not None:
-    scores = scores + bias.astype(wide)
-  scores = jnp.where(_seen(T, S, mask, segment_ids, query_positions), scores, -jnp.inf)
-  weights, lse = _softmax(scores)
-  weights = weights.reshape(B, K, N // K, T, S).astype(value.dtype)
-  out = jnp.einsum("bkgts,bskh->btkgh", weights, value, preferred_element_type=wide)
+  whole, grouped = (B, N, T, S), (B, K, N // K, T, S)
+  seen = _seen(T, S, mask, segment_ids, query_positions)
+  added = [] if bias is None else [bias.astype(wide)]
+  if scores is not None:
+    terms = Terms.of(scores, None, T, S, query_positions, wide)
+    added.append(terms.dense(query_positions).astype(wide))
+  for each in added:
+    seen = seen & (each != -jnp.inf)
+  seen = jnp.broadcast_to(seen, whole).reshape(grouped)
+  products = shown.pairs(query.reshape(B, T, K, N // K, -1), key, seen).reshape(whole)
+  logits = numerics.softcap(products * scale, logit_softcap)
+  for each in added:
+    logits = logits + each
+  weights, lse = _softmax(jnp.where(seen.reshape(whole), logits, -jnp.inf))
+  out = shown.rows(weights.reshape(grouped).astype(value.dtype), value, seen)
   return out.reshape(B, T, N, -1).astype(query.dtype), jnp.swapaxes(lse, 1, 2)
 
 
@@ -52,10 +61,10 @@ def _seen(T: int, S: int, mask: Any, segment_ids: Any, positions: Any) -> Bool[A
 def _softmax(scores: Float[Array, "B N T S"]) -> tuple[Array, Array]:
   """Weights and log-sum-exp over the last axis; zeros and −inf for a row of −inf."""
   top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-  top = jnp.where(jnp.isfinite(top), top, 0.0)
+  top = jnp.where(jnp.isfinite(top), top, 0)
   weights = jnp.exp(scores - top)
   total = weights.sum(axis=-1, keepdims=True)
-  some = total > 0
-  safe = jnp.where(some, total, 1.0)
-  lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
+  none = total == 0
+  safe = jnp.where(none, 1, total)
+  lse = jnp.where(none, -jnp.inf, top + jnp.log(safe))
   return weights / safe, lse[..., 0]

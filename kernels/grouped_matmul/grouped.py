@@ -1,5 +1,6 @@
 """One of several weights for each row, standing where one weight stood."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from effjax.kernels.grouped_matmul.grouped_linear import grouped_linear
 from effjax.kernels.grouped_matmul.reference import group_of_row
 
 
-@register(static=("rows",), kind="wrapper")
+@register(static=("length",), kind="wrapper")
 class Grouped(Weight):
   """W[e] for the rows of group e: a module that is given these computes E modules at once.
 
@@ -22,7 +23,7 @@ class Grouped(Weight):
   Invariants:
     base: [E, …], an array or `Weight`; the shape is without E.
     sizes: rows of each group, [E] or [P, E], as in `grouped_linear`.
-    rows: M; activations are [..., D] of M rows in the order of the groups.
+    length: M; activations are [..., D] of M rows in the order of the groups.
 
   Example:
     >>> w = Grouped(jnp.array([[[1.0]], [[10.0]]]), jnp.array([1, 2]), 3)
@@ -32,7 +33,7 @@ class Grouped(Weight):
 
   base: PyTree
   sizes: PyTree
-  rows: int
+  length: int
 
   def check(self) -> None:
     if len(self.base.shape) not in (2, 3):
@@ -56,13 +57,14 @@ class Grouped(Weight):
   def along(self, x: Float[Array, "... F"]) -> Float[Array, "... F"]:
     self._check_rows(x)
     sizes = self.sizes.reshape(-1, self.sizes.shape[-1])
-    group = jax.vmap(lambda each: group_of_row(each, self.rows // sizes.shape[0]))
-    of_row = lambda sizes, base: jnp.take(base, group(sizes).reshape(-1), axis=0, mode="clip")
+    group = jax.vmap(lambda each: group_of_row(each, self.length // sizes.shape[0]))
+    take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)  # 0 past the last group
+    of_row = lambda sizes, base: take(base, group(sizes).reshape(-1))
     return spmd.map_rows(of_row, sizes, self.base).reshape(*x.shape[:-1], *self.shape)
 
   @property
   def T(self) -> "Grouped":
-    return Grouped(transpose(self.base), self.sizes, self.rows)
+    return Grouped(transpose(self.base), self.sizes, self.length)
 
   def materialize(self) -> Array:
     raise ValueError(
@@ -71,10 +73,10 @@ class Grouped(Weight):
 
   def _affine(self, x: Array, bias: PyTree) -> Array:
     self._check_rows(x)
-    rows = x.reshape(self.rows, x.shape[-1])
+    rows = x.reshape(self.length, x.shape[-1])
     return grouped_linear(rows, self.base, self.sizes, bias).reshape(*x.shape[:-1], self.shape[-1])
 
   def _check_rows(self, x: Array) -> None:
-    if x.size != self.rows * x.shape[-1]:
+    if x.size != self.length * x.shape[-1]:
       given = f"activations {x.shape} against {self!r}"
-      raise ValueError(f"{given}; allowed: {self.rows} rows, as many as were sorted by group")
+      raise ValueError(f"{given}; allowed: {self.length} rows, as many as were sorted by group")

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from effjax.core import numerics, spmd, trees
+from effjax.core.known import known
 from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.core.weights import Weight, product
 from effjax.kernels.grouped_matmul import reference, tiles
@@ -18,7 +19,7 @@ IMPLEMENTATIONS = (None, "tiles", "ragged", "reference")
 def grouped_linear(
   x: Float[Array, "M D"],
   w,
-  group_sizes: Int[Array, "E"] | Int[Array, "P E"],
+  group_sizes: Int[Array | np.ndarray, "E"] | Int[Array | np.ndarray, "P E"],
   bias: Float[Array, "E F"] | None = None,
   *,
   implementation: str | None = None,
@@ -33,8 +34,9 @@ def grouped_linear(
   Args:
     x: [M, D], sorted by group.
     w: an array [E, D, F], or a `Weight` of that shape; gradients reach its floating-point leaves.
-    group_sizes: [E], non-negative, of sum at most M; or [P, E], when x is P parts of M / P rows
-      laid end to end, each sorted by itself. In `spmd.rows_split` each device multiplies its own.
+    group_sizes: [E], non-negative, of sum at most M, which traced ones have to keep to; or [P, E],
+      when x is P parts of M / P rows laid end to end, each sorted by itself. In `spmd.rows_split`
+      each device multiplies its own.
     bias: [E, F], or None.
     implementation: "tiles" loops over tiles of rows and uses any `Weight` as it is; "ragged" is
       `jax.lax.ragged_dot` on arrays, those of a `Weight` as its `product` says, and costs E times
@@ -42,7 +44,8 @@ def grouped_linear(
       elsewhere.
 
   Raises:
-    ValueError: when shapes do not fit, or for another implementation.
+    ValueError: when shapes do not fit, for sizes that are no integers or, where they are known,
+      negative or of more rows than there are, or for another implementation.
 
   Example:
     >>> w = jnp.array([[[1.0]], [[10.0]]])
@@ -50,7 +53,7 @@ def grouped_linear(
     [[1.0], [10.0], [10.0], [0.0]]
   """
   _check(x, w, group_sizes, bias, implementation)
-  sizes = group_sizes.reshape(-1, group_sizes.shape[-1])
+  sizes = jnp.asarray(group_sizes).reshape(-1, group_sizes.shape[-1])
 
   def parts(w, x, sizes, bias):
     on_part = functools.partial(_on_parts, implementation)
@@ -157,8 +160,20 @@ def _check(x, w, group_sizes, bias, implementation) -> None:
   if group_sizes.shape not in ((experts,), (parts, experts)) or x.shape[0] % parts:
     allowed = f"({experts},), or (P, {experts}) with a P that divides {x.shape[0]} rows"
     raise ValueError(f"grouped_linear: group_sizes {group_sizes.shape}; allowed: {allowed}")
+  _check_sizes(group_sizes, x.shape[0] // parts)
   if bias is not None and bias.shape != (experts, width):
     raise ValueError(f"grouped_linear: bias {bias.shape}; allowed: ({experts}, {width})")
   if implementation not in IMPLEMENTATIONS:
     allowed = f"one of {IMPLEMENTATIONS}"
     raise ValueError(f"grouped_linear: implementation={implementation!r}; allowed: {allowed}")
+
+
+def _check_sizes(group_sizes, rows: int) -> None:
+  if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+    raise ValueError(f"grouped_linear: group_sizes of {group_sizes.dtype}; allowed: integers")
+  sizes = known(group_sizes)
+  if sizes is None:
+    return
+  if sizes.min(initial=0) < 0 or sizes.sum(axis=-1).max(initial=0) > rows:
+    allowed = f"from 0, together up to {rows} rows"
+    raise ValueError(f"grouped_linear: group_sizes {sizes.tolist()}; allowed: {allowed}")

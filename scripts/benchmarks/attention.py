@@ -9,8 +9,9 @@ cores work on one tile together, and torch little. A contender that takes over 1
 once.
 Memory is what the compiled forward + backward holds beside its arguments and results, and the
 exponent e of its growth as N^e. Sparse patterns at the pattern length are compared with dense
-attention by the time for a visited pair, a pair of a tile that is not empty. The last line is one
-JSON object.
+attention by the time for a visited pair, a pair of a tile that is not empty. ALiBi at the longest
+length is compared with the same as a bias, which the program works out. The last line is one JSON
+object.
 """
 
 import json
@@ -25,6 +26,7 @@ from absl import app, flags
 from effjax import cost
 from effjax.attention import attend
 from effjax.attention.masks import Causal, Full, Mask, SlidingWindow, bigbird
+from effjax.attention.scores import ALiBi
 from effjax.cost.timing import interleaved, medians
 from effjax.kernels.flash_attention.tiled.tiles import choose
 
@@ -35,6 +37,7 @@ DTYPES = flags.DEFINE_list("dtypes", ["float32"], "Types: float32, bfloat16.")
 WINDOW = flags.DEFINE_integer("window", 256, "Keys before its own that a windowed query sees.")
 PATTERN_LENGTH = flags.DEFINE_integer("pattern_length", 16384, "Length of the sparse patterns.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of interleaved timings.")
+ADDED = ("scores", "bias", "neither")
 PATIENCE = 15.0  # seconds: a contender slower than this is timed once
 
 Contenders = dict[str, Callable[[], object]]
@@ -51,6 +54,18 @@ def inputs(length: int, dtype: str) -> list[jax.Array]:
 def tiled(mask: Mask) -> Callable:
   """Our attention through `mask`."""
   return lambda q, k, v: attend(q, k, v, mask=mask, implementation="xla")
+
+
+def added(kind: str) -> Callable:
+  """Ours, causal, with ALiBi "scores", the same as a "bias", or neither."""
+  alibi = ALiBi.standard(HEADS.value)
+
+  def attention(q, k, v):
+    given = {"scores": alibi} if kind == "scores" else {}
+    given |= {"bias": alibi.dense(q.shape[1])} if kind == "bias" else {}
+    return attend(q, k, v, mask=Causal(), implementation="xla", **given)
+
+  return attention
 
 
 def plain(q, k, v):
@@ -164,7 +179,7 @@ def main(_):
     "window": SlidingWindow(WINDOW.value, WINDOW.value),
     "bigbird": bigbird(jax.random.key(0), sparse_length),
   }
-  dense, narrow, sparse = {}, {}, {}
+  dense, narrow, sparse, alibi = {}, {}, {}, {}
   for direction in ("forward", "forward_backward"):
     backward = direction != "forward"
     for dtype in DTYPES.value:
@@ -172,7 +187,11 @@ def main(_):
         dense[f"{dtype}_{length}_{direction}"] = peers(length, dtype, backward)
     narrow[f"{longest}_{direction}"] = masked(window, longest, backward)
     sparse[direction] = masked(patterns, sparse_length, backward)
-  found = timed(dense | narrow | sparse)
+    arrays = inputs(longest, "float32")
+    alibi[f"alibi_{longest}_{direction}"] = {
+      kind: bound(added(kind), arrays, backward) for kind in ADDED
+    }
+  found = timed(dense | narrow | sparse | alibi)
 
   result = {"device": jax.default_backend(), "jax": jax.__version__}
   print("Time, ms (causal)")
@@ -202,7 +221,16 @@ def main(_):
     for kind in ("window", "bigbird"):
       result |= ratios(f"{kind}_{name}_pair_over_dense", each, kind, "dense")
 
+  print(f"ALiBi at {longest}, ms")
+  for name in alibi:
+    rows(name, found[name])
+    for other in ("bias", "neither"):
+      result |= ratios(f"{name}_over_{other}", found[name], "scores", other)
+
   print("Temporaries of forward + backward, MiB")
+  sizes = {kind: temporaries(added(kind), longest) for kind in ADDED}
+  row(f"alibi_{longest}", sizes, 2**-20)
+  result |= {f"memory_bytes_alibi_{kind}": size for kind, size in sizes.items()}
   for name, function in (("effjax", tiled(Causal())), ("jax.nn", plain)):
     sizes = [temporaries(function, length) for length in lengths]
     row(name, dict(zip(map(str, lengths), sizes, strict=True)), 2**-20)

@@ -8,19 +8,32 @@ import jax
 import jax.numpy as jnp
 
 from effjax.attention.masks import Causal, Documents, Full
+from effjax.attention.scores import ALiBi, RelativeBias, Term
 from effjax.kernels.flash_attention.fused import frame, gpu, tpu
 from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
 from effjax.kernels.flash_attention.fused.sizes import Sizes, choose
 
 KERNELS = ("forward", "queries", "keys", "bias")
-MASKS = {"full": lambda ids: Full(), "causal": lambda ids: Causal(), "documents": Documents}
+causal = lambda ids: Causal()
+MASKS = {"full": lambda ids: Full(), "causal": causal, "documents": Documents}
+MASKS |= dict.fromkeys(("bias", "alibi", "relative", "term", "cap"), causal)
 BATCH, LENGTH, HEADS, GROUPS = 4, 4096, 8, 4  # more than VMEM holds, so that tiles are streamed
+_TERM = lambda q, k, a, b, w: a * b + w * (q - k < 9)
+# What goes on beside a causal mask, by the name in the mask's place, from an array [32, HEADS].
+SCORES = {
+  "alibi": lambda x: {"scores": ALiBi.standard(HEADS)},
+  "relative": lambda x: {"scores": RelativeBias(x)},
+  "term": lambda x: {
+    "scores": Term(_TERM, {"a": x[:1, :, None]}, {"b": jnp.zeros((1, 1, LENGTH))}, {"w": x.T[None, :, :31]})
+  },
+  "cap": lambda x: {"logit_softcap": 30 + x[0, 0]},
+}
 _PLATFORMS = {"gpu": gpu.KERNELS, "tpu": tpu.KERNELS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A type, a head width, a mask: "bfloat16-128-causal"."""
+  """A type, a head width, a mask or what else there is: "bfloat16-128-causal"."""
 
   dtype: str
   width: int
@@ -55,18 +68,19 @@ class Case:
     return choose(platform, self.dtype, self.width, length, length, device)
 
   def arguments(self, kernel: str, length: int = LENGTH) -> tuple[Any, ...]:
-    """Shapes and types of query, key, value, ids and, for its own kernel, a bias."""
+    """Shapes and types of query, key, value, ids, a table of scores and, where it is used, a bias."""
     array = lambda heads: (BATCH, length, heads, self.width)
     shapes = [array(HEADS), array(GROUPS), array(GROUPS)]
     *heads, bias = (
       jax.ShapeDtypeStruct(shape, self.dtype) for shape in [*shapes, (1, HEADS, length, length)]
     )
     ids = jax.ShapeDtypeStruct((BATCH, length), jnp.int32)
-    return *heads, ids, bias if kernel == "bias" else None
+    table = jax.ShapeDtypeStruct((32, HEADS), jnp.float32)
+    return *heads, ids, table, bias if "bias" in (kernel, self.mask) else None
 
   def draw(self, kernel: str, length: int = LENGTH) -> tuple[Any, ...]:
     """Random `arguments`; one document."""
-    keys = iter(jax.random.split(jax.random.key(0), 4))
+    keys = iter(jax.random.split(jax.random.key(0), 5))
     return jax.tree.map(
       lambda x: (
         jax.random.normal(next(keys), x.shape, x.dtype)
@@ -83,18 +97,16 @@ def program(
   """A function of the case's arguments that runs one kernel, in the table's sizes by default."""
   kernels = _alone(_PLATFORMS[platform], kernel)
 
-  def run(query, key, value, ids, bias):
+  def run(query, key, value, ids, table, bias):
     attention = lambda *arrays: frame.attention(
       kernels,
       *arrays[:3],
       bias=arrays[3],
       mask=MASKS[case.mask](ids),
       scale=case.width**-0.5,
-      logit_softcap=None,
-      segment_ids=None,
-      query_positions=None,
       sizes=sizes,
       interpret=interpret,
+      **SCORES.get(case.mask, lambda table: {})(table),
     )
     if kernel == "forward":
       return attention(query, key, value, bias)

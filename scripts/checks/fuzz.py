@@ -3,20 +3,23 @@
     scripts/fuzz_attention --cases 2000
 
 Shapes, types, groups of heads, masks (composed ones, masks of heads, of the batch and of data),
-segments, soft caps, biases and ragged lengths are drawn; kernels run interpreted. For values and
+segments, soft caps, biases, scores (of queries, keys and distances, and sums of them) and ragged
+lengths are drawn; kernels run interpreted. For values and
 all gradients, ‖x − float64‖ / ‖float64‖ must stay within 2e-6 in float32, 1e-2 in bfloat16, 2e-3
 in float16. Ends with a line of JSON, and with status 1 if a case failed; a failing structure is
 named by a seed that draws it again.
 """
 
+import dataclasses
 import json
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from effjax.attention import masks
+from effjax.attention import masks, scores
 from effjax.kernels.flash_attention import cases
 from effjax.kernels.flash_attention.fused.sizes import Size, Sizes
 from effjax.kernels.flash_attention.tiled.tiles import Tiles
@@ -62,7 +65,7 @@ def structure(rng: np.random.Generator) -> cases.Structure:
   size = lambda: Size(side(), side())
   divisor = lambda n: pick(*(d for d in range(1, n + 1) if n % d == 0))
   heads = divisor(K)
-  return cases.Structure(
+  drawn = cases.Structure(
     shape=(B, T, S, K, G, pick(4, 8, 16, 24), pick(4, 8, 16)),
     dtype=pick("float32", "float32", "bfloat16", "float16"),
     scale=pick(0.25, 0.4),
@@ -76,6 +79,8 @@ def structure(rng: np.random.Generator) -> cases.Structure:
     ),
     sizes=Sizes(size(), size(), size()),
   )
+  learned = drawn.softcap is not None and bool(rng.random() < 0.5)
+  return dataclasses.replace(drawn, scores=_scores(rng, drawn.dtype, whole), learned_cap=learned)
 
 
 def _mask(
@@ -124,6 +129,45 @@ def _leaves(rng: np.random.Generator, whole: tuple[int, ...], positions: bool) -
     draws.append(lambda r: masks.Global(integers(r, -1, S, B, 2)))
     draws.append(lambda r: masks.Documents(np.sort(integers(r, -1, 4, B, S), axis=1)))
   return draws
+
+
+def _scores(rng: np.random.Generator, dtype: str, whole: tuple[int, ...]) -> cases.Draw | None:
+  """A score of one kind, two of them added, or none."""
+  kinds = _kinds(rng, dtype, whole)
+  first, second = (kinds[n] for n in rng.integers(len(kinds), size=2))
+  number = rng.choice(3, p=(0.5, 0.3, 0.2))
+  return (None, first, lambda r: first(r) + second(r))[number]
+
+
+def _kinds(rng: np.random.Generator, dtype: str, whole: tuple[int, ...]) -> list[cases.Draw]:
+  """One draw for each kind of score that goes with the sizes."""
+  B, N, T, S = whole
+  number = lambda least, most: int(rng.integers(least, most + 1))
+  normal = lambda r, *shape: r.normal(0, 0.5, shape).astype(np.float32)
+  buckets, heads, most = 2 * number(2, 8), (1, N)[number(0, 1)], number(10, 90)
+  both = bool(number(0, 1))
+  shapes = [
+    ((1, B)[number(0, 1)], (1, N)[number(0, 1)], length)
+    for length in ((1, T)[number(0, 1)], S, 2 * number(0, 30) + 1)
+  ]
+  told = {"heads": (1, N)[number(0, 1)], "batch": (1, B)[number(0, 1)]}
+
+  def own(r: np.random.Generator) -> scores.Term:
+    u, w, z = (normal(r, *shape) for shape in shapes)
+    return scores.Term(_own, {"u": u}, {"w": w}, {"z": z}, **told)
+
+  # A slope's gradient is a sum of distances, in half precision one of their roundings.
+  slopes = (lambda r: np.abs(normal(r, N)) / 4) if dtype == "float32" else lambda r: (0.25,) * N
+  return [
+    lambda r: scores.ALiBi.standard(N),
+    lambda r: scores.ALiBi(slopes(r)),
+    lambda r: scores.RelativeBias(normal(r, buckets, heads), both, most),
+    own,
+  ]
+
+
+def _own(q, k, u, w, z, head=0, batch=0):
+  return jnp.sin(u * w) + z * u + 0.1 * (head - batch) * ((q + k) % 3)
 
 
 def main(_):

@@ -8,6 +8,7 @@ import pytest
 
 from effjax.attention.linear import LinearAttention, LinearState, feature_map, linear_attention
 from effjax.layers import Context
+from tests.modules import normal
 
 B, T, N, H = 2, 11, 2, 4
 PACKED = jnp.array([[5, 5, 5, 2, 2, 2, 2, 2, 2, 0, 0], [-1, -1, 1, 1, -1, 1, 1, 4, 4, 4, -1]])
@@ -73,6 +74,38 @@ def test_padding_gives_nothing_even_where_it_is_not_finite(arrays):
   np.testing.assert_array_equal(y, other)
   np.testing.assert_array_equal(state.sums, same.sums)
   assert not y[PACKED < 0].any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_is_not_finite_reaches_those_who_see_it_alone(arrays, causal):
+  @jax.jit
+  def run(dy, *arrays):
+    apply = lambda *arrays: linear_attention(*arrays, causal=causal, segment_ids=PACKED, chunk=4)
+    y, pull, _ = jax.vjp(apply, *arrays, has_aux=True)
+    return y, *pull(dy)
+
+  ids, dy = np.asarray(PACKED), np.array(normal(B, T, N, H, seed=1))
+  spoilt = ((ids == 2) | (ids == 4) | (ids < 0))[..., None, None]  # documents, and padding
+  dy = np.where(spoilt, np.float32(0), dy)
+  others = lambda arrays: [np.where(spoilt, 0, x) for x in arrays]
+  clean = others(run(dy, *arrays))
+  for fill in np.float32([np.nan, np.inf, 1e30]):
+    bad = run(dy, *(np.where(spoilt, fill, x) for x in arrays))
+    chex.assert_trees_all_close(others(bad), clean, atol=1e-6)
+
+
+def test_what_is_not_finite_stays_visible(arrays):
+  q, k, v = arrays
+  for spoilt in ((q, k.at[0, 6].set(jnp.nan), v), (q, k, v.at[0, 6].set(jnp.inf))):
+    y, state = attention(*spoilt, segment_ids=PACKED, chunk=4)
+    lost = np.isnan(y).all((-1, -2))
+    assert lost[0].tolist() == [False] * 6 + [True] * 3 + [False] * 2 and not lost[1].any()
+    _, state = attention(*(x[:, :8] for x in spoilt), segment_ids=PACKED[:, :8], chunk=4)
+    after = [x[:, 8:9] for x in arrays]
+    y, _ = attention(*after, segment_ids=PACKED[:, 8:9], state=state)
+    assert np.isnan(y[0]).all() and np.isfinite(y[1]).all()
+  y, _ = attention(q.at[0, 6].set(jnp.nan), k, v, segment_ids=PACKED, chunk=4)
+  assert np.flatnonzero(np.isnan(y).all((-1, -2))[0]).tolist() == [6]
 
 
 def test_a_token_reaches_later_ones_of_its_segment_only(arrays):

@@ -68,7 +68,8 @@ def test_a_token_reaches_its_neighbours_in_its_segment_only(causal):
 def test_padding_gives_nothing_even_where_it_is_not_finite():
   spoilt = jnp.where((PACKED < 0)[..., None], jnp.nan, X)
   y = convolution(X, DYNAMIC, causal=False, segment_ids=PACKED)
-  other = convolution(spoilt, DYNAMIC, causal=False, segment_ids=PACKED)
+  taps = jnp.where((PACKED < 0)[..., None, None], jnp.nan, DYNAMIC)
+  other = convolution(spoilt, taps, causal=False, segment_ids=PACKED)
   np.testing.assert_array_equal(y, other)
   assert not y[PACKED < 0].any()
 

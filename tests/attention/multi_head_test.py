@@ -1,5 +1,6 @@
 """The attention module against torch, and its variants against one another."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +58,21 @@ def test_cross_attention_reads_unpadded_memory_only(x, key):
   padded, _ = apply(params, x, Context(memory=memory, memory_segment_ids=ids))
   short, _ = apply(params, x, Context(memory=memory[:, :3]))
   np.testing.assert_allclose(padded, short, atol=1e-6)
+
+  run = jax.jit(lambda params, x, memory: _cross_vjp(module, params, x, memory, ids))
+  clean = run(params, x, memory)
+  spoilt = run(params, x, memory.at[:, 3].set(jnp.nan).at[:, 4].set(-jnp.inf))
+  chex.assert_trees_all_equal(spoilt, clean)
+  assert not clean[-1][:, 3:].any()
+
+
+def _cross_vjp(module, params, x, memory, ids):
+  """y, and the gradients of parameters, x and memory."""
+  context = lambda memory: Context(memory=memory, memory_segment_ids=ids)
+  y, pull = jax.vjp(
+    lambda params, x, memory: module.apply(params, x, context(memory))[0], params, x, memory
+  )
+  return y, *pull(y)
 
 
 def test_flops_count_projections_and_visible_keys():

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from effjax.attention import attend, masks, ring_attend
 from effjax.attention.masks import Causal, Documents, Full, Global, SlidingWindow, longformer
+from effjax.attention.scores import ALiBi, RelativeBias, Term
 
 B, T, N, K, H, DEVICES = 2, 48, 4, 2, 8, 8
 IDS = jnp.array([[0] * 10 + [1] * 25 + [2] * 9 + [-1] * 4, [4] * 48])
@@ -99,6 +100,40 @@ def test_segments_and_a_batch_split_too():
   arrays[-1] = jnp.where((IDS < 0)[..., None], 0, arrays[-1])
   out, lse, *_ = check(arrays, Causal(), batch=2, segment_ids=IDS, logit_softcap=1.5, scale=0.7)
   assert (out[0, 44:] == 0).all() and (lse[0, 44:] == arrays[3][None]).all()
+
+
+def test_scores_and_their_gradients():
+  """Of arrays and a soft cap that every device has whole; distances beyond the last one's too."""
+  rng = np.random.default_rng(1)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  own = Term(
+    lambda q, k, u, w, z, head: jnp.sin(u * w) + z * u - 0.01 * head * abs(q - k),
+    queries={"u": normal(B, 1, T)},
+    keys={"w": normal(1, N, T)},
+    distances={"z": normal(B, N, 21)},
+    heads=N,
+  )
+  scores = ALiBi.standard(N) + RelativeBias(normal(8, N), True, 20) + own
+  spec, arrays, cap = P("batch", "ring"), problem(), jnp.float32(1.5)
+
+  def local(q, k, v, sinks, scores, cap):
+    options = {"mask": Causal(), "sinks": sinks, "logit_softcap": cap, "return_lse": True}
+    return ring_attend(q, k, v, axis="ring", scores=scores, **options)
+
+  def all_of(function, scores, cap):
+    run = lambda q, k, v, sinks, given: function(q, k, v, sinks, *given)
+    gradients = lambda *x: jax.vjp(run, *x[:4], (scores, cap))
+    results, backward = jax.jit(gradients)(*arrays[:4])
+    return jax.tree.leaves((results, backward(tuple(arrays[4:]))))
+
+  whole = jax.shard_map(
+    local, mesh=mesh(), in_specs=(spec,) * 3 + (P(),) * 3, out_specs=(spec, spec)
+  )
+  alone = lambda q, k, v, sinks, scores, cap: attend(
+    q, k, v, mask=Causal(), sinks=sinks, scores=scores, logit_softcap=cap, return_lse=True
+  )
+  for x, y in zip(all_of(whole, scores, cap), all_of(alone, scores, cap), strict=True):
+    np.testing.assert_allclose(x, y, rtol=0, atol=4e-6 * max(np.abs(y).max(), 1))
 
 
 @pytest.mark.slow

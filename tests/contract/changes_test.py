@@ -123,18 +123,22 @@ def test_microbatches_are_the_batch(row):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def routed(router, params, rows, mask):
-  """The experts and gates of `rows`, what was sown, and gradients of both by the rows."""
+def routed(router, params, rows, mask, masked):
+  """The experts and gates of `rows`, what was sown, and gradients of rows and parameters.
 
-  def total(rows):
+  The cotangents of the gates are 1, and `masked` where the mask is False.
+  """
+
+  def apply(rows, params):
     routing, sown = router.apply(
       {"params": params}, rows, Context(), mask, mutable=["losses", "metrics"]
     )
-    kept = jnp.where(mask[:, None], routing.gates, 0)
-    return kept.sum() + sum(map(jnp.sum, jax.tree.leaves(sown["losses"]))), (routing, sown)
+    losses = sum(map(jnp.sum, jax.tree.leaves(sown["losses"])))
+    return (routing.gates, losses), (routing, sown)
 
-  grads, (routing, sown) = jax.grad(total, has_aux=True)(rows)
-  return routing.experts, routing.gates, sown, grads
+  (gates, _), pull, (routing, sown) = jax.vjp(apply, rows, params, has_aux=True)
+  weights = jnp.where(mask[:, None], jnp.ones_like(gates), masked)
+  return routing.experts, gates, sown, *pull((weights, jnp.ones(())))
 
 
 @each("row", ROUTERS)
@@ -142,8 +146,10 @@ def test_a_router_decides_for_each_token_and_padding_has_no_influence(row):
   assert isinstance(row.router, Router)
   rows, real = np.asarray(X).reshape(-1, D), np.arange(B * T) % 3 > 0
   params = random_params(row.router, rows, Context(), real)
-  run = lambda rows: jax.tree.map(np.asarray, routed(row.router, params, rows, real))
-  experts, gates, sown, grads = run(rows)
+  run = lambda *given: jax.tree.map(
+    np.asarray, routed(row.router, params, given[0], real, given[1])
+  )
+  experts, gates, sown, grads, slopes = run(rows, np.float32(0))
   k = experts.shape[1]
   assert experts.shape == gates.shape == (B * T, k) and row.router.used <= k
   assert ((experts >= 0) & (experts < row.router.experts)).all()
@@ -151,11 +157,15 @@ def test_a_router_decides_for_each_token_and_padding_has_no_influence(row):
   if row.sums is not None:
     np.testing.assert_allclose(gates.sum(1), row.sums, rtol=1e-5)
   poisoned = np.where(real[:, None], rows, np.float32(np.nan))
-  other_experts, other_gates, other_sown, other_grads = run(poisoned)
+  other_experts, other_gates, other_sown, other_grads, other_slopes = run(
+    poisoned, np.float32(np.nan)
+  )
   np.testing.assert_array_equal(other_experts[real], experts[real])
   np.testing.assert_array_equal(other_gates[real], gates[real])
   chex.assert_trees_all_close(other_sown, sown, rtol=1e-6)
   np.testing.assert_allclose(other_grads[real], grads[real], rtol=1e-5, atol=1e-7)
+  chex.assert_trees_all_equal(other_slopes, slopes)
+  assert not other_grads[~real].any() and np.isfinite(grads).all()
   assert row.router.flops(D, T) >= 0 and set(row.router.axes) == {"kernel"}
 
 

@@ -19,7 +19,7 @@ import effjax
 from effjax.core.register import REPRESENTATIONS, register
 from effjax.core.typing import PyTree
 from effjax.core.weights import Weight
-from effjax.layers import Linear
+from effjax.layers import Linear, without_padding
 from effjax.parallel import Placement
 from tests.contract import changes, layers_test, weights, weights_test
 from tests.contract.layers import ROWS, LayerSpec, config, layer, model
@@ -148,11 +148,12 @@ class Forgetful(nn.Module):
   rewinds = True
 
   @nn.compact
+  @without_padding
   def __call__(self, x, context=None, cache=None):
     seen = jnp.tril(jnp.ones((x.shape[1],) * 2))
     present = 1.0 if context is None or context.segment_ids is None else context.segment_ids >= 0
     seen = seen[None] * jnp.broadcast_to(present, x.shape[:2])[:, None]
-    mean = seen @ jnp.nan_to_num(x) / jnp.maximum(seen.sum(-1, keepdims=True), 1)
+    mean = seen @ x / jnp.maximum(seen.sum(-1, keepdims=True), 1)
     return Linear(x.shape[-1], name="out")(mean.astype(x.dtype)), cache
 
   def init_cache(self, width, batch, length, dtype=jnp.float32):
@@ -160,6 +161,26 @@ class Forgetful(nn.Module):
 
   def flops(self, width, length, queries=None):
     return 2.0 * width**2
+
+
+class Careless(nn.Module):
+  """A linear feed-forward layer that reads padding too."""
+
+  @nn.compact
+  def __call__(self, x, context=None):
+    return Linear(x.shape[-1], name="out")(x)
+
+  def flops(self, width, length, queries=None):
+    return 2.0 * width**2
+
+
+def test_every_row_but_norms_promises_that_padding_has_no_influence():
+  assert {row.name for row in ROWS if not row.padding} == {"RMSNorm", "LayerNorm"}
+
+
+def test_a_layer_that_reads_padding_fails():
+  failed = fails(layer("wrong", Careless(), padding=True), layers_test)
+  assert failed == ["test_what_is_masked_has_no_influence"]
 
 
 def test_a_weight_whose_scale_lacks_the_leading_axes_fails():

@@ -25,7 +25,7 @@ from effjax.attention import (
 from effjax.attention.masks import Causal, Full, SlidingWindow
 from effjax.core.typing import PyTree
 from effjax.layers import MLP, Context, LayerNorm, RMSNorm, Rope
-from effjax.layers.spec import LayerSpec, TransformerConfig
+from effjax.layers.spec import LayerSpec, Mixer, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models.transformer import Transformer
 from effjax.moe import MoE, TopK
@@ -55,7 +55,8 @@ class Row:
     inputs: what it is computed on, the batch first.
     causal: y[t] does not depend on inputs after t.
     pointwise: y[t] depends on inputs at t alone.
-    padding: takes segment_ids; a negative one keeps that input from every other output.
+    padding: takes segment_ids; where they are negative, neither inputs nor cotangents have any
+      influence.
     packed: sequences packed into a row, by segment_ids and positions, do not know one another.
     decodes: with a cache, token by token, it gives what it gives for the whole, absent tokens
       (negative segment ids) at the end of some rows and at the beginning of others.
@@ -97,13 +98,21 @@ class Row:
 
   def run(self, params, inputs, ids, positions, cache=None) -> tuple[jax.Array, Any]:
     """y and the new cache, for some of the tokens."""
-    variables = {"params": params}
+    (y, cache), _ = self.sown(params, inputs, ids, positions, cache)
+    return y, cache
+
+  def sown(self, params, inputs, ids, positions, cache=None) -> tuple[tuple[jax.Array, Any], Any]:
+    """What `run` gives, and what was sown."""
+    facts = {"segment_ids": ids, "positions": positions}
+    given = ((Context(**facts),), {})
     if isinstance(self.module, Transformer):
-      facts = {"segment_ids": ids, "positions": positions, "cache": cache}
-      y = self.module.apply(variables, inputs, **facts)
-      return y if cache is not None else (y, None)
-    context = Context(segment_ids=ids, positions=positions)
-    return self.module.apply(variables, inputs, context, cache)
+      given = ((), facts | {"cache": cache})
+    elif isinstance(self.module, Mixer):
+      given = ((*given[0], cache), {})
+    y, sown = self.module.apply(
+      {"params": params}, inputs, *given[0], **given[1], mutable=["losses", "metrics", "statistics"]
+    )
+    return y if isinstance(y, tuple) else (y, None), sown
 
   def empty_cache(self, batch: int, length: int) -> Any:
     sizes = (batch, length) if isinstance(self.module, Transformer) else (D, batch, length)
@@ -215,8 +224,8 @@ POINT = {"causal": True, "pointwise": True}
 ROWS = [
   layer("RMSNorm", RMSNorm(), **POINT),
   layer("LayerNorm", LayerNorm(), reduces=centred_rms_norm, **POINT),
-  layer("MLP", MLP(24, "relu", use_bias=True), **POINT),
-  layer("SwiGLU", SWIGLU, **POINT),
+  layer("MLP", MLP(24, "relu", use_bias=True), padding=True, **POINT),
+  layer("SwiGLU", SWIGLU, padding=True, **POINT),
   layer("MoE", SMALL_MOE, padding=True, **POINT,
         reduces=same_as(MoE(TopK(1, 1), SWIGLU), SWIGLU, first_expert)),
   layer("MHA", MHA, **CAUSAL),

@@ -8,9 +8,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from effjax.core import trees
+from effjax.models import Transformer
 from effjax.parallel import make_mesh
 from effjax.train import Checkpoints
-from tests.contract.layers import PADDED, ROWS, TOKENS, B, T, V
+from tests.contract.layers import PADDED, ROWS, TOKENS, B, D, T, V
+from tests.modules import normal
 
 POSITIONS = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
 
@@ -109,6 +111,46 @@ def test_padding_does_not_matter(row):
     assert_close(np.asarray(y)[real], np.asarray(row.output)[real])
 
 
+# Padding at the start, at the end, between, everywhere, and beside and within two documents.
+IDS = np.zeros((B, T), np.int32)
+IDS[1, :2] = IDS[2, 4:] = IDS[3, 2:4] = IDS[4] = IDS[6] = -1
+IDS[6, 1:3], IDS[6, 4:] = 5, 2
+
+
+@rows("padding")
+def test_what_is_masked_has_no_influence(row):
+  floats, rest = trees.partition(row.params, lambda path, x: jnp.issubdtype(x.dtype, jnp.floating))
+
+  @jax.jit
+  def run(floats, inputs, positions, dy):
+    def apply(floats, inputs):
+      (y, _), sown = row.sown(trees.merge(floats, rest), inputs, jnp.asarray(IDS), positions)
+      losses = sum(map(jnp.sum, jax.tree.leaves(sown.get("losses", {}))), jnp.zeros(()))
+      return (y, losses), sown
+
+    (y, _), pull, sown = jax.vjp(apply, floats, inputs, has_aux=True)
+    grads, dx = pull((dy, jnp.ones(())))
+    return y, sown, grads, jnp.zeros_like(y) if inputs.ndim == 2 else dx
+
+  token = IDS >= 0
+  over = lambda x: token if x.ndim == 2 else token[..., None]
+  masked = lambda x, fill: np.where(over(x), x, x.dtype.type(fill))
+  inputs, dy = np.asarray(row.inputs), np.asarray(normal(*row.output.shape, seed=4))
+  logits = isinstance(row.module, Transformer) and row.module.config.head
+
+  def found(fill, index):
+    spoilt = masked(inputs, index if inputs.ndim == 2 else fill)
+    come_back = masked(dy, 1e30 if fill and logits else fill)
+    return run(floats, spoilt, masked(POSITIONS, index), come_back)
+
+  clean = y, _, grads, dx = found(0.0, 0)
+  chex.assert_tree_all_finite(clean)
+  assert not np.asarray(y)[~token].any() and not np.asarray(dx)[~token].any()
+  assert any(np.asarray(g).any() for g in jax.tree.leaves(grads))
+  for fill, index in ((np.nan, -1), (np.inf, V), (-np.inf, -(2**31)), (1e30, 2**31 - 1)):
+    chex.assert_trees_all_equal(found(fill, index), clean)
+
+
 @rows("packed")
 def test_packed_sequences_are_as_they_are_alone(row):
   ids = np.broadcast_to(np.repeat(np.int32([3, 1]), T // 2), (B, T))
@@ -118,6 +160,28 @@ def test_packed_sequences_are_as_they_are_alone(row):
   for part in (slice(0, T // 2), slice(T // 2, T)):  # of one length: one program
     alone = row.placed(row.params, inputs[:, part], ids[:, part], positions[:, part])
     assert_close(packed[:, part], alone, 1e-5)
+
+
+@rows("packed")
+def test_what_is_in_a_packed_sequence_does_not_reach_another(row):
+  if row.inputs.ndim == 2:
+    return
+  ids, positions = np.int32([[3] * 3 + [1] * 3] * B), POSITIONS % (T // 2)
+
+  @jax.jit
+  def run(inputs, dy):
+    y, pull = jax.vjp(
+      lambda x: row.run(row.params, x, jnp.asarray(ids), jnp.asarray(positions))[0], inputs
+    )
+    return y, pull(dy)[0]
+
+  inputs, dy = np.asarray(row.inputs), np.asarray(normal(B, T, D, seed=4))
+  for own in (1, 3):
+    keep = lambda x, fill, own=own: np.where((ids == own)[..., None], x, np.float32(fill))
+    clean = run(inputs, keep(dy, 0))
+    for fill in (np.nan, np.inf, 1e30):
+      for got, wanted in zip(run(keep(inputs, fill), keep(dy, 0)), clean, strict=True):
+        assert_close(keep(got, 0), keep(wanted, 0), 1e-6)
 
 
 @rows("decodes")

@@ -111,14 +111,16 @@ def test_bytes_of_a_cache_are_those_of_its_arrays():
   cache = module.init_cache(2, 32)
   assert memory.cache_bytes(module, 2, 32) == sum(x.nbytes for x in jax.tree.leaves(cache))
   layers, kv_heads, head_width = 2, 2, 16
-  assert memory.cache_bytes(module, 2, 32) == layers * 2 * (2 * 32 * kv_heads * head_width) * 2
+  slot = 2 * kv_heads * head_width * 2 + 1  # and whether it was written
+  assert memory.cache_bytes(module, 2, 32) == 2 * (layers * 32 * slot + 4)  # and where a row ends
 
 
 def test_bytes_of_a_state_do_not_grow_with_the_length():
   config = TransformerConfig(16, 8, (LayerSpec(LinearAttention(2), None),) * 3)
   module = Transformer(config)
   state = 2 * (4 * 4 + 4) * 4 + 4  # two heads 4 wide in float32, and the segment
-  assert memory.cache_bytes(module, 5, 8) == memory.cache_bytes(module, 5, 2048) == 3 * 5 * state
+  row = 3 * state + 4  # and where it ends
+  assert memory.cache_bytes(module, 5, 8) == memory.cache_bytes(module, 5, 2048) == 5 * row
 
 
 @pytest.mark.parametrize(("sizes", "message"), [((0, 8), "batch 0"), ((1, 0), "length 0")])

@@ -52,6 +52,15 @@ def assert_greedy(model, prompts, new):
   np.testing.assert_array_equal(new, wanted)
 
 
+@pytest.mark.parametrize("mask", [masks.Full(), masks.SlidingWindow(3, 3), masks.longformer(2, 1)])
+def test_room_for_more_tokens_changes_none(mask):
+  layers = (LayerSpec(Attention(4, mask=mask), MLP(32)),) * 2
+  model = build(TransformerConfig(V, 16, layers, context=64))
+  prompts = [[5, 9, 30, 41, 7], [12], [40, 3, 3]]
+  few, many = (generate(*model, prompts, max_new_tokens=n).tokens for n in (4, 30))
+  np.testing.assert_array_equal(few, many[:, :4])
+
+
 def test_greedy_is_argmax_over_full_recomputation(model):
   out = generate(*model, PROMPTS, max_new_tokens=NEW)
   assert out.lengths.tolist() == [NEW] * 3

@@ -38,8 +38,9 @@ def command(tmp_path, *arguments: str) -> subprocess.CompletedProcess:
   script.write_text(PROGRAM)
   environment = {"PYTHONPATH": str(ROOT), "PATH": "", "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
   return subprocess.run(
-    [sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment
-  )
+    [sys.executable, str(script), *arguments],
+    capture_output=True, text=True, env=environment, cwd=tmp_path,
+  )  # fmt: skip
 
 
 def test_flags_reach_the_experiment(tmp_path):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.attention import Attention, masks
+from effjax.attention import Attention, LinearAttention, masks
 from effjax.layers import MLP, LayerNorm, Rope
 from effjax.models import EncoderDecoder, LayerSpec, Transformer, TransformerConfig
 from tests.modules import apply, random_params
@@ -58,6 +58,38 @@ def test_cached_steps_equal_one_pass(params):
   for t in range(5, 12):
     logits, cache = step(TOKENS[:, t : t + 1], np.full((2, 1), t), cache)
     np.testing.assert_allclose(np.asarray(logits)[:, 0], whole[:, t], atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("mixer", [Attention(4), LinearAttention(4)])
+def test_calls_without_positions_go_on_where_each_row_ended(positions, mixer):
+  """The token that is not there in the first call, and the rows' own ends, count for nothing."""
+  module = Transformer(decoder(layers=(LayerSpec(mixer, None),) * 2, positions=positions))
+  params = random_params(module, TOKENS)
+  whole = np.asarray(apply(module, params, TOKENS[:, :8]))
+  first = np.stack([[*TOKENS[0, :3], -100], TOKENS[1, :4]])
+  ids = np.array([[0, 0, 0, -1], [0] * 4])
+  _, cache = apply(module, params, first, segment_ids=ids, cache=module.init_cache(2, 9))
+  assert cache.ends.tolist() == [3, 4]
+  second = np.stack([TOKENS[0, 3:7], TOKENS[1, 4:8]])
+  logits, cache = apply(module, params, second, cache=cache)
+  assert cache.ends.tolist() == [7, 8]
+  np.testing.assert_allclose(logits, np.stack([whole[0, 3:7], whole[1, 4:8]]), atol=1e-5)
+
+
+def test_a_position_past_the_end_of_a_cache(params):
+  """Refused where it is known, layers that are scanned included; else NaN, and the row is whole."""
+  cache = MODULE.init_cache(2, 8)
+  tokens, far = jnp.asarray(TOKENS[:, :2]), jnp.array([[0, 1], [0, 8]])
+  with pytest.raises(ValueError, match=r"positions: 8 at \[1, 1\]; allowed: 0 … 7, the slots"):
+    MODULE.apply({"params": params}, tokens, positions=far, cache=cache)
+  logits, cache = apply(MODULE, params, tokens, positions=far, cache=cache)
+  assert np.isnan(logits[1, 1]).all()
+  assert cache.ends.tolist() == [2, 1]
+  then, _ = apply(MODULE, params, TOKENS[:, 1:3], cache=cache)
+  whole = apply(MODULE, params, TOKENS[:, :4])
+  np.testing.assert_allclose(logits[0], whole[0, :2], atol=1e-5)
+  np.testing.assert_allclose(then[1], whole[1, 1:3], atol=1e-5)
 
 
 def test_packed_sequences_equal_separate_ones(params):

@@ -69,3 +69,27 @@ def test_masked_tokens_are_not_computed():
   assert [sizes.tolist() for sizes in seen] == [[1, 1]]
   assert not y[~mask].any()
   chex.assert_trees_all_close(y[mask], np.asarray(x)[mask] + 1, atol=1e-6)
+
+
+def test_what_is_no_expert_and_what_is_masked_have_no_influence():
+  x, dy, factors = normal(4, 3), normal(4, 3, seed=1), jnp.array([2.0, -1.0])
+  token = np.array([True, True, True, False])
+
+  @jax.jit
+  def run(x, experts, gates, dy):
+    mix = lambda x, gates, factors: mix_experts(
+      scale_by_expert(factors), x, experts, gates, count=2, mask=jnp.asarray(token)
+    )
+    y, pull = jax.vjp(mix, x, gates, factors)
+    return y, *pull(dy)
+
+  experts, gates = np.array([[0, 2], [-1, 1], [5, -9], [0, 1]]), np.ones((4, 2), np.float32)
+  clean = y, dx, d_gates, _ = run(x, experts, gates, dy)
+  expected = np.array([2, -1, 0, 0])[:, None] * np.asarray(x)
+  chex.assert_trees_all_close(y, expected, atol=1e-6)
+  assert not dx[2:].any() and not d_gates[2:].any()
+  for fill in np.float32([np.nan, np.inf, 1e30]):
+    spoil = lambda a, fill=fill: np.where(token[:, None], a, fill)
+    unused = np.where((experts >= 0) & (experts < 2) & token[:, None], gates, fill)
+    chex.assert_trees_all_equal(run(spoil(x), experts, unused, spoil(dy)), clean)
+  assert not any(np.asarray(a).any() for a in run(x, np.full((4, 2), 2), gates, dy))

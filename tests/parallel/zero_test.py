@@ -113,3 +113,21 @@ def test_wrong_arguments_are_named():
 def test_a_mesh_of_explicit_axes_is_refused_by_name():
   with pytest.raises(ValueError, match=r"its axis 'data' is .*; allowed: AxisType\.Auto"):
     Zero(jax.make_mesh((2,), ("data",)))
+
+
+def _state(width):
+  params = {"embed": jnp.zeros((61, width)), "up": jnp.zeros((3, width, width)), "b": jnp.zeros(5)}
+  return init_state(params, optax.adam(1e-3))
+
+
+@pytest.mark.parametrize("stage, arrays", [(1, "1 of 7|0 of 7"), (3, "0 of 10")])
+def test_what_cannot_be_split_is_said(stage, arrays):
+  words = rf"zero={stage} splits ({arrays}) arrays over data=8: .* bytes stay whole.*\(61, 36\)"
+  with pytest.warns(UserWarning, match=words):
+    place(_state(36), make_mesh(data=N), zero=stage)
+
+
+@pytest.mark.parametrize("width, stage, devices", [(64, 3, N), (36, 0, N), (36, 3, 1)])
+def test_where_all_of_size_is_split_nothing_is_said(width, stage, devices, recwarn):
+  place(_state(width), make_mesh(data=devices), zero=stage)
+  assert not recwarn.list

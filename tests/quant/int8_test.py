@@ -86,6 +86,62 @@ def test_the_type_is_that_of_the_matrix(dtype):
   assert np.abs(np.asarray(w, np.float32) - normal((8, 4))).max() < 0.02
 
 
-def test_bad_arguments_are_named():
-  with pytest.raises(ValueError, match="granularity 'tensor'; allowed: channel, row"):
-    Int8.quantize(jnp.ones((2, 2)), granularity="tensor")
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("granularity", ["channel", "row"])
+def test_small_channels_of_16_bit_matrices_keep_the_bound(dtype, granularity):
+  w = (normal((64, 3)) * jnp.array([[1e-6, 1e-4, 1.0]])).astype(dtype)
+  w = w.T if granularity == "row" else w
+  found = Int8.quantize(w, granularity=granularity)
+  assert found.scale.dtype == jnp.float32 and found.dtype == dtype
+  exact = np.asarray(found.q, np.float64) * np.asarray(found.scale)
+  assert (np.abs(exact - np.asarray(w, np.float64)) <= np.asarray(found.scale) * 0.5001).all()
+  x = normal((2, w.shape[0]), 1).astype(dtype)
+  expected = np.asarray(x, np.float64) @ exact
+  y = np.asarray(linear(x, found), np.float64)
+  np.testing.assert_allclose(y, expected, rtol=1e-2, atol=1e-2 * np.abs(expected).max())
+  dx = jax.grad(lambda x: (linear(x, found).astype(jnp.float32) * 300).sum())(x)
+  np.testing.assert_allclose(
+    np.asarray(dx, np.float64)[0], 300 * exact.sum(1), rtol=2e-2, atol=2 * np.abs(exact).max()
+  )
+
+
+def test_a_gradient_in_float16_does_not_overflow_before_it_is_scaled():
+  table = Int8.quantize(jnp.full((4, 2048), 0.01), granularity="row")
+  x = jnp.ones((1, 4), jnp.float16)
+  dx = jax.grad(lambda x: linear(x, table).astype(jnp.float32).sum())(x)
+  np.testing.assert_allclose(np.asarray(dx, np.float32), 20.48, rtol=2e-3)
+
+
+def test_scales_of_16_bits_are_asked_for_and_loaded():
+  w = normal((8, 4))
+  narrow = Int8.quantize(w, scale_dtype=jnp.bfloat16)
+  assert narrow.scale.dtype == jnp.bfloat16 and narrow.materialize().dtype == w.dtype
+  assert np.abs(np.asarray(narrow) - np.asarray(w)).max() < 0.015
+  as_before = Int8(narrow.q, narrow.scale.astype(jnp.float16))  # what was saved without a type
+  assert as_before.dtype == as_before.take(jnp.array([1])).dtype == jnp.float16
+  y = linear(normal((2, 8), 1), as_before)
+  np.testing.assert_allclose(y, np.asarray(normal((2, 8), 1)) @ np.asarray(narrow), atol=1e-4)
+
+
+def test_the_type_stays_with_the_weight():
+  w = Int8.quantize(normal((2, 8, 4), dtype=jnp.bfloat16))
+  parts = w.T, jax.tree.map(lambda x: x[0], w), jax.jit(lambda w: w)(w), w.specs((None, None, "t"))
+  assert all(part.dtype == jnp.bfloat16 for part in parts)
+  assert w.T.T.turned is False and w.T.turned
+  assert Int8.quantize(np.eye(3)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+  ("w", "options", "message"),
+  [
+    (jnp.ones((2, 2)), {"granularity": "tensor"}, "granularity 'tensor'; allowed: channel, row"),
+    (jnp.ones((2, 2), int), {}, "w has type int32; allowed: floating point"),
+    (jnp.array([[1.0, jnp.nan]]), {}, "w has NaN"),
+    (jnp.array([[-jnp.inf, 1.0]]), {"granularity": "row"}, "w has NaN, infinity"),
+    (jnp.full((2, 2), 1e-9), {"scale_dtype": jnp.float16}, "no scale in float16"),
+    (jnp.full((2, 2), 1e8), {"scale_dtype": jnp.float16}, "no scale in float16"),
+  ],
+)
+def test_bad_arguments_are_named(w, options, message):
+  with pytest.raises(ValueError, match=message):
+    Int8.quantize(w, **options)

@@ -76,3 +76,24 @@ def test_bad_arguments_are_named(model, arguments, message):
 def test_quantising_twice_is_refused(model):
   with pytest.raises(ValueError, match="query/kernel is Int8 already"):
     quantize(quantize(model[1], targets="query"), targets="query")
+
+
+@pytest.mark.parametrize(
+  ("w", "message"),
+  [
+    (np.ones((2, 3), np.int32), "up/kernel: w has type int32; allowed: floating point"),
+    (np.full((2, 3), np.nan, np.float32), "up/kernel: w has NaN"),
+    (jnp.array([[jnp.inf, 1.0]], jnp.bfloat16), "up/kernel: w has NaN, infinity"),
+  ],
+)
+def test_what_cannot_be_quantised_is_named(w, message):
+  with pytest.raises(ValueError, match=message):
+    quantize({"up": {"kernel": w}, "down": {"kernel": jnp.ones((3, 2))}})
+
+
+def test_numpy_matrices_and_those_of_16_bits():
+  params = {"a": {"kernel": np.eye(4)}, "b": {"kernel": 1e-6 * jnp.eye(4, dtype=jnp.float16)}}
+  found = dequantize(quantize(params))
+  assert [found[name]["kernel"].dtype for name in "ab"] == [jnp.float32, jnp.float16]
+  for name in "ab":
+    np.testing.assert_allclose(found[name]["kernel"], params[name]["kernel"], rtol=2e-2)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.train import make_train_step, next_token
+from effjax.train import LoopConfig, fit, init_state, make_train_step, next_token
 
 
 class Bigram(nn.Module):
@@ -82,3 +82,17 @@ def make_step(learning_rate=0.03, *, microbatches=1, adam=True, **arguments):
 def bigram_step():
   """(optimizer, step) for a Bigram, the same for the same arguments."""
   return make_step
+
+
+@pytest.fixture
+def run(key):
+  """run(workdir, steps, …) -> state: a short training; `how` goes to `make_step`."""
+
+  def run(workdir, steps=9, *, batches=None, evaluate=None, rng=key, scale=1, how=(), **arguments):
+    config = LoopConfig(steps=steps, progress=False, **{"checkpoint_every": 3, **arguments})
+    optimizer, step = make_step(**dict(how))
+    params = jax.tree.map(lambda x: jnp.array(scale * x), make_bigram()[1])
+    state, batches = init_state(params, optimizer), batches or Stream()
+    return fit(step, state, batches, rng, workdir=workdir, config=config, evaluate=evaluate)
+
+  return run

@@ -12,21 +12,6 @@ from effjax.parallel import Zero, make_mesh, place
 from effjax.train import LoopConfig, fit, init_state, make_train_step
 
 
-@pytest.fixture
-def run(bigram, bigram_step, stream, key):
-  """run(workdir, steps, …) -> state: a short training with fixed seeds."""
-  _, params, _ = bigram()
-  optimizer, step = bigram_step()
-
-  def run(workdir, steps=9, *, batches=None, evaluate=None, step=step, **arguments):
-    config = LoopConfig(steps=steps, progress=False, **{"checkpoint_every": 3, **arguments})
-    state = init_state(jax.tree.map(jnp.array, params), optimizer)
-    batches = batches or stream()
-    return fit(step, state, batches, key, workdir=workdir, config=config, evaluate=evaluate)
-
-  return run
-
-
 def _rows(workdir):
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 

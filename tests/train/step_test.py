@@ -70,6 +70,19 @@ def test_accumulation_is_the_mean_over_tokens_not_over_microbatches(
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_microbatches_of_no_weight_are_not_read(key):
+  def objective(params, batch, rng):
+    weight = batch["weights"].sum()
+    return (params["w"] * batch["x"]).sum() / weight, {"weight": weight, "x": batch["x"].sum()}
+
+  batch = {"weights": jnp.array([1e-12, 0.0]), "x": jnp.array([3e-12, jnp.inf])}
+  params, optimizer = {"w": jnp.ones(1)}, optax.sgd(1.0)
+  state, metrics = _run(objective, params, batch, optimizer, key, microbatches=2)
+  np.testing.assert_allclose(state.params["w"], [1.0 - 3.0], rtol=1e-6)
+  np.testing.assert_allclose(metrics["loss"], 3.0, rtol=1e-6)
+  np.testing.assert_allclose(metrics["x"], 3e-12, rtol=1e-6)
+
+
 def test_microbatches_that_do_not_divide_are_refused(bigram, stream, key):
   _, params, objective = bigram()
   with pytest.raises(ValueError, match="microbatches=3 does not divide the batch of 8"):
@@ -194,3 +207,15 @@ def test_after_carries_what_the_optimiser_does_not(key):
     state, metrics = step(state, {"x": jnp.full(2, x)}, key)
     scales.append((float(metrics["seen"]), float(state.extra["scale"]), float(state.params["w"])))
   assert scales == [(1.0, 2.0, 0.0), (2.0, 1.0, 0.0), (1.0, 2.0, -1.0)]
+
+
+def test_the_norm_of_16_bit_gradients_does_not_overflow(key):
+  objective = lambda params, batch, rng: (
+    (params["w"] * batch["x"][0]).astype(jnp.float32).sum(),
+    {},
+  )
+  state = init_state({"w": jnp.ones(4, jnp.float16)}, optax.sgd(2.0**-9))
+  step = make_train_step(objective, optax.sgd(2.0**-9))
+  state, metrics = step(state, {"x": jnp.full((1, 4), 512, jnp.float16)}, key)
+  assert bool(metrics["finite"]) and float(metrics["grad_norm"]) == 1024
+  np.testing.assert_array_equal(state.params["w"], np.zeros(4))

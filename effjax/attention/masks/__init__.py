@@ -12,12 +12,12 @@ from effjax.attention.masks.bands import (
   Causal,
   Dilated,
   Full,
-  Predicate,
   SlidingWindow,
 )
 from effjax.attention.masks.base import And, Mask, Not, Or
 from effjax.attention.masks.patterns import bigbird, longformer
 from effjax.attention.masks.per_head import PerHead
+from effjax.attention.masks.predicate import Predicate
 from effjax.attention.masks.random_blocks import RandomBlocks
 from effjax.attention.masks.shard import Shard
 from effjax.attention.masks.tokens import Documents, Global, Prefix

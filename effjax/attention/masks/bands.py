@@ -1,13 +1,11 @@
 """Masks of position alone, part of the compiled program."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 
-from effjax.attention.masks.base import FAR, Index, Mask, at_least, namespace
+from effjax.attention.masks.base import FAR, Mask, at_least, namespace
 
 
 class _Band(Mask):
@@ -19,18 +17,20 @@ class _Band(Mask):
 
   @property
   def band(self) -> tuple[int | None, int | None]:
-    return self.left, self.right
+    left, right = (None if x is None or x >= FAR else int(x) for x in (self.left, self.right))
+    return left, right
 
   def predicate(self, q, k, q_features, k_features):
-    if self.left is None and self.right is None:
+    left, right = self.band
+    if left is None and right is None:
       return namespace(q, k).ones(np.broadcast_shapes(np.shape(q), np.shape(k)), bool)
-    low = None if self.left is None else k >= q - self.left
-    high = None if self.right is None else k <= q + self.right
+    # Widths are added to keys, of which there are few enough; a query may claim any position.
+    low = None if left is None else k + left >= q
+    high = None if right is None else k - right <= q
     return high if low is None else low if high is None else low & high
 
   def spans(self, grid, q_features, k_features):
-    left = FAR if self.left is None else self.left
-    right = FAR if self.right is None else self.right
+    left, right = (FAR if width is None else width for width in self.band)
     some = grid.touching(grid.first - left, grid.last + right)
     return some, grid.inside(grid.last - left, grid.first + right)
 
@@ -99,7 +99,7 @@ class Dilated(Mask):
     return SlidingWindow(self.window * self.dilation, self.window * self.dilation)
 
   def predicate(self, q, k, q_features, k_features):
-    return self._band.predicate(q, k, (), ()) & ((q - k) % self.dilation == 0)
+    return self._band.predicate(q, k, (), ()) & ((q - k) % min(self.dilation, FAR) == 0)
 
   def spans(self, grid, q_features, k_features):
     some, every = self._band.spans(grid, (), ())
@@ -124,41 +124,21 @@ class BlockWindow(Mask):
       at_least(f"BlockWindow: {name}", getattr(self, name), least)
 
   def predicate(self, q, k, q_features, k_features):
-    inner = SlidingWindow(self.left, self.right)
-    return inner.predicate(q // self.block, k // self.block, (), ())
+    left, right, size = self._sizes
+    return SlidingWindow(left, right).predicate(q // size, k // size, (), ())
 
   def spans(self, grid, q_features, k_features):
-    first, last = grid.first // self.block, grid.last // self.block
-    start = lambda block: block * self.block
+    left, right, size = self._sizes
+    first, last = grid.first // size, grid.last // size
+    start = lambda block: block * size
     return (
-      grid.touching(start(first - self.left), start(last + self.right + 1) - 1),
-      grid.inside(start(last - self.left), start(first + self.right + 1) - 1),
+      grid.touching(start(first - left), start(last + right + 1) - 1),
+      grid.inside(start(last - left), start(first + right + 1) - 1),
     )
 
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Predicate(Mask):
-  """A mask of your own: `function(q, k)`, on arrays of positions that broadcast, gives booleans.
-
-  Args:
-    function: of jax.numpy operations alone, hashable, since it is part of the compiled program.
-    visited: a mask that holds every pair of this one; its tiles are visited.
-
-  Example:
-    >>> Predicate(lambda q, k: (q + k) % 2 == 0, visited=Causal()).dense(3).astype(int).tolist()
-    [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
-  """
-
-  function: Callable[[Index, Index], Any]
-  visited: Mask = Full()
-
-  def __post_init__(self):
-    if jax.tree.leaves(self.visited) or self.visited.heads > 1:
-      raise ValueError("Predicate: visited must be a mask without arrays that is one for all heads")
-
-  def predicate(self, q, k, q_features, k_features):
-    return self.function(q, k) & self.visited.predicate(q, k, (), ())
-
-  def spans(self, grid, q_features, k_features):
-    return self.visited.spans(grid, (), ())[0], Mask.spans(self, grid, (), ())[1]
+  @property
+  def _sizes(self) -> tuple[int, int, int]:
+    """left, right and block, none of which goes further than `FAR`."""
+    size = min(self.block, FAR)
+    most = max(FAR // size - 1, 0)
+    return min(self.left, most), min(self.right, most), size

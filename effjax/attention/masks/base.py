@@ -161,10 +161,14 @@ class Mask:
     return figure
 
   def __and__(self, other: "Mask") -> "Mask":
-    return And(self, other)
+    return And(self, other) if isinstance(other, Mask) else NotImplemented
 
   def __or__(self, other: "Mask") -> "Mask":
-    return Or(self, other)
+    return Or(self, other) if isinstance(other, Mask) else NotImplemented
+
+  def __bool__(self) -> bool:
+    name = type(self).__name__
+    raise TypeError(f"{name}: a mask is neither true nor false; masks are combined by &, | and ~")
 
   def __invert__(self) -> "Mask":
     return Not(self)
@@ -258,7 +262,22 @@ def namespace(*arrays: Index) -> Any:
   return np if all(isinstance(x, np.ndarray | int) for x in arrays) else jnp
 
 
+def of_queries(values: Index, positions: Index, none: Any) -> Index:
+  """values [b, S] at the positions [B or 1, T] of queries; `none` at one that is no index."""
+  length = values.shape[1]
+  xp = namespace(values, positions)
+  row = np.arange(max(len(values), len(positions)))[:, None] % len(values)
+  inside = (positions >= 0) & (positions < length)
+  return xp.where(inside, xp.asarray(values)[row, positions.clip(0, length - 1)], none)
+
+
 def at_least(name: str, value: Any, least: int, more: str = "") -> None:
   """Raises ValueError unless `value` is an integer from `least`."""
-  if not isinstance(value, int | np.integer) or value < least:
+  if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
     raise ValueError(f"{name}={value} must be {least} or more{',' + more if more else ''}")
+
+
+def check_integers(name: str, x: Any, rank: int, allowed: str) -> None:
+  """Raises ValueError unless `x` is an array of integers of that rank."""
+  if getattr(x, "ndim", None) != rank or not jnp.issubdtype(x.dtype, jnp.integer):
+    raise ValueError(f"{name}={x!r:.80}; allowed: {allowed}")

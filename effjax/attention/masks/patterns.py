@@ -55,6 +55,8 @@ def bigbird(
   Args:
     key: draws the random blocks, different ones for each of `heads`.
     length: the sequence's, of any number of positions.
+    causal: nothing sees what comes after it. The first block alone is global then, so that what a
+      token sees does not depend on how long the sequence becomes.
 
   Example:
     >>> import jax
@@ -65,7 +67,9 @@ def bigbird(
   Reference: BigBird (arXiv 2007.14062), section 2 and appendix D.
   """
   drawn = RandomBlocks.draw(key, length, block=block, number=number, heads=heads, causal=causal)
+  first = min(block, length)
+  if causal:
+    return (BlockWindow(1, 0, block) | Global(first) | drawn) & Causal()
   last = (-(-length // block) - 1) * block
-  ends = Global(tuple(range(min(block, length))) + tuple(range(max(last, block), length)))
-  seen = BlockWindow(1, 1, block) | ends | drawn
-  return seen & Causal() if causal else seen
+  ends = Global(tuple(range(first)) + tuple(range(max(last, block), length)))
+  return BlockWindow(1, 1, block) | ends | drawn

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.attention.masks.base import FAR, Mask, at_least, namespace
+from effjax.attention.masks.base import FAR, Mask, at_least, check_integers, namespace
 from effjax.core.typing import Array, Int
 from effjax.kernels.flash_attention.tile_map.spans import union
 
@@ -31,13 +31,19 @@ class RandomBlocks(Mask):
   block: int
   __hash__ = None  # type: ignore[assignment]  # how Python says that there is none
 
+  def __post_init__(self):
+    at_least("RandomBlocks: block", self.block, 1)
+    if self.block > FAR:
+      raise ValueError(f"RandomBlocks: block={self.block}; allowed: 1 … {FAR}")
+
   @classmethod
   def draw(
     cls, key: Array, length: int, *, block: int, number: int, heads: int = 1, causal: bool = False
   ) -> "RandomBlocks":
     """`number` different blocks for each block of queries, none beside it, nor the first or last.
 
-    Where fewer are left than `number`, all of them. With `causal` they lie before the queries.
+    Where fewer are left than `number`, all of them. With `causal` they lie before the queries, and
+    those of a block are the same for any length.
     """
     for name, value in (("length", length), ("block", block), ("heads", heads)):
       at_least(f"RandomBlocks: {name}", value, 1)
@@ -49,11 +55,12 @@ class RandomBlocks(Mask):
     return self.table.shape[1]
 
   def features(self, q_positions, length):
-    B, N, rows, r = self.table.shape
+    B, N, blocks, r = self.table.shape
     at = q_positions[:, None] // self.block  # [b, 1, T]
     batch = np.arange(max(B, len(at)))[:, None, None] % B
-    table = namespace(self.table, at).asarray(self.table)
-    rows = table[batch, np.arange(N)[:, None], at]
+    xp = namespace(self.table, at)
+    rows = xp.asarray(self.table)[batch, np.arange(N)[:, None], at.clip(0, blocks - 1)]
+    rows = xp.where(((at >= 0) & (at < blocks))[..., None], rows, -1)
     return tuple(rows[..., i] for i in range(r)), ()
 
   def predicate(self, q, k, q_features, k_features):
@@ -79,9 +86,9 @@ class RandomBlocks(Mask):
 
   def check(self, batch, T, S, positions=False):
     blocks = -(-S // self.block)
-    if (
-      self.table.ndim != 4 or self.table.shape[0] not in (1, batch) or self.table.shape[2] != blocks
-    ):
+    what = "an integer array [batch, heads, blocks, any]"
+    check_integers("mask: RandomBlocks: table", self.table, 4, what)
+    if self.table.shape[0] not in (1, batch) or self.table.shape[2] != blocks:
       raise ValueError(
         f"mask: RandomBlocks has a table {self.table.shape}, expected ({batch} or 1, heads or 1, "
         f"{blocks}, any) for {S} positions in blocks of {self.block}"
@@ -97,12 +104,14 @@ def _table(
   before, next_after = jnp.maximum(own - 2, 0), jnp.maximum(own + 2, 1)
   after = jnp.zeros_like(own) if causal else jnp.maximum(blocks - 1 - next_after, 0)
   shape = (1, heads, blocks)
+  keys = jax.vmap(lambda block: jax.random.split(jax.random.fold_in(key, block), number))(own[0, 0])
   chosen: list[Array] = []
-  for j, key_j in enumerate(jax.random.split(key, number)):
+  for j in range(number):
     left = before + after - j
-    x = jax.random.randint(key_j, shape, 0, jnp.maximum(left, 1))
+    draw = lambda key, most: jax.random.randint(key, (heads,), 0, most)
+    x = jax.vmap(draw, out_axes=1)(keys[:, j], jnp.maximum(left[0, 0], 1))[None]
     for y in jnp.moveaxis(jnp.sort(jnp.stack(chosen, -1), -1), -1, 0) if chosen else ():
-      x = x + (x >= y)
+      x = x + (x >= y).astype(x.dtype)
     chosen.append(jnp.where(left > 0, x, FAR))
   ranks = jnp.stack(chosen, -1) if chosen else jnp.zeros((*shape, 0), jnp.int32)
   low = ranks < before[..., None]

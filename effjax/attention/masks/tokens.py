@@ -8,11 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.attention.masks.base import Index, Mask, at_least, namespace
+from effjax.attention.masks.base import (
+  Index,
+  Mask,
+  at_least,
+  check_integers,
+  namespace,
+  of_queries,
+)
+from effjax.attention.masks.named import ByValue
 from effjax.kernels.flash_attention.tile_map.spans import Grid, Spans, equal_ids, union
 
 
-class _Given(Mask):
+class _Given(ByValue, Mask):
   """A mask of one field, part of the program when it is an int or a tuple, and else data."""
 
   def __init_subclass__(cls):
@@ -30,7 +38,7 @@ class _Given(Mask):
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Global(_Given):
   """Some tokens see all and are seen by all.
 
@@ -57,7 +65,7 @@ class Global(_Given):
       for x in given if isinstance(given, tuple) else (given,):
         at_least("Global: positions", x, 0)
     else:
-      _integers(
+      check_integers(
         "Global: positions", given, 2, "an int, a tuple of ints, or an array [batch, number]"
       )
 
@@ -65,10 +73,7 @@ class Global(_Given):
     if isinstance(self.positions, int):
       return (), ()
     flags = self._flags(length)
-    row = np.arange(max(len(flags), len(q_positions)))[:, None] % len(flags)
-    listed = namespace(flags, q_positions).asarray(flags)
-    queries = listed[row, q_positions.clip(0, length - 1)] & (q_positions >= 0)
-    return queries[:, None], flags[:, None]
+    return of_queries(flags, q_positions, False)[:, None], flags[:, None]
 
   def predicate(self, q, k, q_features, k_features):
     if isinstance(self.positions, int):
@@ -105,7 +110,7 @@ class Global(_Given):
     if chosen.shape[1] == 0:
       return none, none
     at = chosen[:, None, None]
-    return union(*grid.covering(at, at - (at < 0))), none
+    return union(*grid.covering(at, at - (at < 0).astype(at.dtype))), none
 
   @property
   def _listed(self) -> tuple[Index, Any]:
@@ -123,7 +128,7 @@ class Global(_Given):
       raise ValueError(f"mask: Global has positions {given.shape}, expected ({batch} or 1, any)")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Prefix(_Given):
   """All see the first `length` keys: `Causal() | Prefix(n)` is a prefix language model.
 
@@ -145,7 +150,7 @@ class Prefix(_Given):
     if isinstance(self.length, int):
       at_least("Prefix: length", self.length, 0)
     else:
-      _integers("Prefix: length", self.length, 1, "an int or an array [batch]")
+      check_integers("Prefix: length", self.length, 1, "an int or an array [batch]")
 
   def features(self, q_positions, length):
     if isinstance(self.length, int):
@@ -189,8 +194,7 @@ class Documents(Mask):
       q_ids, k_ids = self.segment_ids
     else:
       k_ids = self.segment_ids
-      batch = np.arange(max(len(k_ids), len(q_positions)))[:, None] % len(k_ids)
-      q_ids = namespace(k_ids, q_positions).asarray(k_ids)[batch, q_positions]
+      q_ids = of_queries(k_ids, q_positions, -1)
     return q_ids[:, None], k_ids[:, None]
 
   def predicate(self, q, k, q_features, k_features):
@@ -205,15 +209,15 @@ class Documents(Mask):
       raise ValueError(
         "mask: Documents of a pair cannot be combined with query_positions; give segment_ids="
       )
+    if pair[0] is None and T > S:
+      raise ValueError(
+        f"mask: Documents of one sequence with {T} queries and {S} keys; give a pair of ids"
+      )
     for name, ids, length in (("queries", pair[0], T), ("keys", pair[1], S)):
       if ids is None:
         continue
-      if ids.ndim != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != length:
+      check_integers(f"mask: Documents of the {name}", ids, 2, "an integer array [batch, length]")
+      if ids.shape[0] not in (1, batch) or ids.shape[1] != length:
         raise ValueError(
           f"mask: Documents has ids of shape {ids.shape} for the {name}, expected {(batch, length)}"
         )
-
-
-def _integers(name: str, x: Any, rank: int, allowed: str) -> None:
-  if getattr(x, "ndim", None) != rank or not jnp.issubdtype(x.dtype, jnp.integer):
-    raise ValueError(f"{name}={x!r:.80}; allowed: {allowed}")

@@ -49,6 +49,7 @@ def refusal(query: Array, key: Array, value: Array, *, return_lse: bool, **argum
     "a bias shared along queries or keys": (
       bias is not None and bias.shape[2:] != (query.shape[1], key.shape[1])
     ),
+    "scores": arguments.get("scores") is not None,
     "a soft cap": arguments["logit_softcap"] is not None,
     "segment ids": arguments["segment_ids"] is not None,
     "query positions": arguments["query_positions"] is not None,

@@ -2,25 +2,30 @@
 
 Forward, by rows of tiles: O and LSE. Backward, by rows: dQ; by columns: dK and dV; and the gradient
 of the bias, whose size is T × S in any case. The backward kernels compute P = exp(S − LSE) again
-from the inputs and LSE alone, with D = rowsum(dO∘O) − dLSE.
+from the inputs and LSE alone, with D = rowsum(dO∘O) − dLSE; LSE is kept as a row's greatest score
+and the logarithm of a sum, since scores near −3e38 leave no digits of that.
 
 Reference: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from effjax.core import numerics
-from effjax.core.typing import Array, Float, Int
+from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.kernels.flash_attention.fused import steps
-from effjax.kernels.flash_attention.fused.jobs import Job, Kernels, Settings
+from effjax.kernels.flash_attention.fused.jobs import NOTHING, Job, Kernels, Settings
 from effjax.kernels.flash_attention.fused.sizes import Sizes, choose
 from effjax.kernels.flash_attention.tile_map.sight import Where
+from effjax.kernels.flash_attention.tile_map.terms import Terms
+from effjax.kernels.flash_attention.tiled import xla
 
 WIDEST = 256
+_MOST = 2.0**11  # from where on float32 has too few digits for a log-sum-exp
 
 
 def refusal(query: Array, value: Array) -> str | None:
@@ -41,8 +46,9 @@ def attention(
   *,
   mask: Any,
   scale: float,
-  logit_softcap: float | None = None,
+  logit_softcap: float | Float[Array, ""] | None = None,
   bias: Float[Array, "#B #N #T #S"] | None = None,
+  scores: Any = None,
   segment_ids: tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None = None,
   query_positions: Int[Array, "#B T"] | None = None,
   sizes: Sizes | None = None,
@@ -61,52 +67,90 @@ def attention(
   refused = refusal(query, value)
   if refused:
     raise ValueError(refused)
+  terms = Terms.of(scores, logit_softcap, T, S, query_positions, jnp.float32)
+  refused = kernels.refusal(terms)
+  if refused:
+    raise ValueError(refused)
   sizes = sizes or choose(
     kernels.platform, query.dtype, max(query.shape[-1], value.shape[-1]), T, S
   )
   if bias is not None and bias.shape[2:] != (T, S):
     # In float32, so that the gradient of what is shared is not rounded before it is summed.
     bias = jnp.broadcast_to(bias.astype(jnp.float32), (*bias.shape[:2], T, S))
-  settings = Settings(kernels, float(scale), logit_softcap, sizes, splits, interpret)
-  operands = (query, key, value, bias, Where(mask, segment_ids, query_positions))
-  return _attention(settings, *numerics.vary_alike(operands, operands))
+  softcap = None if isinstance(logit_softcap, jax.Array) else logit_softcap
+  settings = Settings(kernels, float(scale), softcap, sizes, splits, interpret)
+  operands = (query, key, value, bias, Where(mask, segment_ids, query_positions), terms)
+  operands = _narrow(numerics.vary_alike(operands, operands))
+  with jax.enable_x64(False):
+    return _attention(settings, *operands)
+
+
+def _narrow(tree: PyTree) -> PyTree:
+  """Numbers of 64 bits, which kernels do not have, in 32."""
+  kinds = {jnp.dtype("int64"): jnp.int32, jnp.dtype("float64"): jnp.float32}
+  return jax.tree.map(lambda x: x.astype(kinds.get(jnp.dtype(x.dtype), x.dtype)), tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(settings, query, key, value, bias, where):
-  return _forward(settings, query, key, value, bias, where)
+def _attention(settings, *operands):
+  return _forward(settings, *operands)[:2]
 
 
-def _attention_fwd(settings, query, key, value, bias, where):
-  out, lse = _forward(settings, query, key, value, bias, where)
-  return (out, lse), (query, key, value, bias, where, out, lse)
+def _attention_fwd(settings, *operands):
+  with jax.enable_x64(False):
+    out, lse, *parts = _forward(settings, *operands)
+  return (out, lse), (*operands, out, lse, *parts)
 
 
-def _forward(settings, query, key, value, bias, where):
-  job = Job.of(settings, settings.sizes.forward, query, key, value, bias, where)
-  out, lse = settings.kernels.forward(job)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _forward(settings, query, key, value, bias, where, terms):
+  """Output, log-sum-exp, and its two parts in the unit of the scores and of log 2."""
+  job = Job.of(settings, settings.sizes.forward, query, key, value, bias, where, terms)
   T = query.shape[1]
-  out, lse = out[..., :T, :, : value.shape[-1]], jnp.swapaxes(lse, 2, 3)[:, :, :T]
-  return (out[0], lse[0]) if settings.splits == 1 else _joined(out, lse, query.dtype)
+  out, *lines = settings.kernels.forward(job)
+  out = out[..., :T, :, : value.shape[-1]]
+  top, log_sum = (jnp.swapaxes(x, 2, 3)[:, :, :T] for x in lines)
+  if settings.splits == 1:
+    out, top, log_sum = out[0], top[0], log_sum[0]
+  else:
+    out, top, log_sum = _joined(out, top, log_sum, job.log2)
+  return out.astype(query.dtype), top * job.unit + log_sum * math.log(2), top, log_sum
 
 
-def _joined(out: Array, lse: Array, dtype: Any) -> tuple[Array, Array]:
+def _joined(out: Array, top: Array, log_sum: Array, log2: float) -> tuple[Array, Array, Array]:
   """Attention from its parts over disjoint keys, along the first axis."""
-  whole = jax.nn.logsumexp(lse, axis=0)
-  share = jnp.exp(lse - jnp.where(whole > -jnp.inf, whole, 0.0)[None])
-  return jnp.sum(out * share[..., None], axis=0).astype(dtype), whole
+  most = top.max(axis=0)
+  base = jnp.where(most == -jnp.inf, 0.0, most)
+  sums = jnp.exp2((top - base[None]) * log2 + log_sum)
+  total = sums.sum(axis=0)
+  safe = jnp.where(total == 0, 1.0, total)
+  return jnp.sum(out * (sums / safe[None])[..., None], axis=0), most, jnp.log2(safe)
 
 
-def _backward(settings, saved, cotangents):
-  query, key, value, bias, where, out, lse = saved
+def _attention_bwd(settings, saved, cotangents):
+  with jax.enable_x64(False):
+    return (
+      *_gradients(settings, saved, cotangents),
+      None,
+      _term_gradients(settings, saved, cotangents),
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gradients(settings, saved, cotangents):
+  """Those of query, key, value and bias."""
+  query, key, value, bias, where, terms, out, _, top, log_sum = saved
   d_out, d_lse = cotangents
-  some = lse > -jnp.inf
   delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_lse
-  delta = jnp.where(some, delta, 0.0)
-  # Rows with nothing to attend to, padded ones among them: 2^(score − large) = 0.
-  lse = jnp.where(some, lse * steps.LOG2E, -steps.FLOOR)
-  job = functools.partial(Job.of, settings, d_out=d_out, lse=lse, delta=delta)
-  arguments = (query, key, value, bias, where)
+  adds = bias is not None or (terms is not None and terms.structure is not None)
+  unit = settings.unit(adds, terms is not None and terms.softcap is not None)
+  lse = top * (unit * steps.LOG2E) + log_sum
+  lse = jnp.where(jnp.abs(lse) < _MOST, lse, jnp.nan)
+  lines = {"top": top, "log_sum": log_sum, "lse": lse, "delta": delta}
+  none = top == -jnp.inf
+  lines = {name: jnp.where(none, NOTHING[name], x) for name, x in lines.items()}
+  job = functools.partial(Job.of, settings, d_out=d_out, lines=lines)
+  arguments = (query, key, value, bias, where, terms)
   kernels, sizes = settings.kernels, settings.sizes
   like = lambda x, whole: x[:, : whole.shape[1], :, : whole.shape[3]]
   d_query = like(kernels.queries(job(sizes.queries, *arguments)), query)
@@ -115,7 +159,28 @@ def _backward(settings, saved, cotangents):
   if bias is not None:
     size = sizes.bias or sizes.queries
     d_bias = kernels.bias(job(size, *arguments))[:, :, : bias.shape[2], : bias.shape[3]]
-  return d_query, like(d_key, key), like(d_value, value), d_bias, None
+  return d_query, like(d_key, key), like(d_value, value), d_bias
 
 
-_attention.defvjp(_attention_fwd, _backward)
+def _term_gradients(settings, saved, cotangents):
+  """Those of what trains in the terms, by tiles in XLA: sums over tiles that kernels do not share."""
+  *arguments, terms, out, lse, top, log_sum = saved
+  if terms is None or not terms.trained:
+    return None if terms is None else terms.gradient([])
+  rest = log_sum * math.log(2) - (lse - top)
+  results = out, lse, jnp.where(lse == -jnp.inf, 0.0, rest)
+  options = {"scale": settings.scale, "logit_softcap": settings.softcap}
+  found = xla.term_gradients(*arguments, terms, results, cotangents, **options)
+  return terms.gradient(found)
+
+
+def _no_tangents(*_):
+  raise NotImplementedError(
+    "fused attention kernels have first derivatives in reverse mode alone; implementation='xla' has "
+    "those in forward mode too, and forward mode over both; 'reference' has all"
+  )
+
+
+for _function in (_forward, _gradients):
+  _function.defjvp(_no_tangents)
+_attention.defvjp(_attention_fwd, _attention_bwd)

@@ -23,54 +23,69 @@ from effjax.kernels.flash_attention.fused.places import Place
 from effjax.kernels.flash_attention.fused.sizes import Sizes
 
 
-def _forward(job: Job) -> tuple[Array, Array]:
+def _forward(job: Job) -> tuple[Array, ...]:
   size, splits = job.size, job.settings.splits
 
-  def kernel(x, out, lse):
-    rows = jax.tree.map(lambda ref: ref[...][:, None], x.queries)
-
-    def tile(j, masked, carry):
-      here = pl.ds(j * size.keys, size.keys)
-      seen = _seen(job, rows, _across(x.keys, here), j, 1) if masked else None
-      bias = None if x.bias is None else x.bias[:, here]
-      logits, _ = job.scores(x.query[...], x.key[here, :], bias, seen)
-      return steps.accumulate(carry, logits, x.value[here, :])
-
+  def kernel(x, out, top, log_sum):
     row, part = lax.div(pl.program_id(0), splits), lax.rem(pl.program_id(0), splits)
-    start = steps.start(size.queries, job.value.shape[-1])
-    carry = _visit(job, x.lists, (), row, tile, start, (part, splits))
-    result, log_sum = steps.finish(*carry)
-    out[...] = result.astype(out.dtype)
-    lse[...] = log_sum[:, 0]
+
+    def put(here, rows, exact):
+      queries = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
+      line = _entries(job, x, lambda ref: ())
+
+      def tile(j, n, masked, carry):
+        there = pl.ds(j * n, n)
+        keys, at = _across(x.keys, there), _positions(j * n, (1, n))
+        bias, given = None if x.bias is None else x.bias[here, there], (masked, exact)
+        q, k = x.query[here, :], x.key[there, :]
+        logits, _, shown = job.scores(q, k, queries, keys, at, line, bias, _cap(x), given)
+        return steps.accumulate(carry, logits, x.value[there, :], shown, job.log2)
+
+      start = steps.start(rows, job.value.shape[-1])
+      carry = _visit(job, x.lists, (), row, size.keys, tile, start, exact, (part, splits))
+      result, *sums = steps.finish(*carry)
+      out[here, :] = result.astype(out.dtype)
+      top[here], log_sum[here] = (x[:, 0] for x in sums)
+      return result
+
+    _exactly(job, put, size.queries)
 
   B, T, N, _ = job.query.shape
   kind = job.query.dtype if splits == 1 else jnp.float32
   out = jax.ShapeDtypeStruct((splits, B, T, N, job.value.shape[-1]), kind)
-  lse = jax.ShapeDtypeStruct((splits, B, N, T), jnp.float32)
-  whole, log_sums = _call(job, kernel, _by_rows(job, splits), ("pbqnh", out), ("pbnq", lse))
-  return whole, log_sums
+  line = jax.ShapeDtypeStruct((splits, B, N, T), jnp.float32)
+  place = _by_rows(job, splits)
+  return _call(job, kernel, place, ("pbqnh", out), ("pbnq", line), ("pbnq", line))
 
 
 def _queries(job: Job) -> Array:
   size = job.size
 
   def kernel(x, d_query):
-    rows = jax.tree.map(lambda ref: ref[...][:, None], x.queries)
-    lse, delta = x.lse[...][:, None], x.delta[...][:, None]
+    i = pl.program_id(0)
 
-    def tile(j, masked, carry):
-      here = pl.ds(j * size.keys, size.keys)
-      seen = _seen(job, rows, _across(x.keys, here), j, 1) if masked else None
-      bias = None if x.bias is None else x.bias[:, here]
-      k = x.key[here, :]
-      logits, slope = job.scores(x.query[...], k, bias, seen)
-      d_weights = steps.dot(x.d_out[...], x.value[here, :], (1, 1))
-      gradient = steps.score_gradient(jnp.exp2(logits - lse), d_weights, delta)
-      return carry + steps.dot(steps.times(gradient, slope), k)
+    def put(here, rows, exact):
+      queries = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
+      line = _entries(job, x, lambda ref: ())
+      top, log_sum, delta = (x.lines[name][here][:, None] for name in _LINES)
 
-    start = jnp.zeros((size.queries, job.query.shape[-1]), jnp.float32)
-    total = _visit(job, x.lists, (), pl.program_id(0), tile, start)
-    d_query[...] = (total * job.settings.scale).astype(d_query.dtype)
+      def tile(j, n, masked, carry):
+        there = pl.ds(j * n, n)
+        keys, at = _across(x.keys, there), _positions(j * n, (1, n))
+        bias, given = None if x.bias is None else x.bias[here, there], (masked, exact)
+        q, k = x.query[here, :], x.key[there, :]
+        logits, slope, shown = job.scores(q, k, queries, keys, at, line, bias, _cap(x), given)
+        weights = jnp.exp2((logits - top) * job.log2)
+        d_weights = steps.dot(x.d_out[here, :], x.value[there, :], (1, 1))
+        return carry + shown.dot(steps.score_gradient(weights, d_weights, delta, slope), k)
+
+      start = jnp.zeros((rows, job.query.shape[-1]), jnp.float32)
+      total = _visit(job, x.lists, (), i, size.keys, tile, start, exact)
+      total = total * (job.settings.scale * jnp.exp2(-log_sum))
+      d_query[here, :] = total.astype(d_query.dtype)
+      return total
+
+    _exactly(job, put, size.queries)
 
   return _call(job, kernel, _by_rows(job), ("bqnh", job.query))[0]
 
@@ -79,32 +94,42 @@ def _keys(job: Job) -> tuple[Array, Array]:
   size = job.size
 
   def kernel(x, d_key, d_value):
-    j, k, v = pl.program_id(0), x.key[...], x.value[...]
+    j = pl.program_id(0)
 
-    def head(g, carry):
-      of_head = lambda ref: g if ref.shape[0] > 1 else 0
-      columns = jax.tree.map(lambda ref: ref[of_head(ref), :][:, None], x.keys)
+    def put(here, rows, exact):
+      k, v = x.key[here, :], x.value[here, :]
+      names = _LINES if exact or job.adds else ("lse", "delta")
+      first = j * size.keys + (here.start if exact else 0)
 
-      def tile(i, masked, carry):
-        d_k, d_v = carry
-        here = pl.ds(i * size.queries, size.queries)
-        rows = jax.tree.map(lambda ref: ref[of_head(ref), here][None, :], x.queries)
-        seen = _seen(job, rows, columns, j, 0) if masked else None
-        bias = None if x.bias is None else x.bias[of_head(x.bias), here, :].T
-        q, d_out = x.query[here, g, :], x.d_out[here, g, :]
-        logits, slope = job.scores(k, q, bias, seen)
-        weights = jnp.exp2(logits - x.lse[g, here][None, :])
-        d_weights = steps.dot(v, d_out, (1, 1))
-        gradient = steps.score_gradient(weights, d_weights, x.delta[g, here][None, :])
-        d_v = d_v + steps.dot(weights, d_out)
-        return d_k + steps.dot(steps.times(gradient, slope), q), d_v
+      def head(g, carry):
+        of_head = lambda ref: g if ref.shape[0] > 1 else 0
+        columns = jax.tree.map(lambda ref: ref[of_head(ref), here][:, None], x.keys)
+        line = _entries(job, x, lambda ref: (of_head(ref),))
 
-      return _visit(job, x.lists, (of_head(x.lists.offset),), j, tile, carry)
+        def tile(i, n, masked, carry):
+          d_k, d_v = carry
+          there = pl.ds(i * n, n)
+          queries = jax.tree.map(lambda ref: ref[of_head(ref), there][None, :], x.queries)
+          at, given = _positions(first, (rows, 1)), (masked, exact)
+          bias = None if x.bias is None else x.bias[of_head(x.bias), there, here].T
+          q, d_out = x.query[there, g, :], x.d_out[there, g, :]
+          *ends, delta = (x.lines[name][g, there][None, :] for name in names)
+          logits, slope, shown = job.scores(k, q, queries, columns, at, line, bias, _cap(x), given)
+          weights = steps.weights(logits, job.log2, *ends)
+          d_weights = steps.dot(v, d_out, (1, 1))
+          gradient = steps.score_gradient(weights, d_weights, delta, slope)
+          return d_k + shown.dot(gradient, q), d_v + shown.dot(weights, d_out)
 
-    start = tuple(jnp.zeros((size.keys, a.shape[-1]), jnp.float32) for a in (k, v))
-    d_k, d_v = lax.fori_loop(0, job.group, head, start)
-    d_key[...] = (d_k * job.settings.scale).astype(d_key.dtype)
-    d_value[...] = d_v.astype(d_value.dtype)
+        listed = of_head(x.lists.offset)
+        return _visit(job, x.lists, (listed,), j, size.queries, tile, carry, exact)
+
+      start = tuple(jnp.zeros((rows, a.shape[-1]), jnp.float32) for a in (k, v))
+      d_k, d_v = lax.fori_loop(0, job.group, head, start)
+      d_key[here, :] = (d_k * job.settings.scale).astype(d_key.dtype)
+      d_value[here, :] = d_v.astype(d_value.dtype)
+      return d_k, d_v
+
+    _exactly(job, put, size.keys, always=True)
 
   d_key, d_value = _call(job, kernel, _by_columns(job), ("bkmh", job.key), ("bkmh", job.value))
   return d_key, d_value
@@ -125,12 +150,14 @@ def _bias(job: Job) -> Array:
       of = lambda ref: (b if ref.shape[0] > 1 else 0, g if ref.shape[1] > 1 else 0)
       rows = jax.tree.map(lambda ref: ref[(*of(ref), slice(None))][:, None], x.queries)
       columns = jax.tree.map(lambda ref: ref[(*of(ref), slice(None))][None, :], x.keys)
-      seen = _seen(job, rows, columns, j, 1)
+      at, line = _positions(j * size.keys, (1, size.keys)), _entries(job, x, of)
       q, k = x.query[b, :, g, :], x.key[b, :, kv, :]
-      logits, _ = job.scores(q, k, x.bias[0, 0], seen)
+      top, log_sum, delta = (x.lines[name][b, g, :][:, None] for name in _LINES)
+      given = x.bias[0, 0], _cap(x), (True, True)
+      logits, slope, shown = job.scores(q, k, rows, columns, at, line, *given)
+      weights = steps.weights(logits, job.log2, top, log_sum)
       d_weights = steps.dot(x.d_out[b, :, g, :], x.value[b, :, kv, :], (1, 1))
-      weights = jnp.exp2(logits - x.lse[b, g, :][:, None])
-      return total + steps.score_gradient(weights, d_weights, x.delta[b, g, :][:, None])
+      return total + shown.hide(steps.score_gradient(weights, d_weights, delta, None), 0.0)
 
     start = jnp.zeros((size.queries, size.keys), jnp.float32)
     d_bias[0, 0] = lax.fori_loop(0, batch * shared, add, start).astype(d_bias.dtype)
@@ -143,13 +170,16 @@ def _visit(
   lists: Any,
   head: tuple[Any, ...],
   i: Array,
+  size: int,
   tile: Any,
   carry: Any,
+  exact: bool,
   part: tuple[Any, int] = (0, 1),
 ) -> Any:
-  """Folds `tile(j, masked, carry)` over the list of tile i, or over part (p, of P) of it.
+  """Folds `tile(j, size, masked, carry)` over the list of tile i, or over part (p, of P) of it.
 
-  The full tiles come first, then the partial ones.
+  The full tiles come first, then the partial ones. Exactly, all count as partial and are taken in
+  pieces, tiles of size `_PIECE`.
   """
   begin, middle, end = lists.offset[*head, i], lists.partial[*head, i], lists.offset[*head, i + 1]
   which, parts = part
@@ -158,23 +188,53 @@ def _visit(
     begin = jnp.minimum(begin + which * share, end)
     end = jnp.minimum(begin + share, end)
     middle = jnp.clip(middle, begin, end)
-  step = lambda masked: lambda n, carry: tile(lists.index[*head, n], masked, carry)
+  tile_of = lambda n: lists.index[*head, n]
+  if exact:
+    pieces = size // _PIECE
+    piece = lambda n: tile_of(lax.div(n, pieces)) * pieces + lax.rem(n, pieces)
+    step = lambda n, carry: tile(piece(n), _PIECE, job.any_partial, carry)
+    return lax.fori_loop(begin * pieces, end * pieces, step, carry)
+  step = lambda masked: lambda n, carry: tile(tile_of(n), size, masked, carry)
   if job.any_full:
     carry = lax.fori_loop(begin, middle, step(False), carry)
   return lax.fori_loop(middle, end, step(True), carry) if job.any_partial else carry
+
+
+def _exactly(job: Job, put: Callable[..., Any], rows: int, always: bool = False) -> None:
+  """`put(rows, number, exact)` of all rows, and again where what it gives is not finite.
+
+  Zero times a NaN that is hidden is not. Exactly, a few rows at a time need the fewest registers.
+  """
+  good = steps.finite(*jax.tree.leaves(put(slice(None), rows, False)))
+  if always or job.hides:
+
+    @pl.when(~good)
+    def _():
+
+      @pl.loop(0, rows // _PIECE)
+      def _(n):
+        put(pl.ds(n * _PIECE, _PIECE), _PIECE, True)
 
 
 def _across(keys: Any, here: Any) -> Any:
   return jax.tree.map(lambda ref: ref[here][None, :], keys)
 
 
-def _seen(job: Job, queries: Any, keys: Any, j: Array, axis: int) -> Array:
-  """The predicate on a tile whose keys, those of tile j, lie along `axis`."""
-  n = job.size.keys
-  at = j * n + lax.broadcasted_iota(jnp.int32, (1, n) if axis else (n, 1), axis)
-  return job.seen(queries, keys, at)
+def _positions(first: Any, shape: tuple[int, int]) -> Array:
+  """Of keys from `first` on, along the axis of `shape` that is not one."""
+  return first + lax.broadcasted_iota(jnp.int32, shape, int(shape[0] == 1))
 
 
+def _entries(job: Job, x: Any, head: Callable[[Any], tuple[Any, ...]]) -> Callable[..., Any]:
+  """A function from positions to the entries of the lines at `head`, looked up one by one."""
+  return lambda q, k: jax.tree.map(lambda ref: ref[(*head(ref), job.entry(q, k))], x.line)
+
+
+def _cap(x: Any) -> Array | None:
+  return None if x.cap is None else x.cap[0, 0]
+
+
+_LINES = "top", "log_sum", "delta"
 _OPERANDS = {
   "lists": "bn.",
   "queries": "bnq",
@@ -184,8 +244,9 @@ _OPERANDS = {
   "value": "bkmh",
   "bias": "bnqk",
   "d_out": "bqnh",
-  "lse": "bnq",
-  "delta": "bnq",
+  "lines": "bnq",
+  "line": "bn.",
+  "cap": "..",
 }
 
 
@@ -234,7 +295,7 @@ def _call(job: Job, kernel: Any, place: Place, *results: tuple[str, Any]) -> tup
   """Runs `kernel(operands, *results)` over the grid; an operand there is not is None."""
   operands = {name: getattr(job, name) for name in _OPERANDS}
   spec = lambda name: jax.tree.map(lambda x: place.spec(x.shape, _OPERANDS[name]), operands[name])
-  return pl.pallas_call(
+  call = pl.pallas_call(
     lambda refs, *outputs: kernel(SimpleNamespace(**refs), *outputs),
     grid=place.grid,
     in_specs=[{name: spec(name) for name in operands}],
@@ -243,14 +304,16 @@ def _call(job: Job, kernel: Any, place: Place, *results: tuple[str, Any]) -> tup
     name=kernel.__qualname__.split(".")[0].lstrip("_"),
     compiler_params=plgpu.CompilerParams(num_warps=job.size.warps, num_stages=job.size.stages),
     interpret=job.settings.interpret,
-  )(operands)
+  )
+  return job.run(call, operands)
 
 
+_PIECE = 16  # the least side of a product
 _PROGRAMS = 256  # about as many as fill a device
 _LEAST = 256  # keys for which a part is worth its own program
 _FEW = 64  # queries that one tile holds
 
-KERNELS = Kernels(_forward, _queries, _keys, _bias, "gpu", pl.next_power_of_2)
+KERNELS = Kernels(_forward, _queries, _keys, _bias, lambda terms: None, "gpu", pl.next_power_of_2)
 
 
 @row_bias.outside

@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core.typing import Array
-from effjax.kernels.flash_attention.fused import steps
+from effjax.kernels.flash_attention.fused import interpreted, steps
 from effjax.kernels.flash_attention.fused.sizes import Size, Sizes
 from effjax.kernels.flash_attention.tile_map.blocks import TileList, tile_lists
 from effjax.kernels.flash_attention.tile_map.sight import Sight, Where
+from effjax.kernels.flash_attention.tile_map.terms import Terms
+
+# What makes 2^(score − large) = 0 of rows with nothing to attend to, padded ones among them.
+NOTHING = {"top": -steps.FLOOR, "log_sum": 0.0, "lse": -steps.FLOOR, "delta": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +23,12 @@ class Kernels:
   """A platform's kernels; each takes a `Job` and returns padded arrays.
 
   Attributes:
-    forward: out [P, B, T, N, Hv] and log-sum-exp [P, B, N, T] of P parts of each row's tiles.
+    forward: of P parts of each row's tiles out [P, B, T, N, Hv] and, [P, B, N, T], the maximum of
+      the scores in their unit and log₂ of the sum of 2^(score − maximum).
     queries: dQ [B, T, N, H].
     keys: dK [B, S, K, H] and dV [B, S, K, Hv].
     bias: the bias's gradient, in its shape.
+    refusal: why it cannot take these terms, or None.
     platform: "gpu" or "tpu".
     width: the width that a head of a given one is padded to.
   """
@@ -31,6 +37,7 @@ class Kernels:
   queries: Callable[["Job"], Array]
   keys: Callable[["Job"], tuple[Array, Array]]
   bias: Callable[["Job"], Array]
+  refusal: Callable[[Terms | None], str | None]
   platform: str
   width: Callable[[int], int]
 
@@ -46,6 +53,10 @@ class Settings:
   splits: int
   interpret: bool
 
+  def unit(self, adds: bool, cap: bool) -> float:
+    """Of the scores, by whether something is added to them and whether a soft cap is data."""
+    return 1.0 if cap else steps.unit(self.scale, self.softcap, adds)
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -56,9 +67,15 @@ class Job:
     lists: the tiles of each row (or column) of tiles.
     any_full, any_partial: False where it is known that the lists hold no such tile.
     seen: booleans of a tile from its parts of `queries` and `keys` and the positions of its keys.
-    queries, keys: pytrees of integers [b, h, length], see `Sight`.
+    term: from these and the tile's part of `line` what the score adds, None without a score.
+    entry: where the pairs of positions q, k are in `line`.
+    queries, keys: pytrees [b, h, length], see `Sight` and `Terms`.
+    line: pytree [b, h, long + wide − 1] or [b, h, 2 · S − 1], see `Terms`.
+    cap: a soft cap known when running alone, [1, 1].
     query … bias: [B, T, N, H], [B, S, K, H], [B, S, K, Hv], [b, n, T, S].
-    d_out, lse, delta: backward only: [B, T, N, Hv], and [B, N, T] with LSE in units of log 2.
+    d_out: backward only, [B, T, N, Hv].
+    lines: backward only, by name, [B, N, T]: "top" and "log_sum" of the forward kernel; "lse", both
+      in units of log 2, NaN where it has too few digits; "delta".
   """
 
   settings: Settings
@@ -67,15 +84,18 @@ class Job:
   any_full: bool
   any_partial: bool
   seen: Callable[[Any, Any, Array], Array]
+  term: Callable[[Any, Any, Array, Any], Array] | None
+  entry: Callable[[Array, Array], Array]
   queries: Any
   keys: Any
+  line: Any
+  cap: Array | None
   query: Array
   key: Array
   value: Array
   bias: Array | None
   d_out: Array | None = None
-  lse: Array | None = None
-  delta: Array | None = None
+  lines: dict[str, Array] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def of(
@@ -87,10 +107,10 @@ class Job:
     value: Array,
     bias: Array | None,
     where: Where,
+    terms: Terms | None,
     *,
     d_out: Array | None = None,
-    lse: Array | None = None,
-    delta: Array | None = None,
+    lines: dict[str, Array] | None = None,
     by_columns: bool = False,
   ) -> "Job":
     """The arrays padded, and the tiles of each row (or column) listed."""
@@ -99,8 +119,20 @@ class Job:
     long, wide = rows * size.queries, columns * size.keys
     sight = Sight.of(where, T, S, size.queries, size.keys)
     lists = tile_lists(sight, rows, columns, by_columns=by_columns)
-    queries, read_queries = _integers(sight.queries, T, long)
-    keys, read_keys = _integers(sight.keys, S, wide)
+    scored = terms is not None and terms.structure is not None
+    features = (terms.queries, terms.keys) if scored else ((), ())
+    queries, read_queries = _plain((sight.queries, features[0]), T, long)
+    keys, read_keys = _plain((sight.keys, features[1]), S, wide)
+
+    def term(q, k, at, line):
+      (sight_q, q), (_, k) = read_queries(q), read_keys(k)
+      return terms.value(q, k, line(sight_q[0], at), sight_q[0], at)
+
+    def entry(q, k):
+      return (
+        q - k + (wide - 1 - (S - T)) if terms.diagonal else jnp.clip(q - k, 1 - S, S - 1) + S - 1
+      )
+
     head = lambda x, length: _padded(x, length, settings.kernels.width(x.shape[-1]))
     line = lambda x, fill: jnp.pad(
       jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, long - T)), constant_values=fill
@@ -112,16 +144,19 @@ class Job:
       lists=lists,
       any_full=any_full,
       any_partial=any_partial,
-      seen=lambda q, k, at: sight.seen(read_queries(q), read_keys(k), at),
+      seen=lambda q, k, at: sight.seen(read_queries(q)[0], read_keys(k)[0], at),
+      term=term if scored else None,
+      entry=entry,
       queries=queries,
       keys=keys,
+      line=jax.tree.map(jnp.asarray, terms.padded(long, wide).line) if scored else (),
+      cap=None if terms is None or terms.softcap is None else terms.softcap.reshape(1, 1),
       query=head(query, long),
       key=head(key, wide),
       value=head(value, wide),
       bias=bias if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, long - T), (0, wide - S))),
       d_out=d_out if d_out is None else head(d_out, long),
-      lse=lse if lse is None else line(lse, -steps.FLOOR),
-      delta=delta if delta is None else line(delta, 0),
+      lines={name: line(x, NOTHING[name]) for name, x in (lines or {}).items()},
     )
 
   @property
@@ -134,22 +169,75 @@ class Job:
     """Number of query tiles and of key tiles."""
     return self.query.shape[1] // self.size.queries, self.key.shape[1] // self.size.keys
 
-  def scores(self, a: Array, b: Array, bias: Array | None, seen: Array | None):
-    """Those of a tile, see `steps.scores`."""
-    return steps.scores(a, b, bias, seen, self.settings.scale, self.settings.softcap)
+  @property
+  def adds(self) -> bool:
+    """Whether something is added to the scores."""
+    return self.bias is not None or self.term is not None
+
+  @property
+  def hides(self) -> bool:
+    """Whether some pairs may not see each other."""
+    return self.any_partial or self.adds
+
+  @property
+  def unit(self) -> float:
+    """Of the scores."""
+    return self.settings.unit(self.adds, self.cap is not None)
+
+  @property
+  def log2(self) -> float:
+    """A unit of the scores in units of log 2."""
+    return self.unit * steps.LOG2E
+
+  def scores(
+    self,
+    a: Array,
+    b: Array,
+    queries: Any,
+    keys: Any,
+    at: Array | None,
+    line: Callable[[Array, Array], Any],
+    bias: Array | None,
+    cap: Array | None,
+    how: tuple[bool, bool],
+  ) -> tuple[Array, Array | None, steps.Shown]:
+    """Those of a tile and the soft cap's derivative, see `steps.scores`, and which pairs are seen.
+
+    Args:
+      queries, keys: the tile's parts.
+      at: positions of its keys.
+      line: gives its part of `line` for the positions of queries and keys.
+      how: whether the predicate is evaluated, and whether what it hides may be NaN.
+    """
+    masked, exact = how
+    shown = steps.Shown(self.seen(queries, keys, at) if masked else None, exact)
+    added = bias
+    if self.term is not None:
+      term = jnp.asarray(self.term(queries, keys, at, line)).astype(jnp.float32)
+      term = jnp.broadcast_to(term, (a.shape[0], b.shape[0]))
+      added = term if bias is None else term + bias.astype(jnp.float32)
+    if exact and added is not None:
+      shown = shown.without(added.astype(jnp.float32) == -jnp.inf)
+    softcap = self.settings.softcap if cap is None else cap
+    return *steps.scores(a, b, added, shown, self.settings.scale, softcap), shown
 
   def result(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """A result that varies over the mesh axes that the arguments vary over."""
-    kind = jax.typeof(self.query).manual_axis_type
+    kind = jax.typeof(1.0 if self.settings.interpret else self.query).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
+  def run(self, call: Callable[..., Any], *operands: Any) -> Any:
+    """A kernel on its operands."""
+    return interpreted.alone(call, operands) if self.settings.interpret else call(*operands)
 
-def _integers(tree: Any, length: int, padded: int) -> tuple[Any, Callable[[Any], Any]]:
-  """The arrays as int32 [b, h, padded], and a function that gives tiles of them their types."""
+
+def _plain(tree: Any, length: int, padded: int) -> tuple[Any, Callable[[Any], Any]]:
+  """The arrays as int32 or float32 [b, h, padded], and a function that gives tiles their types."""
   flags = jax.tree.map(lambda x: jnp.dtype(x.dtype) == jnp.bool_, tree)
 
   def whole(x: Any) -> Array:
-    x = jnp.broadcast_to(x, (*x.shape[:2], length)).astype(jnp.int32)
+    kind = jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32
+    x = jnp.broadcast_to(x, (*x.shape[:2], length)).astype(kind)
     return jnp.pad(x, ((0, 0), (0, 0), (0, padded - length)), mode="edge")
 
   read = lambda tiles: jax.tree.map(lambda flag, x: x != 0 if flag else x, flags, tiles)

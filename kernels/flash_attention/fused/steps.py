@@ -1,18 +1,26 @@
 """The arithmetic of one tile, for kernels that hold it in registers or VMEM.
 
 A tile of scores is [queries, keys], or [keys, queries] where that spares a transposition; all that
-goes with its rows is [rows, 1]. Scores are in units of log 2, so that 2^x takes the place of e^x.
+goes with its rows is [rows, 1]. Scores are in units of their own (`unit`), which spares a factor;
+2^x takes the place of e^x.
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from effjax.core.typing import Array, Float
 
 LOG2E = math.log2(math.e)
-FLOOR = -1e30  # least running maximum: finite, so that a row of −inf scores gives 2^(−inf) = 0
+# Least running maximum: finite, so that a row of −inf scores gives 2^(−inf) = 0, and no score that
+# is finite lies below it.
+FLOOR = float(np.finfo(np.float32).min)
+
+_DIGIT = 2048  # more than the pairs of a row of a tile, a power of two, exact in all types
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
@@ -27,26 +35,70 @@ def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Shown:
+  """Which pairs of a tile see each other, and whether numbers that are not finite are about.
+
+  Attributes:
+    seen: booleans shaped like the scores, or None for all.
+    exact: whether what is hidden may be NaN or infinite, and must not meet a weight of zero.
+  """
+
+  seen: Array | None = None
+  exact: bool = False
+
+  def hide(self, x: Array, value: float) -> Array:
+    """`x`, with `value` where nothing is seen."""
+    return x if self.seen is None else jnp.where(self.seen, x, value)
+
+  def without(self, hidden: Array) -> "Shown":
+    """Less these pairs."""
+    seen = ~hidden if self.seen is None else self.seen & ~hidden
+    return dataclasses.replace(self, seen=seen)
+
+  def dot(self, weights: Array, b: Array) -> Array:
+    """weights · b over the pairs that are seen; what of b is not finite counts as infinite."""
+    if not self.exact or self.seen is None:
+      return dot(weights, b)
+    wide = b.astype(jnp.float32)
+    kept = jnp.where(jnp.abs(wide) < jnp.inf, wide, 0.0).astype(b.dtype)
+    # How many are seen of ∞ and of −∞, NaN being both, as the digits of one number.
+    flags = jnp.where(wide < jnp.inf, 0.0, 1.0) + jnp.where(wide > -jnp.inf, 0.0, float(_DIGIT))
+    seen = jnp.where(self.seen, 1.0, 0.0).astype(b.dtype)
+    ends = dot(seen, flags.astype(b.dtype)).astype(jnp.int32)
+    up = jnp.where(ends % _DIGIT > 0, jnp.inf, 0.0)
+    return dot(self.hide(weights, 0.0), kept) + (up + jnp.where(ends >= _DIGIT, -jnp.inf, 0.0))
+
+
+def finite(*arrays: Array) -> Array:
+  """Whether all of them are, up to sums that overflow."""
+  return jnp.abs(sum(jnp.sum(x) for x in arrays)) < jnp.inf
+
+
+def unit(scale: float, softcap: float | None, extra: bool) -> float:
+  """What a unit of `scores` is worth; `extra` says whether something is added to them."""
+  factor = scale if softcap is None else softcap
+  return factor if not extra and factor > 0 else 1.0
+
+
 def scores(
   a: Float[Array, "I H"],
   b: Float[Array, "J H"],
-  bias: Float[Array, "I J"] | None,
-  seen: Array | None,
+  extra: Float[Array, "I J"] | None,
+  shown: Shown,
   scale: float,
-  softcap: float | None,
+  softcap: float | Array | None,
 ) -> tuple[Array, Array | None]:
-  """log₂e · (softcap(scale · a bᵀ) + bias), −inf where not seen, and the soft cap's derivative."""
-  products = dot(a, b, (1, 1))
-  slope = None
-  if softcap is None:
-    logits = products * (scale * LOG2E)
-  else:
-    capped = jnp.tanh(products * (scale / softcap))
-    slope = 1 - capped * capped
-    logits = capped * (softcap * LOG2E)
-  if bias is not None:
-    logits = logits + bias.astype(jnp.float32) * LOG2E
-  return logits if seen is None else jnp.where(seen, logits, -jnp.inf), slope
+  """softcap(scale · a bᵀ) + extra in their `unit`, −inf where not seen; the soft cap's derivative."""
+  logits, factor, slope = dot(a, b, (1, 1)), scale, None
+  if softcap is not None:
+    logits, factor = jnp.tanh(logits * (scale / softcap)), softcap
+    slope = 1 - logits * logits
+  if not isinstance(factor, float) or unit(scale, softcap, extra is not None) == 1.0:
+    logits = logits * factor
+  if extra is not None:
+    logits = logits + extra.astype(jnp.float32)
+  return shown.hide(logits, -jnp.inf), slope
 
 
 def start(rows: int, width: int) -> tuple[Array, Array, Array]:
@@ -55,28 +107,36 @@ def start(rows: int, width: int) -> tuple[Array, Array, Array]:
   return zeros(1), zeros(1) + FLOOR, zeros(width)
 
 
-def accumulate(carry: tuple[Array, Array, Array], logits: Array, v: Array):
-  """The running values with a tile of scores and its values taken in."""
+def accumulate(
+  carry: tuple[Array, Array, Array], logits: Array, v: Array, shown: Shown, log2: float
+) -> tuple[Array, Array, Array]:
+  """The running values with a tile of scores, `log2` to a unit, and its values taken in."""
   total, top, out = carry
   new = jnp.maximum(top, logits.max(-1, keepdims=True))
-  weights = jnp.exp2(logits - new)
-  fade = jnp.exp2(top - new)
-  return total * fade + weights.sum(-1, keepdims=True), new, out * fade + dot(weights, v)
+  weights = jnp.exp2((logits - new) * log2)
+  fade = jnp.exp2((top - new) * log2)
+  return total * fade + weights.sum(-1, keepdims=True), new, out * fade + shown.dot(weights, v)
 
 
-def finish(total: Array, top: Array, out: Array) -> tuple[Array, Array]:
-  """Output and log-sum-exp (natural); zeros and −inf for rows that have seen nothing."""
-  some = total > 0
-  safe = jnp.where(some, total, 1.0)
-  lse = jnp.where(some, top * math.log(2) + jnp.log(safe), -jnp.inf)
-  return out / safe, lse
+def finish(total: Array, top: Array, out: Array) -> tuple[Array, Array, Array]:
+  """Output, maximum and log₂ of the sum; zeros, −inf and 0 for rows that have seen nothing."""
+  none = total == 0
+  safe = jnp.where(none, 1.0, total)
+  return out / safe, jnp.where(none, -jnp.inf, top), jnp.log2(safe)
 
 
-def score_gradient(weights: Array, d_weights: Array, delta: Array) -> Array:
-  """Gradient of the scores: P ∘ (dP − D) with D = rowsum(dO ∘ O) − dLSE."""
-  return weights * (d_weights - delta)
+def weights(logits: Array, log2: float, *ends: Array) -> Array:
+  """P = 2^(log2 · S − lse), or from (top, log_sum) 2^(log2 · (S − top) − log_sum).
+
+  LSE in units of log 2 takes fewer registers; of a great maximum it has no digits left for a sum.
+  """
+  if len(ends) == 1:
+    return jnp.exp2(logits * log2 - ends[0])
+  top, log_sum = ends
+  return jnp.exp2((logits - top) * log2 - log_sum)
 
 
-def times(gradient: Array, slope: Array | None) -> Array:
-  """The gradient before the soft cap, if there is one."""
+def score_gradient(weights: Array, d_weights: Array, delta: Array, slope: Array | None) -> Array:
+  """Gradient of the products: P ∘ (dP − D), D = rowsum(dO ∘ O) − dLSE, through the soft cap."""
+  gradient = weights * (d_weights - delta)
   return gradient if slope is None else gradient * slope

@@ -7,6 +7,7 @@ leaves out. What a row sums stays in VMEM from its first tile to its last.
 
 import dataclasses
 import functools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,66 +20,71 @@ from jax.experimental.pallas import tpu as pltpu
 
 from effjax.core.typing import Array, Float
 from effjax.kernels.flash_attention import row_bias
-from effjax.kernels.flash_attention.fused import frame, steps, walks
+from effjax.kernels.flash_attention.fused import frame, interpreted, steps, walks
 from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
 from effjax.kernels.flash_attention.fused.places import Place
 from effjax.kernels.flash_attention.fused.sizes import Sizes
+from effjax.kernels.flash_attention.tile_map.terms import Terms
 
 _LANES = 128
 
 
-def _forward(job: Job) -> tuple[Array, Array]:
+def _forward(job: Job) -> tuple[Array, ...]:
   B, T, N, _ = job.query.shape
   Hv, rows = job.value.shape[-1], job.size.queries
 
-  def kernel(step, x, out, lse, *state):
+  def kernel(step, x, out, top, log_sum, *state):
     @pl.when(step.first)
     def _():
       _put(state, steps.start(rows, Hv))
 
-    def tile(masked):
-      logits, _ = job.scores(x.query[...], x.key[...], _read(x.bias), step.seen(x, masked))
-      _put(state, steps.accumulate(tuple(ref[...] for ref in state), logits, x.value[...]))
+    def tile(how, *carry):
+      logits, _, shown = step.scores(x, x.query[...], x.key[...], _read(x.bias), how)
+      return steps.accumulate(carry, logits, x.value[...], shown, job.log2)
 
-    step.visit(tile)
+    step.visit(x, tile, state)
 
     @pl.when(step.last)
     def _():
-      result, log_sum = steps.finish(*(ref[...] for ref in state))
+      result, *sums = steps.finish(*(ref[...] for ref in state))
       out[...] = result.astype(out.dtype)
-      lse[...] = _turned(log_sum)
+      _put((top, log_sum), map(_turned, sums))
 
-  results = ("bnqh", (B, N, T, Hv), job.query.dtype), ("bn1q", (B, N, 1, T), jnp.float32)
+  line = ("bn1q", (B, N, 1, T), jnp.float32)
+  results = ("bnqh", (B, N, T, Hv), job.query.dtype), line, line
   scratch = [(rows, 1), (rows, 1), (rows, Hv)]
-  out, lse = _call(job, kernel, _by_rows(job), results, scratch)
-  return jnp.swapaxes(out, 1, 2)[None], lse[None, :, :, 0]
+  out, *sums = _call(job, kernel, _by_rows(job), results, scratch)
+  return jnp.swapaxes(out, 1, 2)[None], *(x[None, :, :, 0] for x in sums)
 
 
 def _queries(job: Job) -> Array:
   B, T, N, H = job.query.shape
   rows = job.size.queries
 
-  def kernel(step, x, d_query, total, lse, delta):
+  def kernel(step, x, d_query, total, *lines):
     @pl.when(step.first)
     def _():
-      values = jnp.zeros((rows, H), jnp.float32), _turned(x.lse[...]), _turned(x.delta[...])
-      _put((total, lse, delta), values)
+      values = (_turned(ref[...]) for ref in (x.top, x.delta))
+      _put((total, *lines), (jnp.zeros((rows, H), jnp.float32), *values))
 
-    def tile(masked):
+    def tile(how, total):
       k = x.key[...]
-      logits, slope = job.scores(x.query[...], k, _read(x.bias), step.seen(x, masked))
+      top, delta = (ref[...] for ref in lines)
+      logits, slope, shown = step.scores(x, x.query[...], k, _read(x.bias), how)
+      weights = jnp.exp2((logits - top) * job.log2)
       d_weights = steps.dot(x.d_out[...], x.value[...], (1, 1))
-      gradient = steps.score_gradient(jnp.exp2(logits - lse[...]), d_weights, delta[...])
-      total[...] += steps.dot(steps.times(gradient, slope), k)
+      gradient = steps.score_gradient(weights, d_weights, delta, slope)
+      return (total + shown.dot(gradient, k),)
 
-    step.visit(tile)
+    step.visit(x, tile, (total,))
 
     @pl.when(step.last)
     def _():
-      d_query[...] = (total[...] * job.settings.scale).astype(d_query.dtype)
+      share = jnp.exp2(-_turned(x.log_sum[...]))
+      d_query[...] = (total[...] * (job.settings.scale * share)).astype(d_query.dtype)
 
   results = (("bnqh", (B, N, T, H), job.query.dtype),)
-  (d_query,) = _call(job, kernel, _by_rows(job), results, [(rows, H), (rows, 1), (rows, 1)])
+  (d_query,) = _call(job, kernel, _by_rows(job), results, [(rows, H)] + [(rows, 1)] * 2)
   return jnp.swapaxes(d_query, 1, 2)
 
 
@@ -91,17 +97,16 @@ def _keys(job: Job) -> tuple[Array, Array]:
     def _():
       _put(sums, (jnp.zeros((rows, width), jnp.float32) for width in (H, Hv)))
 
-    def tile(masked):
+    def tile(how, d_k, d_v):
       q, d_out = x.query[...], x.d_out[...]
       bias = None if x.bias is None else x.bias[...].astype(jnp.float32).T
-      logits, slope = job.scores(x.key[...], q, bias, step.seen(x, masked))
-      weights = jnp.exp2(logits - x.lse[...])
+      logits, slope, shown = step.scores(x, x.key[...], q, bias, how)
+      weights = steps.weights(logits, job.log2, x.top[...], x.log_sum[...])
       d_weights = steps.dot(x.value[...], d_out, (1, 1))
-      gradient = steps.score_gradient(weights, d_weights, x.delta[...])
-      sums[0][...] += steps.dot(steps.times(gradient, slope), q)
-      sums[1][...] += steps.dot(weights, d_out)
+      gradient = steps.score_gradient(weights, d_weights, x.delta[...], slope)
+      return d_k + shown.dot(gradient, q), d_v + shown.dot(weights, d_out)
 
-    step.visit(tile)
+    step.visit(x, tile, sums)
 
     @pl.when(step.last)
     def _():
@@ -127,10 +132,12 @@ def _bias(job: Job) -> Array:
     def _():
       total[...] = jnp.zeros_like(total)
 
-    logits, _ = job.scores(x.query[...], x.key[...], x.bias[...], step.seen(x, True))
+    top, log_sum, delta = (_turned(ref[...]) for ref in (x.top, x.log_sum, x.delta))
+    scored = x.query[...], x.key[...], x.bias[...]
+    logits, _, shown = step.scores(x, *scored, (True, True))
     d_weights = steps.dot(x.d_out[...], x.value[...], (1, 1))
-    weights = jnp.exp2(logits - _turned(x.lse[...]))
-    total[...] += steps.score_gradient(weights, d_weights, _turned(x.delta[...]))
+    weights = steps.weights(logits, job.log2, top, log_sum)
+    total[...] += shown.hide(steps.score_gradient(weights, d_weights, delta, None), 0.0)
 
     @pl.when(step.last)
     def _():
@@ -233,23 +240,55 @@ class _Step:
     self.kind = lists[2][route.entry(*ids)] if lists else walks.PARTIAL | walks.FIRST | walks.LAST
     self.first = (self.kind & walks.FIRST != 0) & (repeat == 0)
     self.last = (self.kind & walks.LAST != 0) & (repeat == route.repeats - 1)
-    self.key_tile = route.axes["k"][1](*ids, *lists)
+    self.key_tile, self.query_tile = (route.axes[kind][1](*ids, *lists) for kind in "kq")
 
-  def visit(self, tile: Any) -> None:
-    """Runs `tile(masked)` if there is a tile to visit."""
+  def visit(self, x: Any, tile: Any, state: Any) -> None:
+    """Puts `tile((masked, exact), *state)` into the state if there is a tile to visit.
+
+    Where something may be hidden, and what the tile gives is not finite, as 0 · NaN is not, what it
+    gives exactly.
+    """
+    run = lambda *how: tile(how, *(ref[...] for ref in state))
+
+    def visit(masked):
+      found = run(masked, False)
+      if not (masked or self.job.adds):
+        return _put(state, found)
+      good = steps.finite(*found)
+      pl.when(good)(lambda: _put(state, found))
+      pl.when(~good)(lambda: _put(state, run(masked, True)))
+
     for flag, present in ((walks.FULL, self.job.any_full), (walks.PARTIAL, self.job.any_partial)):
       if present:
-        pl.when(self.kind & flag != 0)(functools.partial(tile, flag == walks.PARTIAL))
+        pl.when(self.kind & flag != 0)(functools.partial(visit, flag == walks.PARTIAL))
 
-  def seen(self, x: Any, masked: bool) -> Array | None:
-    """The predicate on the tile."""
-    if not masked:
-      return None
-    size, axis = self.job.size, int(self.route.keys_across)
-    shape = (size.queries, size.keys) if axis else (size.keys, size.queries)
-    at = self.key_tile * size.keys + lax.broadcasted_iota(jnp.int32, shape, axis)
-    whole = lambda tree: jax.tree.map(lambda ref: jnp.broadcast_to(ref[...], shape), tree)
-    return self.job.seen(whole(x.queries), whole(x.keys), at)
+  def scores(self, x: Any, a: Array, b: Array, bias: Array | None, how: tuple[bool, bool]):
+    """As `Job.scores`."""
+    job, size, axis = self.job, self.job.size, int(self.route.keys_across)
+    queries = keys = at = None
+    if how[0] or job.term is not None:
+      shape = (size.queries, size.keys) if axis else (size.keys, size.queries)
+      at = self.key_tile * size.keys + lax.broadcasted_iota(jnp.int32, shape, axis)
+      whole = lambda tree: jax.tree.map(lambda ref: jnp.broadcast_to(ref[...], shape), tree)
+      queries, keys = whole(x.queries), whole(x.keys)
+    return job.scores(a, b, queries, keys, at, self._line(x), bias, _read(x.cap), how)
+
+  def _line(self, x: Any) -> Any:
+    """A function that gives the tile's entries of the lines, which lie on its diagonals."""
+    size = self.job.size
+    along, across = (self.query_tile, size.queries), (self.key_tile, size.keys)
+    if not self.route.keys_across:
+      along, across = across, along
+    (i, rows), (j, columns) = along, across
+    tiles = self.job.tiles[0 if self.route.keys_across else 1]
+
+    def tile(ref):
+      start = j * columns - i * rows + (tiles - 1) * rows
+      start = pl.multiple_of(start, math.gcd(rows, columns))
+      part = jnp.broadcast_to(ref[:, pl.ds(start, rows + columns)], (rows, rows + columns))
+      return pltpu.roll(part, columns + 1, 1, stride=1, stride_axis=0)[:, :columns]
+
+    return lambda q, k: jax.tree.map(tile, x.line)
 
 
 def _call(
@@ -269,11 +308,14 @@ def _call(
     kernel(_Step(job, route, refs[: len(lists)]), SimpleNamespace(**x), *rest)
 
   last = len(route.grid) - 2
-  return pl.pallas_call(
+  grid = route.grid
+  if job.settings.interpret:
+    grid = tuple(n if isinstance(n, int) else interpreted.unmarked(n) for n in grid)
+  call = pl.pallas_call(
     body,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(lists),
-      grid=route.grid,
+      grid=grid,
       in_specs=[{name: spec(name) for name in operands}],
       out_specs=[route.spec(shape, kinds) for kinds, shape, _ in results],
       scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
@@ -284,28 +326,42 @@ def _call(
       dimension_semantics=(pltpu.PARALLEL,) * 2 + (pltpu.ARBITRARY,) * last
     ),
     interpret=job.settings.interpret,
-  )(*lists, operands)
+  )
+  return job.run(call, *lists, operands)
 
 
 def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, str]]:
   """Arrays with heads before lengths, and lines laid along or across a tile; and their kinds."""
   heads_first = dict.fromkeys(("query", "d_out"), "bnqh")
   heads_first |= dict.fromkeys(("key", "value"), "bmkh")
+  lines = ("top", "log_sum", "delta")
   along, across = np.s_[..., None], np.s_[:, :, None]
   queries, keys = (along, across) if keys_across else (across, along)
   place = lambda tree, at: jax.tree.map(lambda x: x[at], tree)
-  operands = {"bias": job.bias}
+  # Row r of a tile begins r entries earlier in a line: of keys across the greatest distance first.
+  turn = lambda x: jnp.pad(x[..., ::-1] if keys_across else x, ((0, 0), (0, 0), (0, 1)))[:, :, None]
+  operands = {"bias": job.bias, "line": jax.tree.map(turn, job.line), "cap": job.cap}
   operands |= {
     name: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), getattr(job, name)) for name in heads_first
   }
-  operands |= {name: place(getattr(job, name), across) for name in ("lse", "delta")}
+  operands |= {name: place(job.lines.get(name), across) for name in lines}
   operands |= {"queries": place(job.queries, queries), "keys": place(job.keys, keys)}
-  lines = {"lse": "bn1q", "delta": "bn1q"}
-  lines |= {"queries": "bnq1" if keys_across else "bn1q", "keys": "bn1k" if keys_across else "bnk1"}
-  return operands, heads_first | lines | {"bias": "bnqk"}
+  kinds = heads_first | dict.fromkeys(lines, "bn1q") | {"bias": "bnqk", "line": "bn1.", "cap": ".."}
+  kinds |= {"queries": "bnq1" if keys_across else "bn1q", "keys": "bn1k" if keys_across else "bnk1"}
+  return operands, kinds
 
 
-KERNELS = Kernels(_forward, _queries, _keys, _bias, "tpu", lambda width: width)
+def refusal(terms: Terms | None) -> str | None:
+  """Why the kernels cannot take these terms, or None."""
+  if terms is None or terms.diagonal or not jax.tree.leaves(terms.line):
+    return None
+  return (
+    "scores of distances with query_positions, which a TPU would have to look up one by one; "
+    "implementation='xla' takes them"
+  )
+
+
+KERNELS = Kernels(_forward, _queries, _keys, _bias, refusal, "tpu", lambda width: width)
 
 
 @row_bias.outside

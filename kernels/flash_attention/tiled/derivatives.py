@@ -2,7 +2,7 @@
 
 Backward, with D = rowsum(dO∘O) − dLSE:
   P = exp(S − LSE);  dV += PᵀdO;  dS = P∘(dOVᵀ − D);  dQ += scale·dS·K;  dK += scale·dSᵀQ.
-Tangents, with Ṡ = scale·(Q̇Kᵀ + QK̇ᵀ) through the soft cap, + the bias's:
+Tangents, with Ṡ = scale·(Q̇Kᵀ + QK̇ᵀ) through the soft cap, + the bias's and the score's:
   LṠE = rowsum P∘Ṡ;  Ȯ = (P∘Ṡ)V + PV̇ − LṠE∘O.
 
 Reference: FlashAttention-2, arXiv 2307.08691, algorithm 2.
@@ -12,54 +12,43 @@ import jax.numpy as jnp
 from jax import lax
 
 from effjax.kernels.flash_attention.tiled import layout, steps
-from effjax.kernels.flash_attention.tiled.steps import FLOOR
+from effjax.kernels.flash_attention.tiled.added import Added
+from effjax.kernels.flash_attention.tiled.steps import FLOOR, LOG2E
 from effjax.kernels.flash_attention.tiled.visits import GroupedSight
 
 
 def backward(plan, saved, cotangents):
-  """Gradients of query, key, value and bias."""
-  query, key, value, bias, where, out, lse = saved
-  d_out, d_lse = cotangents
+  """Gradients of query, key, value and bias, and of what trains in the terms."""
+  query, key, value, bias, where, terms, *results = saved
   sight = GroupedSight(plan, where)
   compute = steps.compute_type(query)
   wide = jnp.promote_types(query.dtype, jnp.float32)
-  addressed = None if bias is None else layout.Bias(plan, bias.shape)
-  padded = None if bias is None else addressed.pad(bias)
-  some = lse > -jnp.inf
-  pair = d_out.astype(wide), out.astype(wide)
-  # A sum of a product in XLA on CPUs takes ten times as long.
-  delta = jnp.einsum("btnh,btnh->btn", *pair, precision=lax.Precision.HIGHEST) - d_lse
-  delta = jnp.where(some, delta, 0.0)[..., None]
-  # Rows with nothing to attend to, padded ones among them: exp(score − large) = 0.
-  lse = layout.pad_rows(plan, jnp.where(some, lse, -FLOOR), -FLOOR)[..., None]
-  rows = [layout.pad_rows(plan, x) for x in (query, d_out, delta)]
+  added = Added(plan, sight, bias, terms, wide)
+  rows = _rows(plan, query, results, cotangents, wide)
 
   def group(carry, c):
-    (d_query, d_key, d_value), d_bias = carry
+    (d_query, d_key, d_value), d_added = carry
     take = lambda x: layout.take(plan, x, c).astype(compute)
-    keys, keys_across = (layout.to_keys(plan, take(key), across) for across in (False, True))
-    values_across = layout.to_keys(plan, take(value), across=True)
+    keys_across = layout.to_keys(plan, take(key), across=True)
+    keys = layout.to_keys(plan, steps.clean(take(key)), across=False)
+    values_across = layout.to_keys(plan, steps.clean(take(value)), across=True)
 
     def row(carry, i):
       d_query, *carry = carry
-      q, do, delta, ends = (layout.take_rows(plan, x, c, i) for x in (*rows, lse))
+      q, do, *ends = (layout.take_rows(plan, x, c, i) for x in rows)
       q, do = steps.scaled(plan, q), do.astype(compute)
-      q_across, do_across = jnp.swapaxes(q, 1, 2), jnp.swapaxes(do, 1, 2)
+      q_across, do_across = jnp.swapaxes(steps.clean(q), 1, 2), jnp.swapaxes(do, 1, 2)
 
       def tile(j, seen, carry):
-        d_q, d_k, d_v, d_bias = carry
-        extra = None if bias is None else addressed.read(plan, padded, c, i, j)
-        scores, capped = steps.scores(plan, q, keys_across[j], extra)
-        weights = steps.exp(steps.masked(seen, scores.reshape(*ends.shape[:2], -1)) - ends)
+        d_q, d_k, d_v, d_added = carry
+        of_tile = keys_across[j], values_across[j], seen, (c, i, j)
+        weights, d_scores, capped, d_added = _tile(plan, added, (q, do, *ends), *of_tile, d_added)
         d_v = d_v.at[j].add(steps.dot(do_across, weights.astype(compute)))
-        d_scores = weights * (steps.dot(do, values_across[j]) - delta)
-        if bias is not None:
-          d_bias = addressed.add(plan, d_bias, d_scores.reshape(scores.shape), c, i, j)
-        if plan.softcap is not None:
-          d_scores = d_scores * (1 - jnp.square(capped.reshape(d_scores.shape) / plan.softcap))
+        if added.cap is not None:
+          d_scores = d_scores * (1 - jnp.square(capped.reshape(d_scores.shape) / added.cap))
         d_scores = lax.optimization_barrier(d_scores.astype(compute))
         d_k = d_k.at[j].add(steps.dot(q_across, d_scores))
-        return d_q + steps.dot(d_scores, keys[j]), d_k, d_v, d_bias
+        return d_q + steps.dot(d_scores, keys[j]), d_k, d_v, d_added
 
       carry = steps.zeros(q.shape, wide, query), *carry
       d_q, *carry = sight.visit(c, i, tile, carry)
@@ -67,31 +56,99 @@ def backward(plan, saved, cotangents):
 
     d_k = steps.zeros(keys_across.shape, wide, query)
     d_v = steps.zeros(values_across.shape, wide, query)
-    carry = d_query, d_k, d_v, d_bias
-    d_query, d_k, d_v, d_bias = lax.scan(row, carry, jnp.arange(plan.q_tiles))[0]
+    carry = d_query, d_k, d_v, d_added
+    d_query, d_k, d_v, d_added = lax.scan(row, carry, jnp.arange(plan.q_tiles, dtype=jnp.int32))[0]
     d_key = layout.put(plan, d_key, layout.from_keys(plan, d_k), c)
     d_value = layout.put(plan, d_value, layout.from_keys(plan, d_v), c)
-    return ((d_query, d_key, d_value), d_bias), None
+    return ((d_query, d_key, d_value), d_added), None
 
   start = tuple(steps.zeros(x.shape, x.dtype, query) for x in (rows[0], key, value))
-  d_bias = None if bias is None else steps.zeros(addressed.shape, wide, query)
-  (gradients, d_bias), _ = lax.scan(group, (start, d_bias), jnp.arange(plan.groups))
+  start = start, added.zeros(query)
+  (gradients, d_added), _ = lax.scan(group, start, jnp.arange(plan.groups, dtype=jnp.int32))
   d_query, d_key, d_value = gradients
-  if bias is not None:
-    d_bias = d_bias[:, :, : bias.shape[2], : bias.shape[3]].astype(bias.dtype)
-  return d_query[:, : plan.T], d_key, d_value, d_bias
+  return d_query[:, : plan.T], d_key, d_value, *added.gradients(d_added)
 
 
-def tangents(plan, saved, moves):
-  """Tangents of out and lse."""
-  query, key, value, bias, where, out, lse = saved
+def of_terms(plan, saved, cotangents):
+  """The gradients of what trains in the terms alone, as of `backward`."""
+  query, key, value, bias, where, terms, *results = saved
   sight = GroupedSight(plan, where)
   compute = steps.compute_type(query)
   wide = jnp.promote_types(query.dtype, jnp.float32)
-  addressed = None if bias is None else layout.Bias(plan, bias.shape)
-  padded = [None if bias is None else addressed.pad(x) for x in (bias, moves[3])]
-  some = lse > -jnp.inf
-  ends = layout.pad_rows(plan, jnp.where(some, lse, -FLOOR), -FLOOR)[..., None]
+  added = Added(plan, sight, bias, terms, wide)
+  rows = _rows(plan, query, results, cotangents, wide)
+
+  def group(d_added, c):
+    lay = lambda x: layout.to_keys(plan, layout.take(plan, x, c).astype(compute), across=True)
+    keys, values = lay(key), steps.clean(lay(value))
+
+    def row(d_added, i):
+      q, do, *ends = (layout.take_rows(plan, x, c, i) for x in rows)
+      taken = steps.scaled(plan, q), do.astype(compute), *ends
+
+      def tile(j, seen, d_added):
+        return _tile(plan, added, taken, keys[j], values[j], seen, (c, i, j), d_added)[-1]
+
+      return sight.visit(c, i, tile, d_added), None
+
+    return lax.scan(row, d_added, jnp.arange(plan.q_tiles, dtype=jnp.int32))
+
+  start = None, added.zeros(query)[1]
+  return added.gradients(lax.scan(group, start, jnp.arange(plan.groups, dtype=jnp.int32))[0])[1]
+
+
+def _rows(plan, query, results, cotangents, wide):
+  """Padded queries, dO without what is not finite, D, LSE and its rest, [B, padded T, N, ...]."""
+  (out, lse, rest), (d_out, d_lse) = results, cotangents
+  pair = d_out.astype(wide), out.astype(wide)
+  # A sum of a product in XLA on CPUs takes ten times as long.
+  delta = jnp.einsum("btnh,btnh->btn", *pair, precision=lax.Precision.HIGHEST) - d_lse
+  delta = jnp.where(lse == -jnp.inf, 0, delta)[..., None]
+  finite = jnp.isfinite(d_out).all(-1) | (lse == -jnp.inf)
+  ends = _ends(plan, jnp.where(finite, lse, jnp.nan), rest)
+  return *(layout.pad_rows(plan, x) for x in (query, steps.clean(d_out), delta)), *ends
+
+
+def _ends(plan, lse, rest):
+  """LSE, and what its rounding left out in units of log 2, [B, padded T, N, 1].
+
+  Rows with nothing to attend to, padded ones among them: exp(score − large) = 0.
+  """
+  lse = layout.pad_rows(plan, jnp.where(lse == -jnp.inf, -FLOOR, lse), -FLOOR)
+  return lse[..., None], layout.pad_rows(plan, rest * LOG2E)[..., None]
+
+
+def _weights(scores, ends, seen):
+  """P = exp(S − LSE) of the pairs that are seen."""
+  lse, rest = ends
+  weights = steps.exp2((scores.reshape(*lse.shape[:2], -1) - lse) * LOG2E - rest)
+  return steps.hide(seen, weights, 0.0)
+
+
+def _tile(plan, added, rows, keys, values, seen, place, d_added):
+  """P and dS of a tile, its capped scores, and the gradients of what is added with this tile's."""
+  q, do, delta, *ends = rows
+  term, pull = added.pulled(*place)
+  given = added.bias(*place), term
+  scores, capped, seen = steps.shown_scores(plan, q, keys, added.cap, seen, *given)
+  seen = None if seen is None else seen.reshape(*delta.shape[:2], -1)
+  weights = _weights(scores, ends, seen)
+  d_scores = steps.hide(seen, weights * (steps.dot(do, values) - delta), 0.0)
+  d_added = added.collect(d_added, pull, d_scores.reshape(scores.shape), capped, *place)
+  return weights, d_scores, capped[1], d_added
+
+
+def tangents(plan, saved, moves):
+  """Tangents of out and lse, from those of query, key, value, bias and what trains in the terms."""
+  query, key, value, bias, where, terms, *results = saved
+  sight = GroupedSight(plan, where)
+  compute = steps.compute_type(query)
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  added = Added(plan, sight, bias, terms, wide)
+  bias_moves = Added(plan, sight, moves[3], None, wide)
+  term_moves = added.pad(moves[4]) if moves[4] else []
+  out, lse, rest = results
+  ends = _ends(plan, lse, rest)
   rows = [layout.pad_rows(plan, x) for x in (query, moves[0])]
 
   def group(results, c):
@@ -102,29 +159,35 @@ def tangents(plan, saved, moves):
 
     def row(results, i):
       q, q_move = (steps.scaled(plan, layout.take_rows(plan, x, c, i)) for x in rows)
-      end = layout.take_rows(plan, ends, c, i)
+      end = [layout.take_rows(plan, x, c, i) for x in ends]
 
       def tile(j, seen, carry):
-        extra = [None if x is None else addressed.read(plan, x, c, i, j) for x in padded]
-        scores, capped = steps.scores(plan, q, keys[0][j], extra[0])
-        weights = steps.exp(steps.masked(seen, scores.reshape(*end.shape[:2], -1)) - end)
+        term, term_move = added.moved(term_moves, c, i, j)
+        given = added.bias(c, i, j), term
+        scores, capped, seen = steps.shown_scores(plan, q, keys[0][j], added.cap, seen, *given)
+        seen = None if seen is None else seen.reshape(*q.shape[:2], -1)
+        weights = _weights(scores, end, seen)
         move = (steps.dot(q_move, keys[0][j]) + steps.dot(q, keys[1][j])).reshape(scores.shape)
-        if plan.softcap is not None:
-          move = move * (1 - jnp.square(capped / plan.softcap))
-        if bias is not None:
-          move = move + extra[1].astype(move.dtype)
-        move = lax.optimization_barrier(weights * move.reshape(weights.shape))
+        if added.cap is not None:
+          move = move * (1 - jnp.square(capped[1] / added.cap))
+        if added.cap is not plan.softcap:
+          move = move + added.slope(*capped) * term_moves[-1]
+        for each in (bias_moves.bias(c, i, j), term_move):
+          move = move if each is None else move + each.astype(move.dtype)
+        move = steps.hide(seen, weights * move.reshape(weights.shape), 0.0)
+        move = lax.optimization_barrier(move)
         d_lse, d_out = carry
-        d_out = d_out + steps.dot(move, values[0][j]) + steps.dot(weights, values[1][j])
+        d_out = d_out + steps.shown_dot(seen, move, values[0][j])
+        d_out = d_out + steps.shown_dot(seen, weights, values[1][j])
         return d_lse + move.sum(-1, keepdims=True), d_out
 
       parts = sight.visit(c, i, tile, (zeros(1), zeros(plan.Hv)))
       return tuple(layout.put_rows(plan, *x, c, i) for x in zip(results, parts, strict=True)), None
 
-    return lax.scan(row, results, jnp.arange(plan.q_tiles))
+    return lax.scan(row, results, jnp.arange(plan.q_tiles, dtype=jnp.int32))
 
   shape = rows[0].shape[:3]
   results = steps.zeros((*shape, 1), wide, query), steps.zeros((*shape, plan.Hv), wide, query)
-  parts = lax.scan(group, results, jnp.arange(plan.groups))[0]
+  parts = lax.scan(group, results, jnp.arange(plan.groups, dtype=jnp.int32))[0]
   d_lse, d_out = (x[:, : plan.T] for x in parts)
   return (d_out - d_lse * out.astype(wide)).astype(query.dtype), d_lse[..., 0]

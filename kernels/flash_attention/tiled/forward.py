@@ -2,10 +2,11 @@
 
 For a tile of queries Q and each visited tile of keys (online softmax, running maximum m and sum l
 per query):
-  S = scale·QKᵀ → softcap → + bias → mask;  m' = max(m, rowmax S);  P = exp(S − m')
+  S = scale·QKᵀ → softcap → + bias, score → mask;  m' = max(m, rowmax S);  P = exp(S − m')
   l ← l·exp(m − m') + rowsum P;  A ← A·exp(m − m') + PV;  at the end O = A / l, LSE = m + log l.
 Any m that keeps l in range gives the same O and LSE. With `fixed` tiles the maximum over the first
-keys stays; where some l then ends outside 2^±60, those queries start again with the running one.
+keys stays; where some l then ends outside 2^±60, those queries start again with the running one,
+as they do where O is not finite, with hidden pairs taken out of the products; which a score like ALiBi's would have all of them do: with one, the maximum runs.
 
 References: Milakov and Gimelshein, arXiv 1805.02867; FlashAttention-2 (arXiv 2307.08691), algorithm
 1.
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effjax.kernels.flash_attention.tiled import layout, steps
+from effjax.kernels.flash_attention.tiled.added import Added
 from effjax.kernels.flash_attention.tiled.steps import FLOOR, LOG2E
 from effjax.kernels.flash_attention.tiled.visits import GroupedSight
 
@@ -23,13 +25,12 @@ _MOST = 2.0**60  # sums up to it, and down to its inverse, are far from float32'
 _FIRST = 32  # keys of a query's first tile that a fixed maximum is over
 
 
-def attention(plan, query, key, value, bias, where):
-  """out and log-sum-exp."""
+def attention(plan, query, key, value, bias, where, terms):
+  """out, log-sum-exp, and what the latter's rounding left out."""
   sight = GroupedSight(plan, where)
   compute = steps.compute_type(query)
   wide = jnp.promote_types(query.dtype, jnp.float32)
-  addressed = None if bias is None else layout.Bias(plan, bias.shape)
-  padded = None if bias is None else addressed.pad(bias)
+  added = Added(plan, sight, bias, terms, wide)
   queries = layout.pad_rows(plan, query)
 
   def group(results, c):
@@ -49,48 +50,60 @@ def attention(plan, query, key, value, bias, where):
       flat = lambda x: x.reshape(*q.shape[:2], -1)
 
       def unmasked(j):
-        extra = None if bias is None else addressed.read(plan, padded, c, i, j)
-        return flat(steps.scores(plan, q, keys[j], extra)[0])
+        more = added.bias(c, i, j), added.value(c, i, j)
+        return flat(steps.scores(plan, q, keys[j], added.cap, *more)[0])
 
-      def running(j, seen, carry):
+      def taken(carry, scores, weigh):
         total, top, out = carry
-        scores = steps.masked(seen, unmasked(j))
         new = jnp.maximum(top, scores.max(-1, keepdims=True))
         weights = lax.optimization_barrier(steps.exp(scores - new).astype(compute))
         fade = jnp.exp(top - new)
         total = total * fade + weights.sum(-1, keepdims=True, dtype=wide)
-        return total, new, out * fade + steps.dot(weights, values[j])
+        return total, new, out * fade + weigh(weights)
+
+      def running(j, seen, carry):
+        scores = steps.masked(seen, unmasked(j))
+        return taken(carry, scores, lambda weights: steps.dot(weights, values[j]))
+
+      def exact(j, seen, carry):
+        more = added.bias(c, i, j), added.value(c, i, j)
+        scores, _, seen = steps.shown_scores(plan, q, keys[j], added.cap, seen, *more)
+        seen = None if seen is None else flat(seen)
+        return taken(carry, flat(scores), lambda x: steps.shown_dot(seen, x, values[j]))
 
       def fixed(j, seen, carry):
         total, top, out = carry
         scores = unmasked(j)
-        first = lambda: jnp.maximum(scores[..., :_FIRST].max(-1, keepdims=True), FLOOR) * LOG2E
-        top = lax.cond(top[0, 0, 0] == -jnp.inf, first, lambda: top)
+        least = lambda: jnp.maximum(scores[..., :_FIRST].max(-1, keepdims=True), FLOOR / 2)
+        top = lax.cond(top[0, 0, 0] == -jnp.inf, lambda: least() * LOG2E, lambda: top)
         weights = steps.hide(seen, steps.exp2(scores * LOG2E - top), 0.0)
         weights = lax.optimization_barrier(weights.astype(compute))
         total = total + weights.sum(-1, keepdims=True, dtype=wide)
         return total, top, out + steps.dot(weights, values[j])
 
-      carry, again = start, True
-      if plan.tiles.fixed:
+      fixes = plan.tiles.fixed and not added.scored
+      if fixes:
         total, top, out = sight.visit(c, i, fixed, (start[0], start[1] - jnp.inf, start[2]))
-        fits = (total > 1 / _MOST) & (total < _MOST)
-        again = ~(fits & jnp.isfinite(out.sum(-1, keepdims=True))).all()
-        tried = total, top / LOG2E, out
-        carry = jax.tree.map(lambda x, y: jnp.where(again, x, y), start, tried)
-      total, top, out = sight.visit(c, i, running, carry, again)
-      some = total > 0
-      safe = jnp.where(some, total, 1.0)
-      lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
+        fits, tried = (total > 1 / _MOST) & (total < _MOST), (total, top / LOG2E, out)
+      else:
+        tried, fits = sight.visit(c, i, running, start), True
+      again = ~(fits & jnp.isfinite(tried[2].sum(-1, keepdims=True))).all()
+      carry = jax.tree.map(lambda x, y: jnp.where(again, x, y), start, tried)
+      total, top, out = sight.visit(c, i, exact, carry, again)
+      none = total == 0
+      safe = jnp.where(none, 1, total)
+      log_sum = jnp.log(safe)
+      lse = jnp.where(none, -jnp.inf, top + log_sum)
+      rest = jnp.where(none, 0, log_sum - (lse - top))
       put = lambda whole, part: layout.put_rows(plan, whole, part, c, i)
-      return tuple(map(put, results, (out / safe, lse))), None
+      return tuple(map(put, results, (out / safe, lse, rest))), None
 
-    return lax.scan(row, results, jnp.arange(plan.q_tiles))
+    return lax.scan(row, results, jnp.arange(plan.q_tiles, dtype=jnp.int32))
 
   shape = queries.shape[:3]
   results = (
     steps.zeros((*shape, plan.Hv), query.dtype, query),
-    steps.zeros((*shape, 1), wide, query),
+    *(steps.zeros((*shape, 1), wide, query) for _ in range(2)),
   )
-  out, lse = lax.scan(group, results, jnp.arange(plan.groups))[0]
-  return out[:, : plan.T], lse[:, : plan.T, :, 0]
+  out, *lines = lax.scan(group, results, jnp.arange(plan.groups, dtype=jnp.int32))[0]
+  return out[:, : plan.T], *(x[:, : plan.T, :, 0] for x in lines)

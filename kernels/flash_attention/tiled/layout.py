@@ -67,7 +67,12 @@ class Plan:
     (batch, head), heads = self.split(c), x.shape[2] * self.tiles.heads // self.K
     first, length = (0, x.shape[1]) if i is None else (i * self.tiles.queries, self.tiles.queries)
     start = (batch * self.tiles.batch, first, head * heads, *(0 for _ in x.shape[3:]))
-    return start, (self.tiles.batch, length, heads, *x.shape[3:])
+    return starts(start), (self.tiles.batch, length, heads, *x.shape[3:])
+
+
+def starts(index: Any) -> tuple[Array, ...]:
+  """Where a slice begins, all of one type as XLA has it, in any mode."""
+  return tuple(jnp.asarray(i, jnp.int32) for i in index)
 
 
 def take(plan: Plan, x: Array, c: Array) -> Array:
@@ -127,6 +132,26 @@ def pad(x: Array, axis: int, length: int, value: Any = 0) -> Array:
   return jnp.pad(x, widths, constant_values=value) if short else x
 
 
+def part(
+  plan: Plan, shape: tuple[int, ...], c: Array, at: Any, size: int
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+  """Starts and sizes, in [b, n, length], of group c and `size` entries from `at`.
+
+  An axis of one stays whole: it stands for all.
+  """
+  t, groups = plan.tiles, plan.split(c)
+  wide = t.batch, t.heads * plan.G
+  axes = [(n * g, n) if x > 1 else (0, 1) for x, n, g in zip(shape, wide, groups, strict=False)]
+  start, sizes = zip(*axes, (at, size) if shape[2] > 1 else (0, 1), strict=True)
+  return starts(start), sizes
+
+
+def by_group(plan: Plan, x: Array) -> Array:
+  """[b, n, length] of a group → [b, heads, G, length]."""
+  heads = (plan.tiles.heads, plan.G) if x.shape[1] > 1 else (1, 1)
+  return x.reshape(x.shape[0], *heads, x.shape[2])
+
+
 class Bias:
   """A bias, or its gradient, addressed by tiles. Axes of one stay axes of one."""
 
@@ -140,9 +165,10 @@ class Bias:
     heads = (t.heads, plan.G) if wide[1] else (1, 1)
     self.tile = (self.part[0], *heads, *self.part[2:])
 
-  def start(self, plan: Plan, c: Array, i: Array, j: Array) -> list[Any]:
+  def start(self, plan: Plan, c: Array, i: Array, j: Array) -> tuple[Array, ...]:
     index = (*plan.split(c), i, j)
-    return [n * x if w > 1 else 0 for n, x, w in zip(self.part, index, self.shape, strict=True)]
+    each = zip(self.part, index, self.shape, strict=True)
+    return starts(n * x if w > 1 else 0 for n, x, w in each)
 
   def pad(self, bias: Array) -> Array:
     for axis in (2, 3):

@@ -15,7 +15,8 @@ from effjax.core import numerics
 from effjax.core.typing import Array
 from effjax.kernels.flash_attention.tiled.layout import Plan
 
-FLOOR = -1e30  # least running maximum: finite, so that a row of −inf scores gives exp(−inf) = 0
+# Least running maximum: finite, so that a row of −inf scores gives exp(−inf) = 0, and below no score.
+FLOOR = float(np.finfo(np.float32).min)
 LOG2E = math.log2(math.e)
 _ROUND = np.float32(1.5 * 2**23)  # x plus it has round(x) in its lowest bits
 _X = chebpts1(64) / 2
@@ -75,11 +76,45 @@ def scaled(plan: Plan, q: Array) -> Array:
   return (q.astype(wide) * plan.scale).astype(compute_type(q))
 
 
-def scores(plan: Plan, q: Array, k: Array, bias: Array | None):
-  """Scores of a tile [batch, heads, G, queries, keys] without the mask, and before the bias."""
-  capped = dot(q, k).reshape(plan.tile)
-  capped = numerics.softcap(capped, plan.softcap)
-  return capped if bias is None else capped + bias.astype(capped.dtype), capped
+def clean(x: Array) -> Array:
+  """`x` with zeros for what is not finite, which zero weights do not keep out of products."""
+  return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+
+
+def scores(
+  plan: Plan, q: Array, k: Array, cap: Any, *added: Array | None
+) -> tuple[Array, tuple[Array, Array]]:
+  """Scores of a tile [batch, heads, G, queries, keys] without the mask.
+
+  Returns:
+    The scores with what is `added`, and the products of queries and keys and these capped.
+  """
+  products = dot(q, k).reshape(plan.tile)
+  found = capped = numerics.softcap(products, cap)
+  for each in added:
+    found = found if each is None else found + each.astype(found.dtype)
+  return found, (products, capped)
+
+
+def shown_scores(
+  plan: Plan, q: Array, k: Array, cap: Any, seen: Array | None, *added: Array | None
+) -> tuple[Array, tuple[Array, Array], Array | None]:
+  """`scores`, with zeros for the products and −inf for the scores of the pairs that are hidden.
+
+  Returns:
+    Scores, products and capped ones as `scores` does, and which pairs are seen; None for all.
+  """
+  seen = None if seen is None else seen.reshape(plan.tile)
+  for each in added:
+    if each is not None:
+      shows = jnp.broadcast_to(each != -jnp.inf, plan.tile)
+      seen = shows if seen is None else seen & shows
+  products = dot(q, k).reshape(plan.tile)
+  products = products if cap is None else hide(seen, products, 0.0)
+  found = capped = numerics.softcap(products, cap)
+  for each in added:
+    found = found if each is None else found + each.astype(found.dtype)
+  return masked(seen, found), (products, capped), seen
 
 
 def hide(seen: Array | None, x: Array, value: float) -> Array:
@@ -90,6 +125,21 @@ def hide(seen: Array | None, x: Array, value: float) -> Array:
 def masked(seen: Array | None, scores: Array) -> Array:
   """Scores, −inf where the mask hides."""
   return scores if seen is None else lax.optimization_barrier(hide(seen, scores, -jnp.inf))
+
+
+def shown_dot(seen: Array | None, weights: Array, v: Array) -> Array:
+  """weights · v over the pairs [n, rows, keys] that are seen, whatever the others hold."""
+  if seen is None:
+    return dot(weights, v)
+
+  def exactly():
+    kept = dot(weights, clean(v))
+    for end in (jnp.inf, -jnp.inf):
+      reached = dot(seen.astype(v.dtype), ((v == end) | jnp.isnan(v)).astype(v.dtype)) > 0
+      kept = kept + jnp.where(reached, end, 0).astype(kept.dtype)
+    return kept
+
+  return lax.cond(jnp.isfinite(v).all(), lambda: dot(weights, v), exactly)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:

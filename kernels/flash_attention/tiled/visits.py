@@ -11,6 +11,7 @@ from jax import lax
 from effjax.core.typing import Array
 from effjax.kernels.flash_attention.tile_map.sight import Sight, Where
 from effjax.kernels.flash_attention.tile_map.spans import Spans, union
+from effjax.kernels.flash_attention.tiled import layout
 from effjax.kernels.flash_attention.tiled.layout import Plan
 
 
@@ -44,7 +45,7 @@ class GroupedSight:
         j = tile(n)
         return body(j, self.seen(c, i, j) if masked else None, carry)
 
-      carry = lax.fori_loop(0, count * wanted, step, carry)
+      carry = lax.fori_loop(0, jnp.where(wanted, count, 0), step, carry)
     return carry
 
   def seen(self, c: Array, i: Array, j: Array) -> Array:
@@ -52,25 +53,27 @@ class GroupedSight:
     t = self.plan.tiles
     queries = self._tile(self.queries, c, i, t.queries, np.s_[..., :, None])
     keys = self._tile(self.keys, c, j, t.keys, np.s_[..., None, :])
-    k = j * t.keys + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, t.keys), 4)
-    seen = self.sight.seen(queries, keys, k)
+    seen = self.sight.seen(queries, keys, self._index(j))
     if self.looks_up and seen.shape[:3] != self.plan.tile[:3]:
       # XLA repeats what is cheap in each head and each use; a square root it works out once.
       seen = jnp.sqrt(seen.astype(jnp.float32)) > 0
     return jnp.broadcast_to(seen, self.plan.tile).reshape(self.plan.stacked, self.plan.rows, t.keys)
 
+  def positions(self, c: Array, i: Array, j: Array) -> tuple[Array, Array]:
+    """Of a tile's queries and keys, shaped to broadcast to a tile of scores."""
+    q = self._tile(self.queries[0], c, i, self.plan.tiles.queries, np.s_[..., :, None])
+    return q, self._index(j)
+
+  def _index(self, j: Array) -> Array:
+    keys = self.plan.tiles.keys
+    return j * keys + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, keys), 4)
+
   def _tile(self, features: Any, c: Array, i: Array, size: int, place: Any) -> Any:
     """Tile i of features [b, h, length], for group c, with an axis for the other side's tile."""
-    t, groups = self.plan.tiles, self.plan.split(c)
-    sizes = t.batch, t.heads * self.plan.G, size
 
     def cut(x: Any) -> Array:
-      index = zip(x.shape, sizes, (*groups, i), strict=True)
-      places = ((n * g, n) if whole > 1 else (0, 1) for whole, n, g in index)
-      start, (batch, n, length) = zip(*places, strict=True)
-      x = lax.dynamic_slice(jnp.asarray(x), start, (batch, n, length))
-      split = (t.heads, self.plan.G) if n > 1 else (1, 1)
-      return x.reshape(batch, *split, length)[place]
+      part = lax.dynamic_slice(jnp.asarray(x), *layout.part(self.plan, x.shape, c, i * size, size))
+      return layout.by_group(self.plan, part)[place]
 
     return jax.tree.map(cut, features)
 

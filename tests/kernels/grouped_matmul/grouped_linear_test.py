@@ -147,17 +147,51 @@ def test_no_part_of_a_weight_is_rounded_to_the_type_of_another(kind, x_type, w_t
 @pytest.mark.parametrize("kind", ["array", "lora"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_is_in_rows_past_the_last_group_has_no_influence(implementation, kind):
-  x, w, sizes, bias, dy = operands(sizes=(3, 0, 9), spare=2)
+  x, w, _, bias, dy = operands(sizes=(3, 0, 9), spare=2)
   w = weight_of(kind, w)
-  spoil = lambda a: a.at[-2:].set(jnp.nan)
 
   @jax.jit
-  def run(x, w, bias, dy):
+  def run(x, w, sizes, bias, dy):
     product = lambda *args: grouped_linear(*args, implementation=implementation)
     y, pull = jax.vjp(lambda x, w, bias: product(x, w, sizes, bias), x, w, bias)
     return y, pull(dy)
 
-  chex.assert_trees_all_equal(run(spoil(x), w, bias, spoil(dy)), run(x, w, bias, dy))
+  for sizes in np.int32([[3, 0, 9], [0, 0, 0], [1, 0, 0]]):
+    at = np.arange(14)[:, None] >= sizes.sum()
+    clean = run(x, w, sizes, bias, dy)
+    for fill in np.float32([np.nan, -np.inf, 1e30]):
+      spoil = lambda a, at=at, fill=fill: np.where(at, fill, a)
+      chex.assert_trees_all_equal(run(spoil(x), w, sizes, bias, spoil(dy)), clean)
+    y, (dx, *grads) = jax.tree.map(np.asarray, clean)
+    assert not np.where(at, y, 0).any() and not np.where(at, dx, 0).any()
+    assert sizes.any() == any(g.any() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_is_in_a_group_reaches_its_own_gradient_alone(implementation):
+  x, w, sizes, bias, dy = operands(sizes=(3, 2, 7), spare=2)
+  clean = jitted(x, w, sizes, bias, dy, implementation)
+  spoil = lambda a: a.at[3:5].set(jnp.nan)
+  y, dx, dw, db = jitted(spoil(x), w, sizes, bias, spoil(dy), implementation)
+  others, groups = np.r_[0:3, 5:14], np.array([0, 2])
+  at = (others, others, groups, groups)
+  for got, wanted, i in zip((y, dx, dw, db), clean, at, strict=True):
+    np.testing.assert_array_equal(np.asarray(got)[i], np.asarray(wanted)[i])
+  assert np.isnan(y[3:5]).all() and np.isnan(dw[1]).all()
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    (np.array([3, -1, 4]), r"group_sizes \[3, -1, 4\]; allowed: from 0, together up to 14 rows"),
+    (jnp.array([3, 8, 4]), r"group_sizes \[3, 8, 4\]; allowed: from 0, together up to 14 rows"),
+    (np.array([[3, 0, 4], [3, 0, 5]]), "together up to 7 rows"),
+  ],
+)
+def test_sizes_that_no_rows_can_have_are_refused(sizes, message):
+  x, w, *_ = operands(sizes=(3, 0, 9), spare=2)
+  with pytest.raises(ValueError, match=message):
+    grouped_linear(x, w, sizes)
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -36,6 +36,15 @@ def test_matrices_and_vectors_are_those_of_the_row():
   chex.assert_trees_all_close(linear(y, weights.transpose(w))[0, :6], back, atol=1e-5)
 
 
+def test_rows_of_no_group_reach_no_vector():
+  base = grouped(5)[0].base
+  y = jax.random.normal(jax.random.key(2), (1, ROWS, 5)).at[:, 6:].set(jnp.nan)
+  scaled = lambda base: (weights.along(Grouped(base, SIZES, ROWS), y) * y)[:, :6].sum()
+  expected = np.zeros((4, 5))
+  np.add.at(expected, GROUP, y[0, :6])
+  chex.assert_trees_all_close(jax.jit(jax.grad(scaled))(base), expected, atol=1e-6)
+
+
 def test_what_it_cannot_do_is_refused():
   with pytest.raises(ValueError, match=r"\(1, 6, 3\) against .*; allowed: 7 rows"):
     linear(jnp.ones((1, 6, 3)), grouped(3, 5)[0])
