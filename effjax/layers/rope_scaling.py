@@ -39,7 +39,7 @@ def plain(theta: Scalar, width: int) -> Array:
     (1, 2)
   """
   half = width // 2
-  return theta ** (-jnp.arange(half, dtype=jnp.float32)[None] / half)
+  return jnp.asarray(theta, jnp.float32) ** (-jnp.arange(half, dtype=jnp.float32)[None] / half)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,7 +100,7 @@ def fault(path: Path, undamaged: dict[str, Any]) -> tuple[str, str | None]:
     ended, wrong = "failed", f"{type(error).__name__}: {error}"
   else:
     ended, wrong = "loaded", _difference(path, model, undamaged)
-  allowed = (path if path.is_dir() else path.parent, *PROGRAM)
+  allowed: tuple[Path | str, ...] = (path if path.is_dir() else path.parent, *PROGRAM)
   strange = [name for name in opened if not any(Path(name).is_relative_to(at) for at in allowed)]
   if strange:
     wrong = f"opened {strange[0]}"

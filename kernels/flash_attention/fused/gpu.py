@@ -192,8 +192,8 @@ def _visit(
   if exact:
     pieces = size // _PIECE
     piece = lambda n: tile_of(lax.div(n, pieces)) * pieces + lax.rem(n, pieces)
-    step = lambda n, carry: tile(piece(n), _PIECE, job.any_partial, carry)
-    return lax.fori_loop(begin * pieces, end * pieces, step, carry)
+    each = lambda n, carry: tile(piece(n), _PIECE, job.any_partial, carry)
+    return lax.fori_loop(begin * pieces, end * pieces, each, carry)
   step = lambda masked: lambda n, carry: tile(tile_of(n), size, masked, carry)
   if job.any_full:
     carry = lax.fori_loop(begin, middle, step(False), carry)

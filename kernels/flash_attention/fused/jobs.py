@@ -33,7 +33,7 @@ class Kernels:
     width: the width that a head of a given one is padded to.
   """
 
-  forward: Callable[["Job"], tuple[Array, Array]]
+  forward: Callable[["Job"], tuple[Array, ...]]
   queries: Callable[["Job"], Array]
   keys: Callable[["Job"], tuple[Array, Array]]
   bias: Callable[["Job"], Array]
@@ -83,8 +83,8 @@ class Job:
   lists: TileList
   any_full: bool
   any_partial: bool
-  seen: Callable[[Any, Any, Array], Array]
-  term: Callable[[Any, Any, Array, Any], Array] | None
+  seen: Callable[[Any, Any, Any], Array]
+  term: Callable[[Any, Any, Any, Any], Array] | None
   entry: Callable[[Array, Array], Array]
   queries: Any
   keys: Any
@@ -107,7 +107,7 @@ class Job:
     value: Array,
     bias: Array | None,
     where: Where,
-    terms: Terms | None,
+    terms: Any,
     *,
     d_out: Array | None = None,
     lines: dict[str, Array] | None = None,

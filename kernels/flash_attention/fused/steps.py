@@ -7,6 +7,7 @@ goes with its rows is [rows, 1]. Scores are in units of their own (`unit`), whic
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -86,10 +87,11 @@ def scores(
   extra: Float[Array, "I J"] | None,
   shown: Shown,
   scale: float,
-  softcap: float | Array | None,
+  softcap: Any,
 ) -> tuple[Array, Array | None]:
   """softcap(scale · a bᵀ) + extra in their `unit`, −inf where not seen; the cap's derivative."""
-  logits, factor, slope = dot(a, b, (1, 1)), scale, None
+  factor: Any = scale
+  logits, slope = dot(a, b, (1, 1)), None
   if softcap is not None:
     logits, factor = jnp.tanh(logits * (scale / softcap)), softcap
     slope = 1 - logits * logits
