@@ -107,7 +107,10 @@ def test_modules_do_not_import_one_another_in_a_circle():
 
 @pytest.mark.parametrize("folder, other", [("tiled", "fused"), ("fused", "tiled")])
 def test_an_implementation_of_attention_does_not_need_the_other(folder, other):
+  """But for the gradients of what scores hold, which the frame of the kernels takes from tiles."""
   attention = "effjax.kernels.flash_attention"
   for path in sorted((ROOT / "kernels/flash_attention" / folder).rglob("*.py")):
     wrong = {name for name in imported(path) if name.startswith(f"{attention}.{other}")}
+    if path.name == "frame.py":
+      wrong -= {f"{attention}.tiled", f"{attention}.tiled.xla"}
     assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
