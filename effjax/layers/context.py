@@ -51,13 +51,7 @@ class Context:
   previous: Int[Array, "B T"] | None = None
 
   def check(self) -> None:
-    """Raises ValueError where facts are not of one batch: [B, T] like `tokens`, or [B, …].
-
-    Example:
-      >>> Context(jnp.zeros((2, 3), int), positions=jnp.zeros((1, 3), int)).check()
-      Traceback (most recent call last):
-      ValueError: positions: shape (1, 3); allowed: (2, 3), that of tokens
-    """
+    """Raises ValueError where facts are not of one batch: [B, T] like `tokens`, or [B, …]."""
     if self.tokens is None:
       return
     given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -38,7 +38,7 @@ from experiments import harness
 from experiments.train import pretrain
 
 FAULTS = flags.DEFINE_integer("faults", 20, "Faults.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "What is drawn follows from it.")
+SEED = flags.DEFINE_integer("seed", 0, "What is drawn follows from it.", allow_override=True)
 STEPS = 40
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CAUSES = {

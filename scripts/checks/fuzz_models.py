@@ -28,8 +28,10 @@ from tqdm import tqdm
 from effjax import models
 from scripts.checks import model_damage
 
-CASES = flags.DEFINE_integer("cases", 100, "Cases.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Of the first case; the next ones count up.")
+CASES = flags.DEFINE_integer("cases", 100, "Cases.", lower_bound=1, allow_override=True)
+SEED = flags.DEFINE_integer(
+  "seed", 0, "Of the first case; the next ones count up.", allow_override=True
+)
 TOKENS = np.random.default_rng(0).integers(3, 200, (2, 24)).astype(np.int32)
 TEXTS = ("hello  hell</s>o", " é x", "")
 TOLERANCE = 1e-4
