@@ -7,7 +7,7 @@ cases: they differ in every array, among them segment ids, positions, global tok
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -144,16 +144,43 @@ def exact(**options: Any) -> Callable:
   return wide
 
 
-def errors(got: tuple[Any, ...], want: tuple[Any, ...]) -> dict[str, float]:
+def chance(problem: Structure) -> Callable[[Any], list[float]]:
+  """Gives, for what `evaluate` differentiates in `where`, what random parts of 1 a pair sum up to.
+
+  A slope's gradient sums distances, a table's the pairs of a bucket: with r of random signs ‖Jᵀr‖
+  is as large as the Jacobian J of all pairs' scores by the array makes it.
+  """
+  B, T, S, K, G, *_ = problem.shape
+
+  @jax.jit
+  def sums(scores, positions, signs):
+    whole = lambda scores: jnp.broadcast_to(scores.dense(T, S, positions), signs.shape)
+    return jax.vjp(whole, scores)[1](signs)[0]
+
+  def found(where: Any) -> list[float]:
+    cap = [float(B * T * S * K * G) ** 0.5] * problem.learned_cap
+    if "scores" not in where:
+      return cap
+    signs = np.random.default_rng(0).choice(np.float32([-1, 1]), (B, K * G, T, S))
+    parts = sums(where["scores"], where["query_positions"], signs)
+    return cap + [float(np.linalg.norm(x)) for x in jax.tree.leaves(parts)]
+
+  return found
+
+
+def errors(
+  got: tuple[Any, ...], want: tuple[Any, ...], sums: Sequence[float] = ()
+) -> dict[str, float]:
   """‖got − want‖ / ‖want‖ of each result; infinite where one of the two alone is not finite.
 
   The elements of `want` count as at least `LEAST` on average, for gradients that cancel to nothing;
-  those of a bias shared along keys, which sum what all its queries' log-sum-exps ask for, and those
-  of a score's arrays and of a cap, which sum over pairs, as at least what so many terms of `LEAST`
-  add up to by chance.
+  those of a shared bias, which are sums over pairs, or along keys over what all its queries'
+  log-sum-exps ask for, as at least what so many terms of `LEAST` add up to by chance; those of a
+  score's arrays and of a cap as `LEAST` times `sums`, what `chance` gives.
   """
   found = {}
   names = itertools.chain(NAMES, (f"d_scores_{n}" for n in itertools.count()))
+  least = {f"d_scores_{n}": LEAST * x for n, x in enumerate(sums)}
   for name, x, y in zip(names, got, want, strict=False):
     if y is None:
       continue
@@ -162,11 +189,9 @@ def errors(got: tuple[Any, ...], want: tuple[Any, ...]) -> dict[str, float]:
       found[name] = np.inf
       continue
     terms = 1.0
-    if name.startswith("d_scores"):
-      terms = np.size(want[1]) * want[3].shape[1] / y.size
-    elif name == "d_bias" and y.shape[3] == 1:
-      terms = np.size(want[1]) / y.size
+    if name == "d_bias":
+      terms = np.size(want[1]) * (want[3].shape[1] if y.shape[3] > 1 else 1) / y.size
     x, y = x[finite], y[finite]
-    size = max(np.linalg.norm(y), LEAST * (x.size * terms) ** 0.5)
+    size = max(np.linalg.norm(y), least.get(name, LEAST * (x.size * terms) ** 0.5))
     found[name] = float(np.linalg.norm(x - y) / size) if x.size else 0.0
   return found

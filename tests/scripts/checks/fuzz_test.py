@@ -17,7 +17,7 @@ def test_a_few_random_problems(seed):
 @pytest.mark.parametrize("seed", range(20, 40))
 def test_random_problems(seed):
   worst, failures = fuzz.fuzz(10, 10, seed)
-  assert not failures and len(worst) == len(fuzz.PLATFORMS)
+  assert not failures and {label.split()[0] for label in worst} >= {"xla", "gpu"}
 
 
 def test_errors_are_relative_and_strict_about_infinities():
