@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from effjax.core.known import more
 from effjax.core.typing import Array
 
 
@@ -37,7 +38,8 @@ def _repeat(x: Array, shape: tuple[int, ...]) -> Array:
   Cotangents of either sign cancel in it, and one running sum would keep the rounding of them all.
   """
   for axis, length in enumerate(shape):
-    while x.shape[axis] < length:
+    while more(length, x.shape[axis]):
       x = jnp.concatenate([x, x], axis)
-    x = lax.slice_in_dim(x, 0, length, axis=axis)
-  return x
+    if more(x.shape[axis], length):
+      x = lax.slice_in_dim(x, 0, length, axis=axis)
+  return jnp.broadcast_to(x, shape)
