@@ -56,7 +56,7 @@ class Score(ByValue):
     """
     return (), ()
 
-  def line(self, distances: Int[np.ndarray, "L"]) -> Features:
+  def line(self, distances: Int[Array | np.ndarray, "L"]) -> Features:
     """What it has to know of each distance q − k: a pytree of arrays [B or 1, N or 1, L]."""
     return ()
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effjax.core.known import more
-from effjax.core.typing import Array
+from effjax.core.typing import Array, Dim
 
 
 def outside(attention: Callable) -> Callable:
@@ -32,7 +32,7 @@ def outside(attention: Callable) -> Callable:
   return shifted
 
 
-def _repeat(x: Array, shape: tuple[int, ...]) -> Array:
+def _repeat(x: Array, shape: tuple[Dim, ...]) -> Array:
   """Axes of one up to `shape` by doubling, whose transpose, the gradient, is a sum in pairs.
 
   Cotangents of either sign cancel in it, and one running sum would keep the rounding of them all.

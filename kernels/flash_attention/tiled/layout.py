@@ -62,7 +62,7 @@ class Plan:
     heads = self.K // self.tiles.heads
     return c // heads, c % heads
 
-  def place(self, x: Array, c: Array, i: Any = None) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+  def place(self, x: Array, c: Array, i: Any = None) -> tuple[tuple[Any, ...], tuple[Dim, ...]]:
     """Where group c lies in x [B or 1, length, heads, ...]: starts and sizes; of query tile i."""
     (batch, head), heads = self.split(c), x.shape[2] * self.tiles.heads // self.K
     first, length = (0, x.shape[1]) if i is None else (i * self.tiles.queries, self.tiles.queries)
@@ -133,8 +133,8 @@ def pad(x: Array, axis: int, length: int, value: Any = 0) -> Array:
 
 
 def part(
-  plan: Plan, shape: tuple[int, ...], c: Array, at: Any, size: int
-) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+  plan: Plan, shape: tuple[Dim, ...], c: Array, at: Any, size: int
+) -> tuple[tuple[Any, ...], tuple[Dim, ...]]:
   """Starts and sizes, in [b, n, length], of group c and `size` entries from `at`.
 
   An axis of one stays whole: it stands for all.
@@ -155,7 +155,7 @@ def by_group(plan: Plan, x: Array) -> Array:
 class Bias:
   """A bias, or its gradient, addressed by tiles. Axes of one stay axes of one."""
 
-  def __init__(self, plan: Plan, shape: tuple[int, ...]):
+  def __init__(self, plan: Plan, shape: tuple[Dim, ...]):
     t = plan.tiles
     whole = (plan.B, plan.K * plan.G, plan.q_tiles * t.queries, plan.k_tiles * t.keys)
     part = (t.batch, t.heads * plan.G, t.queries, t.keys)
