@@ -108,9 +108,9 @@ def linear_attention(
 def _chunks(x: Array, chunk: int, fill: int = 0) -> Array:
   """[B, T, ...] as [G, B, C, ...], filled up at the end."""
   chunk = x.shape[1] if more(chunk, x.shape[1]) else chunk
-  spare = -x.shape[1] % chunk
-  x = jnp.pad(x, [(0, 0), (0, spare)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-  return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+  count = -(-x.shape[1] // chunk)
+  x = jnp.pad(x, [(0, 0), (0, count * chunk - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+  return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
 
 def _scan_states(k, v, ids, state: LinearState, *, reverse: bool = False):

@@ -119,7 +119,7 @@ def is_size(*sizes: Dim) -> bool:
     >>> is_size(1, 2), is_size(1, *jax.export.symbolic_shape("b"))
     (True, False)
   """
-  return all(isinstance(size, int) for size in sizes)
+  return all(isinstance(size, int | np.integer) for size in sizes)
 
 
 def more(size: Dim, other: Dim) -> bool:
