@@ -109,7 +109,9 @@ def _chunks(x: Array, chunk: int, fill: int = 0) -> Array:
   """[B, T, ...] as [G, B, C, ...], filled up at the end."""
   chunk = x.shape[1] if more(chunk, x.shape[1]) else chunk
   count = -(-x.shape[1] // chunk)
-  x = jnp.pad(x, [(0, 0), (0, count * chunk - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+  x = jnp.pad(
+    x, [(0, 0), (0, count * chunk - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=fill
+  )
   return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
 
