@@ -3,7 +3,7 @@
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.models import presets
 from effjax.models.loading import load
-from effjax.models.model import Model, check_tokens
+from effjax.models.model import Model, TokenIds, check_tokens
 from effjax.models.saving import save
 from effjax.models.transformer import EncoderDecoder, Transformer
 
@@ -11,6 +11,7 @@ __all__ = [
   "EncoderDecoder",
   "LayerSpec",
   "Model",
+  "TokenIds",
   "Transformer",
   "TransformerConfig",
   "check_tokens",

@@ -146,11 +146,9 @@ def _program(jaxpr: jex.ClosedJaxpr) -> dict[str, Any]:
 def _words(value: Any) -> Iterator[Any]:
   """A traced program as words, without names and whatever has no value of its own."""
   match value:
-    case jex.ClosedJaxpr():
-      yield from _words(value.jaxpr)
-      yield from _words(list(value.consts))
-    case jex.Jaxpr():
+    case jex.ClosedJaxpr() | jex.Jaxpr():  # one class in newer JAX
       yield from _equations(value)
+      yield from _words(list(getattr(value, "consts", ())))
     case list() | tuple():
       for each in value:
         yield from _words(each)
@@ -161,7 +159,7 @@ def _words(value: Any) -> Iterator[Any]:
       yield plain.item() if plain.ndim == 0 else (str(plain.dtype), plain.shape, plain.tobytes())
 
 
-def _equations(jaxpr: jex.Jaxpr) -> Iterator[Any]:
+def _equations(jaxpr: jex.ClosedJaxpr | jex.Jaxpr) -> Iterator[Any]:
   names: dict[Any, int] = {}
   for equation in jaxpr.eqns:
     yield equation.primitive.name

@@ -102,7 +102,7 @@ def _command(root: Path, folder: Path, prepare: Callable[[], None] | None) -> in
   try:
     if prepare:
       prepare()
-    pretrain.Transformer = lambda model, **_: Small(model.vocab_size)
+    vars(pretrain)["Transformer"] = lambda model, **_: Small(model.vocab_size)
     flags.FLAGS.unparse_flags()
     sys.argv = ["pretrain", f"--workdir={folder}"]
     harness.main(pretrain.run, _config(root / "text"))
@@ -243,7 +243,8 @@ def _fail(what: str) -> None:
 
 def chaos(faults: int, seed: int, root: Path) -> tuple[dict[str, int], list[str]]:
   """How often each fault ended how, and a line for each that ended otherwise than it may."""
-  chance, found, failures = random.Random(seed), Counter(), []
+  chance, failures = random.Random(seed), list[str]()
+  found: Counter[str] = Counter()
   _write_text(root / "text", chance)
   undisturbed = Trial(root, 0)
   status, output = undisturbed.end(undisturbed.live())

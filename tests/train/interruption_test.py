@@ -32,9 +32,8 @@ def send_at(monkeypatch):
 
   def send_at(moment, count, number):
     where, name = moment.split(" ")
-    owner = {"append_row": loop, "save": Checkpoints, "__next__": Stream}.get(name, loop)
-    attribute = {"evaluate": "_drain"}.get(name, name)
-    original, calls = getattr(owner, attribute), []
+    owner = {"save": Checkpoints, "__next__": Stream}.get(name, loop)
+    original, calls = getattr(owner, name), []
 
     def called(*arguments, **options):
       calls.append(0)
@@ -45,30 +44,28 @@ def send_at(monkeypatch):
         os.kill(os.getpid(), number)
       return found
 
-    monkeypatch.setattr(owner, attribute, called)
+    monkeypatch.setattr(owner, name, called)
 
   return send_at
 
 
 MOMENTS = [f"{when} {name}" for when in ("before", "after") for name in ("append_row", "__next__")]
-MOMENTS += ["before save", "after save", "after _resume", "after evaluate"]
+MOMENTS += ["before save", "after save", "after _drain"]
+CASES = [
+  (moment, *case) for moment in MOMENTS for case in ((1, signal.SIGTERM), (3, signal.SIGINT))
+]
+CASES += [("after _resume", 1, signal.SIGTERM), ("after _resume", 1, signal.SIGINT)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("moment", "count", "number"), CASES)
 def test_a_signal_at_any_moment_saves_what_it_says(
   tmp_path, run, send_at, capfd, moment, count, number
 ):
   whole = run(tmp_path / "a", **EVALUATE)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.undo()
-    send_at(moment, count, number)
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    if moment == "after _resume" and count > 1:
-      pytest.skip("a run resumes once")
-    with pytest.raises(SystemExit) as exit:
-      run(tmp_path / "b", **EVALUATE)
+  send_at(moment, count, number)
+  handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  with pytest.raises(SystemExit) as exit:
+    run(tmp_path / "b", **EVALUATE)
   assert exit.value.code == 0
   assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
   said = capfd.readouterr()

@@ -252,11 +252,11 @@ class _Step:
 
     def visit(masked):
       found = run(masked, False)
-      if not (masked or self.job.adds):
-        return _put(state, found)
-      good = steps.finite(*found)
+      hides = masked or self.job.adds
+      good = steps.finite(*found) if hides else True
       pl.when(good)(lambda: _put(state, found))
-      pl.when(~good)(lambda: _put(state, run(masked, True)))
+      if hides:
+        pl.when(~good)(lambda: _put(state, run(masked, True)))
 
     for flag, present in ((walks.FULL, self.job.any_full), (walks.PARTIAL, self.job.any_partial)):
       if present:

@@ -29,10 +29,10 @@ def test_what_would_be_a_fault_is_seen(tmp_path, monkeypatch):
   sys.addaudithook(fuzz_models._hook)
   path = model_damage.bases(tmp_path)["llama"]
   right = fuzz_models.seen(models.load(path))
-  assert fuzz_models.fault(path, right, tmp_path) == ("loaded", None)
+  assert fuzz_models.fault(path, right) == ("loaded", None)
   wrong = right | {"ids": [[1]] * 3}
   monkeypatch.setattr(fuzz_models, "of_transformers", lambda path, model: {})
-  assert fuzz_models.fault(path, wrong, tmp_path) == (
+  assert fuzz_models.fault(path, wrong) == (
     "loaded",
     "other ids, transformers: none",
   )
@@ -45,7 +45,7 @@ def test_what_would_be_a_fault_is_seen(tmp_path, monkeypatch):
     return load(path)
 
   monkeypatch.setattr(models, "load", opens)
-  assert "outside" in fuzz_models.fault(path, right, tmp_path)[1]
+  assert "outside" in fuzz_models.fault(path, right)[1]
   shutil.rmtree(path)
   monkeypatch.setattr(models, "load", lambda path: {}["x"])
-  assert fuzz_models.fault(path, right, tmp_path)[0] == "failed"
+  assert fuzz_models.fault(path, right)[0] == "failed"
