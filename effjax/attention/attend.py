@@ -12,7 +12,7 @@ from effjax.attention import masks, parts
 from effjax.attention import scores as score_values
 from effjax.attention.masks.base import FAR, of_queries
 from effjax.core import known, numerics, spmd
-from effjax.core.typing import Array, Float, Int
+from effjax.core.typing import Array, Dim, Float, Int
 from effjax.kernels.flash_attention import reference
 from effjax.kernels.flash_attention.fused import cudnn, frame, gpu, tpu
 from effjax.kernels.flash_attention.tiled import xla
@@ -76,7 +76,8 @@ def attend(
       "hopper") or "tpu" (fused kernels), "cudnn" (the GPU kernel instead, with a logged reason,
       where cuDNN cannot honour an argument), "interpret" (the GPU kernel, run slowly on any
       device), or None to pick. XLA cannot split a fused kernel over devices: on several, None picks
-      it in a `shard_map` only.
+      it in a `shard_map` only. Of sizes that `jax.export` has a symbol for, "xla" takes the batch's
+      and "reference" all.
 
   Raises:
     ValueError: shapes that do not fit, or an implementation that is not available here.
@@ -97,7 +98,7 @@ def attend(
   S = key.shape[1]
   check_places(B, T, S, N, mask, scores, query_positions)
   query, scale = scaled(query, scale)
-  run = _pick(implementation, query, value, scores is not None and query_positions is not None)
+  run = _pick(implementation, query, key, value, scores is not None and query_positions is not None)
   if run is cudnn.attention:
     run = functools.partial(run, return_lse=return_lse or sinks is not None)
   out, lse = run(
@@ -117,23 +118,35 @@ def attend(
   return (out, lse) if return_lse else out
 
 
-def _pick(implementation: str | None, query: Array, value: Array, looks_up: bool) -> Callable:
+def _pick(
+  implementation: str | None, query: Array, key: Array, value: Array, looks_up: bool
+) -> Callable:
   """The implementation; `looks_up` says whether scores at positions are given, as no TPU has."""
   backend = jax.default_backend()
-  ready = _EVERYWHERE | _DEVICES.get(backend, {})
+  ready, where = _ready(backend, query.shape[0], (query.shape[1], key.shape[1]))
   if implementation in ready:
     return ready[implementation]
   if implementation is not None:
-    what = f"is not available on {backend}" if implementation in _KNOWN else "is unknown"
+    what = f"is not available {where}" if implementation in _KNOWN else "is unknown"
     names = ", ".join(map(repr, ready))
     raise ValueError(
       f"implementation={implementation!r} {what}; available: {names}, or None to pick"
     )
-  if query.shape[1] < _FEW and backend != "gpu":
+  if "xla" not in ready or (query.shape[1] < _FEW and backend != "gpu"):
     return reference.attention
   shared = jax.device_count() > 1 and not jax.typeof(query).manual_axis_type.varying
   refused = frame.refusal(query, value) or (looks_up and backend == "tpu")
   return xla.attention if shared or refused else ready.get(backend, xla.attention)
+
+
+def _ready(backend: str, batch: Dim, lengths: tuple[Dim, ...]) -> tuple[dict[str, Callable], str]:
+  """What can be asked for, and where that is so. Of symbols for sizes tiles know the batch's."""
+  able = _EVERYWHERE | _DEVICES.get(backend, {})
+  if not known.is_size(*lengths):
+    return {"reference": able["reference"]}, "for a length that is a symbol"
+  if not known.is_size(batch):
+    return {name: able[name] for name in ("reference", "xla")}, "for a batch that is a symbol"
+  return able, f"on {backend}"
 
 
 def arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> tuple[Any, ...]:
@@ -203,7 +216,7 @@ def _check_arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> No
     raise ValueError(f"sinks has shape {sinks.shape} of {sinks.dtype}, expected {(N,)} of floats")
 
 
-def check_places(B: int, T: int, S: int, N: int, mask: Any, scores: Any, positions: Any) -> None:
+def check_places(B: Dim, T: Dim, S: Dim, N: int, mask: Any, scores: Any, positions: Any) -> None:
   """Raises ValueError where `mask`, `scores` or `positions` does not apply to these sizes."""
   if not isinstance(mask, masks.Mask):
     raise ValueError(
@@ -249,7 +262,7 @@ def cap(logit_softcap: Any) -> Any:
   return float(given) if isinstance(given, int | float) else given
 
 
-def _id_pair(ids: Any, B: int, T: int, S: int, positions: Any) -> tuple[Array, Array] | None:
+def _id_pair(ids: Any, B: Dim, T: Dim, S: Dim, positions: Any) -> tuple[Array, Array] | None:
   """Segment ids of the queries [B, T] and of the keys [B, S]."""
   if ids is None:
     return None
@@ -266,7 +279,7 @@ def _id_pair(ids: Any, B: int, T: int, S: int, positions: Any) -> tuple[Array, A
     raise ValueError("segment_ids: the keys' are None; expected an array, or a pair of them")
   if q_ids is not None:
     return jnp.asarray(q_ids), jnp.asarray(k_ids)
-  if T > S:
+  if known.more(T, S):
     raise ValueError(f"segment_ids: with {T} queries and {S} keys give a pair (queries, keys)")
   k_ids = jnp.asarray(k_ids)
   if positions is None:

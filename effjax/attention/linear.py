@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from effjax.core.known import more
 from effjax.core.numerics import nan_unless, vary_alike, zero_unless
 from effjax.core.typing import Array, DTypeLike, Float, Int
 from effjax.layers import Context, Linear, without_padding
@@ -106,10 +107,12 @@ def linear_attention(
 
 def _chunks(x: Array, chunk: int, fill: int = 0) -> Array:
   """[B, T, ...] as [G, B, C, ...], filled up at the end."""
-  chunk = min(chunk, x.shape[1])
-  spare = -x.shape[1] % chunk
-  x = jnp.pad(x, [(0, 0), (0, spare)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-  return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+  chunk = x.shape[1] if more(chunk, x.shape[1]) else chunk
+  count = -(-x.shape[1] // chunk)
+  x = jnp.pad(
+    x, [(0, 0), (0, count * chunk - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=fill
+  )
+  return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
 
 def _scan_states(k, v, ids, state: LinearState, *, reverse: bool = False):

@@ -10,7 +10,7 @@ from effjax.attention import masks
 from effjax.attention.attend import attend
 from effjax.attention.scores import Score
 from effjax.core import numerics
-from effjax.core.typing import Array, Bool, DTypeLike, Float, Int
+from effjax.core.typing import Array, Bool, Dim, DTypeLike, Float, Int
 from effjax.layers import Context, Linear, RMSNorm, Rope, taps, without_padding
 from effjax.layers.axes import linear_axes
 from effjax.layers.meshes import on_any_mesh
@@ -142,7 +142,7 @@ class Attention(nn.Module):
       x = self.rope(x, positions)
     return taps.Tap(name=f"{name}_tap")(x)
 
-  def _mask(self, context: Context, length: int) -> masks.Mask:
+  def _mask(self, context: Context, length: Dim) -> masks.Mask:
     """Who sees whom of `length` keys."""
     return self.mask
 

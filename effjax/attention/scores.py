@@ -26,7 +26,7 @@ import numpy as np
 
 from effjax.attention.masks.base import Features, Index, at_least, namespace
 from effjax.attention.masks.named import ByValue, Named, rebuilt
-from effjax.core.typing import Array, Float, Int
+from effjax.core.typing import Array, Dim, Float, Int
 from effjax.kernels.flash_attention.tile_map import terms
 
 __all__ = ["ALiBi", "RelativeBias", "Score", "Sum", "Term"]
@@ -45,7 +45,7 @@ class Score(ByValue):
     """How many heads it tells apart."""
     return 1
 
-  def features(self, q_positions: Index, length: int) -> tuple[Features, Features]:
+  def features(self, q_positions: Index, length: Dim) -> tuple[Features, Features]:
     """What it has to know of the queries and of the keys.
 
     Args:
@@ -56,7 +56,7 @@ class Score(ByValue):
     """
     return (), ()
 
-  def line(self, distances: Int[np.ndarray, "L"]) -> Features:
+  def line(self, distances: Int[Array | np.ndarray, "L"]) -> Features:
     """What it has to know of each distance q − k: a pytree of arrays [B or 1, N or 1, L]."""
     return ()
 
@@ -69,13 +69,13 @@ class Score(ByValue):
     """
     raise NotImplementedError(f"{type(self).__name__} has no term")
 
-  def check(self, batch: int, T: int, S: int, heads: int) -> None:
+  def check(self, batch: Dim, T: Dim, S: Dim, heads: int) -> None:
     """Raises ValueError if it cannot apply to these sizes."""
     if self.heads not in (1, heads):
       raise ValueError(f"scores: it tells {self.heads} heads apart, and query has {heads}")
 
   def dense(
-    self, T: int, S: int | None = None, q_positions: Index | None = None
+    self, T: Dim, S: Dim | None = None, q_positions: Index | None = None
   ) -> Float[Array, "b n T S"]:
     """The matrix that is added, [B or 1, N or 1, T, S].
 

@@ -1,8 +1,9 @@
-"""Numbers and ids, checked where they are known.
+"""Numbers, ids and sizes, checked where they are known.
 
 Python's numbers, numpy's and JAX's arrays are known wherever they are not traced, and get the same
 checks. What is traced cannot be refused. It is never read as something else: what would have been
-refused gives NaN, or whatever else a function says.
+refused gives NaN, or whatever else a function says. Sizes of arrays are known too, but for those
+that `jax.export` has a symbol for.
 """
 
 import math
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core.typing import Array, Bool, Integer, Number
+from effjax.core.typing import Array, Bool, Dim, Integer, Number
 
 
 def known(x: Any) -> np.ndarray | None:
@@ -109,6 +110,40 @@ def check_ids(
 def is_id(ids: Integer[Array | np.ndarray, "..."], count: int) -> Any:
   """Whether each of `ids` is one of 0 … count − 1, a boolean for each."""
   return (ids >= 0) & (ids < count)
+
+
+def is_size(*sizes: Dim) -> bool:
+  """Whether all of these are known, and none is a symbol of `jax.export`.
+
+  Example:
+    >>> is_size(1, 2), is_size(1, *jax.export.symbolic_shape("b"))
+    (True, False)
+  """
+  return all(isinstance(size, int | np.integer) for size in sizes)
+
+
+def more(size: Dim, other: Dim) -> bool:
+  """Whether it is known that size > other, for sizes.
+
+  Example:
+    >>> (b,) = jax.export.symbolic_shape("b")
+    >>> more(3, 2), more(b, 2), more(b, 0)
+    (True, False, True)
+  """
+  try:
+    return bool(size > other)
+  except jax.errors.InconclusiveDimensionOperation:
+    return False
+
+
+def indices(start: Dim, stop: Dim) -> Any:
+  """int32 start … stop − 1, an array of numpy, or of JAX where one of them is a symbol.
+
+  Example:
+    >>> indices(2, 5)
+    array([2, 3, 4], dtype=int32)
+  """
+  return (np if is_size(start, stop) else jnp).arange(start, stop, dtype=np.int32)
 
 
 def _is_array(value: Any) -> bool:

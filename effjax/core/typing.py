@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Integer, Num, PRNGKeyArray, Shaped
 
 PyTree = Any
+Dim = Any  # the size of an axis: an int, or a symbol of `jax.export`
 Params = Mapping[str, Any]
 Key = PRNGKeyArray
 if TYPE_CHECKING:  # as which `known.number` gives them back
@@ -34,6 +35,7 @@ __all__ = [
   "Array",
   "Bool",
   "DTypeLike",
+  "Dim",
   "Float",
   "Int",
   "Integer",

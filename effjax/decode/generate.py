@@ -164,7 +164,7 @@ def _loop(module, slots, room, params, prompt, counts, ends, limit, pad, key, ru
     )
     chosen = _choose(logits[:, 0], key, state.step, rule)
     chosen = jnp.where(state.ended, pad, chosen)
-    alive = ~state.ended
+    alive = (~state.ended).astype(jnp.int32)
     return _State(
       step=state.step + 1,
       tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.step, 1),

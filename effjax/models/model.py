@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import trees
-from effjax.core.known import check_ids
+from effjax.core.known import check_ids, more
 from effjax.core.typing import Array, Params
 from effjax.layers.spec import TransformerConfig
 from effjax.models.tokenizers import PretrainedTokenizer
@@ -101,7 +101,7 @@ def check_tokens(
   """
   if len(tokens.shape) != 2 or not np.issubdtype(tokens.dtype, np.integer):
     raise ValueError(f"tokens: {tokens.dtype}{list(tokens.shape)}; allowed: integers [B, T]")
-  if tokens.shape[1] > config.context:
+  if more(tokens.shape[1], config.context):
     raise ValueError(f"tokens: length {tokens.shape[1]}; allowed: up to {config.context}")
   real = None if segment_ids is None else segment_ids >= 0
   check_ids("tokens", tokens, config.vocab_size, real)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from effjax.core.known import check_ids, is_id
+from effjax.core.known import check_ids, is_id, more
 from effjax.core.numerics import softcap
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Embed, Linear, sinusoidal_positions
@@ -146,7 +146,7 @@ class Transformer(nn.Module):
         NaN there.
     """
     config = self.config
-    if tokens.shape[1] > config.context:
+    if more(tokens.shape[1], config.context):
       raise ValueError(f"tokens: length {tokens.shape[1]}; allowed: up to {config.context}")
     context = Context(
       tokens=tokens,
@@ -231,7 +231,7 @@ class Transformer(nn.Module):
       for name in ("init_cache", "rewinds"):
         if spec.mixer is not None:
           ask(spec.mixer, name, f"layer {index}: mixer")
-    if length > self.config.context:
+    if more(length, self.config.context):
       raise ValueError(f"length {length} of a cache; allowed: up to {self.config.context}")
 
     def of_layer(spec: LayerSpec):

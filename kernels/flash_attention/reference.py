@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import numerics
-from effjax.core.typing import Array, Bool, Float, Int
+from effjax.core.typing import Array, Bool, Dim, Float, Int
 from effjax.kernels.flash_attention import shown
 from effjax.kernels.flash_attention.tile_map.terms import Terms
 
@@ -50,7 +50,7 @@ def attention(
   return out.reshape(B, T, N, -1).astype(query.dtype), jnp.swapaxes(lse, 1, 2)
 
 
-def _seen(T: int, S: int, mask: Any, segment_ids: Any, positions: Any) -> Bool[Array, "b n T S"]:
+def _seen(T: Dim, S: Dim, mask: Any, segment_ids: Any, positions: Any) -> Bool[Array, "b n T S"]:
   seen = numerics.expand(mask.dense(T, S, positions), 4)
   if segment_ids is not None:
     q_ids, k_ids = segment_ids[0][:, None, :, None], segment_ids[1][:, None, None, :]

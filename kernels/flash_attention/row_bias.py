@@ -12,7 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from effjax.core.typing import Array
+from effjax.core.known import more
+from effjax.core.typing import Array, Dim
 
 
 def outside(attention: Callable) -> Callable:
@@ -31,13 +32,14 @@ def outside(attention: Callable) -> Callable:
   return shifted
 
 
-def _repeat(x: Array, shape: tuple[int, ...]) -> Array:
+def _repeat(x: Array, shape: tuple[Dim, ...]) -> Array:
   """Axes of one up to `shape` by doubling, whose transpose, the gradient, is a sum in pairs.
 
   Cotangents of either sign cancel in it, and one running sum would keep the rounding of them all.
   """
   for axis, length in enumerate(shape):
-    while x.shape[axis] < length:
+    while more(length, x.shape[axis]):
       x = jnp.concatenate([x, x], axis)
-    x = lax.slice_in_dim(x, 0, length, axis=axis)
-  return x
+    if more(x.shape[axis], length):
+      x = lax.slice_in_dim(x, 0, length, axis=axis)
+  return jnp.broadcast_to(x, shape)

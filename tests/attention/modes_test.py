@@ -10,11 +10,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from effjax.attention import LSRA, Attention, LinearAttention, attend, masks, ring_attend
+from effjax.core import trees
 from effjax.decode import generate
 from effjax.layers import MLP, Context, Linear, Rope, capture
 from effjax.layers.reductions import sum_of_squares
 from effjax.models import LayerSpec, Transformer, TransformerConfig
 from effjax.moe import MoE, TopK
+from effjax.peft import lora, trainable
+from effjax.quant import quantize
 from tests.modules import normal, random_params
 
 P = PartitionSpec
@@ -134,9 +137,46 @@ def test_64_bits_and_strict_types_change_nothing(mode, params):
   with jax.enable_x64(True) if mode == "x64" else jax.numpy_dtype_promotion("strict"):
     got = results(params, TOKENS.astype(kind), ids.astype(kind))
     eager = MODEL.apply({"params": params}, jnp.asarray(TOKENS.astype(kind)))
+    text = generate(MODEL, params, TOKENS.astype(kind), max_new_tokens=3).tokens
+  np.testing.assert_array_equal(text, generate(MODEL, params, TOKENS, max_new_tokens=3).tokens)
   chex.assert_trees_all_equal_dtypes(got, want)
   chex.assert_trees_all_close(got, want, atol=1e-4)
   assert eager.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("mode", ["x64", "strict"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_64_bits_and_strict_types_around_low_rank_updates_of_integers(mode, dtype, params):
+  """Of activations of 16 bits too."""
+  model = MODEL.copy(dtype=dtype)
+  adapted = lora.add(quantize(params), jax.random.key(0), rank=2)
+  updates, base = trees.partition(adapted, trainable(adapted))
+
+  @jax.jit
+  def results(updates, tokens):
+    run = lambda updates: model.apply({"params": trees.merge(updates, base)}, tokens)
+    return run(updates), jax.grad(lambda updates: (run(updates) ** 2).mean())(updates)
+
+  want = results(updates, TOKENS)
+  with jax.enable_x64(True) if mode == "x64" else jax.numpy_dtype_promotion("strict"):
+    got = results(updates, TOKENS.astype(np.int64 if mode == "x64" else np.int32))
+  chex.assert_trees_all_equal_dtypes(got, want)
+  chex.assert_trees_all_close(*jax.tree.map(np.asarray, (got, want)), atol=1e-2)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "interpret"])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_attend_where_each_device_has_its_part(kind, implementation):
+  run = functools.partial(attend, mask=masks.Causal(), implementation=implementation)
+  results = lambda run: jax.jit(jax.value_and_grad(lambda *x: (run(*x) ** 2).sum(), (0, 1, 2)))
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType[kind],) * 2)
+  spec = P("data", None, "model")
+  with jax.set_mesh(mesh):
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (Q, K, V)]
+    sharded = jax.shard_map(run, in_specs=spec, out_specs=spec, check_vma=True)
+    got = results(sharded)(*placed)
+  chex.assert_trees_all_close(*jax.tree.map(np.asarray, (got, results(run)(Q, K, V))), rtol=1e-4,
+                              atol=1e-4)  # fmt: skip
 
 
 def test_a_cache_under_vmap_and_checkpoint():

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from effjax.attention.masks.base import FAR, Mask, at_least, namespace
@@ -23,7 +24,7 @@ class _Band(Mask):
   def predicate(self, q, k, q_features, k_features):
     left, right = self.band
     if left is None and right is None:
-      return namespace(q, k).ones(np.broadcast_shapes(np.shape(q), np.shape(k)), bool)
+      return namespace(q, k).ones(jnp.broadcast_shapes(np.shape(q), np.shape(k)), bool)
     # Widths are added to keys, of which there are few enough; a query may claim any position.
     low = None if left is None else k + left >= q
     high = None if right is None else k - right <= q

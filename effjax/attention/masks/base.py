@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import numerics
-from effjax.core.typing import Array, Bool
+from effjax.core.known import indices
+from effjax.core.typing import Array, Bool, Dim
 from effjax.kernels.flash_attention.tile_map import blocks
 from effjax.kernels.flash_attention.tile_map.spans import Grid, Spans
 
@@ -54,7 +55,7 @@ class Mask:
     """Whether the spans of single queries and keys hold all pairs and no other."""
     return False
 
-  def features(self, q_positions: Index, length: int) -> tuple[Features, Features]:
+  def features(self, q_positions: Index, length: Dim) -> tuple[Features, Features]:
     """What the mask has to know of the queries and of the keys.
 
     Args:
@@ -82,23 +83,23 @@ class Mask:
     none = grid.touching(grid.last, grid.last - 1)
     return none.complement(grid.tiles), none
 
-  def check(self, batch: int, T: int, S: int, positions: bool = False) -> None:
+  def check(self, batch: Dim, T: Dim, S: Dim, positions: bool = False) -> None:
     """Raises ValueError if the mask cannot apply to these sizes (or to given query positions)."""
 
   def dense(
-    self, T: int, S: int | None = None, q_positions: Index | None = None
+    self, T: Dim, S: Dim | None = None, q_positions: Index | None = None
   ) -> Bool[Array, "*BN T S"]:
     """The mask as a matrix: [T, S], or [B or 1, N or 1, T, S] if it holds arrays or tells heads
     apart. S defaults to T, the positions [B or 1, T] of the queries to the last T of S."""
     S = T if S is None else S
     plain = q_positions is None and not jax.tree.leaves(self) and self.heads == 1
     if q_positions is None:
-      q_positions = np.arange(S - T, S, dtype=np.int32)[None]
+      q_positions = indices(S - T, S)[None]
     q_features, k_features = self.features(q_positions, S)
     q_features = jax.tree.map(lambda x: x[..., :, None], q_features)
     k_features = jax.tree.map(lambda x: x[..., None, :], k_features)
     q = q_positions[:, None, :, None]
-    seen = self.predicate(q, np.arange(S)[None, None, None], q_features, k_features)
+    seen = self.predicate(q, indices(0, S)[None, None, None], q_features, k_features)
     seen = namespace(seen).broadcast_to(seen, (*seen.shape[:-2], T, S))
     return jnp.asarray(seen[0, 0] if plain else seen, bool)
 
@@ -266,7 +267,7 @@ def of_queries(values: Index, positions: Index, none: Any) -> Index:
   """values [b, S] at the positions [B or 1, T] of queries; `none` at one that is no index."""
   length = values.shape[1]
   xp = namespace(values, positions)
-  row = np.arange(max(len(values), len(positions)))[:, None] % len(values)
+  row = indices(0, values.shape[0])[:, None]
   inside = (positions >= 0) & (positions < length)
   return xp.where(inside, xp.asarray(values)[row, positions.clip(0, length - 1)], none)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.attention.masks.base import Features, at_least
+from effjax.core.typing import Dim
 
 
 class ByValue:
@@ -105,7 +106,7 @@ class Named(ByValue):
       told["batch"] = np.arange(self.batch, dtype=np.int32)[:, None, None]
     return told | self.queries, self.keys
 
-  def check(self, owner: str, batch: int, T: int, S: int) -> None:
+  def check(self, owner: str, batch: Dim, T: Dim, S: Dim) -> None:
     """Raises ValueError where something does not fit these sizes."""
     if self.batch not in (1, batch):
       raise ValueError(f"{owner} tells {self.batch} batch rows apart, and query has {batch}")

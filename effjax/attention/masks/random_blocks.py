@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.attention.masks.base import FAR, Mask, at_least, check_integers, namespace
+from effjax.core.known import indices
 from effjax.core.typing import Array, Int
 from effjax.kernels.flash_attention.tile_map.spans import union
 
@@ -57,7 +58,7 @@ class RandomBlocks(Mask):
   def features(self, q_positions, length):
     B, N, blocks, r = self.table.shape
     at = q_positions[:, None] // self.block  # [b, 1, T]
-    batch = np.arange(max(B, len(at)))[:, None, None] % B
+    batch = indices(0, B)[:, None, None]
     xp = namespace(self.table, at)
     rows = xp.asarray(self.table)[batch, np.arange(N)[:, None], at.clip(0, blocks - 1)]
     rows = xp.where(((at >= 0) & (at < blocks))[..., None], rows, -1)

@@ -4,9 +4,9 @@ import dataclasses
 import functools
 
 import jax
-import numpy as np
 
 from effjax.attention.masks.base import Index, Mask, namespace
+from effjax.core.known import indices
 
 
 @functools.partial(
@@ -43,7 +43,7 @@ class Shard(Mask):
 
   def features(self, q_positions, length):
     q_features, k_features = self.mask.features(q_positions + self.query, self.length)
-    at = self.key + np.arange(length, dtype=np.int32)
+    at = self.key + indices(0, length)
     return q_features, jax.tree.map(lambda x: namespace(x, at).asarray(x)[..., at], k_features)
 
   def predicate(self, q, k, q_features, k_features):

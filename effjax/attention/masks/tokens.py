@@ -17,6 +17,8 @@ from effjax.attention.masks.base import (
   of_queries,
 )
 from effjax.attention.masks.named import ByValue
+from effjax.core.known import indices, more
+from effjax.core.typing import Dim
 from effjax.kernels.flash_attention.tile_map.spans import Grid, Spans, equal_ids, union
 
 
@@ -88,12 +90,13 @@ class Global(_Given):
     some, every = self._tiles(grid)
     return some | grid.everywhere(rows.any(-1)), every | grid.everywhere(rows.all(-1))
 
-  def _flags(self, length: int) -> Index:
+  def _flags(self, length: Dim) -> Index:
     """[b, S], which positions are global."""
-    chosen, xp = self._listed
+    chosen, _ = self._listed
+    xp = namespace(chosen, length)
     at = xp.where(chosen < 0, length, chosen)
-    row = np.arange(len(at))[:, None]
-    flags = xp.zeros((len(at), length + 1), bool)
+    row = indices(0, at.shape[0])[:, None]
+    flags = xp.zeros((at.shape[0], length + 1), bool)
     if xp is jnp:
       return flags.at[row, at].set(True)[:, :-1]
     flags[row, at] = True
@@ -122,7 +125,7 @@ class Global(_Given):
     given = self.positions
     if isinstance(given, int | tuple):
       most = given - 1 if isinstance(given, int) else max(given, default=-1)
-      if most >= S:
+      if more(most + 1, S):
         raise ValueError(f"mask: Global holds position {most}; allowed: 0 … {S - 1}")
     elif given.shape[0] not in (1, batch):
       raise ValueError(f"mask: Global has positions {given.shape}, expected ({batch} or 1, any)")
@@ -155,7 +158,7 @@ class Prefix(_Given):
   def features(self, q_positions, length):
     if isinstance(self.length, int):
       return (), ()
-    return (), (np.arange(length)[None] < self.length[:, None])[:, None]
+    return (), (indices(0, length)[None] < self.length[:, None])[:, None]
 
   def predicate(self, q, k, q_features, k_features):
     return k < self.length if isinstance(self.length, int) else k_features
@@ -166,7 +169,7 @@ class Prefix(_Given):
     return grid.touching(zero, zero + length - 1), grid.inside(zero, zero + length - 1)
 
   def check(self, batch, T, S, positions=False):
-    if isinstance(self.length, int) and self.length > S:
+    if isinstance(self.length, int) and more(self.length, S):
       raise ValueError(f"mask: Prefix of {self.length}; allowed: 0 … {S}, the keys there are")
     if not isinstance(self.length, int) and self.length.shape[0] not in (1, batch):
       raise ValueError(f"mask: Prefix has lengths {self.length.shape}, expected ({batch} or 1,)")
@@ -209,7 +212,7 @@ class Documents(Mask):
       raise ValueError(
         "mask: Documents of a pair cannot be combined with query_positions; give segment_ids="
       )
-    if pair[0] is None and T > S:
+    if pair[0] is None and more(T, S):
       raise ValueError(
         f"mask: Documents of one sequence with {T} queries and {S} keys; give a pair of ids"
       )

@@ -1,8 +1,8 @@
 """What is added to scores, in the form kernels read: arrays to cut into tiles, and a term on tiles.
 
 With T queries that are the last of S positions the pairs of one distance lie on a diagonal, and a
-tile needs rows + columns − 1 neighbouring entries of a line of distances. With positions given, an
-entry has to be looked up for each pair.
+tile needs rows + columns − 1 neighbouring entries of a line of distances. With positions given, or
+symbols for sizes, an entry has to be looked up for each pair.
 """
 
 import dataclasses
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from effjax.core.typing import Array
+from effjax.core.known import indices, is_size
+from effjax.core.typing import Array, Dim
 
 
 @functools.partial(
@@ -46,12 +47,12 @@ class Terms:
   structure: Any
   trains: tuple[bool, ...]
   diagonal: bool
-  T: int
-  S: int
+  T: Dim
+  S: Dim
 
   @classmethod
   def of(
-    cls, score: Any, softcap: Any, T: int, S: int, positions: Any, dtype: Any
+    cls, score: Any, softcap: Any, T: Dim, S: Dim, positions: Any, dtype: Any
   ) -> "Terms | None":
     """For T queries and S keys, floats as `dtype`; None without a score or a cap that is data.
 
@@ -61,13 +62,13 @@ class Terms:
     softcap = jnp.asarray(softcap, dtype) if isinstance(softcap, jax.Array) else None
     if score is None and softcap is None:
       return None
-    diagonal = positions is None
-    if diagonal:
-      positions = np.arange(S - T, S, dtype=np.int32)[None]
+    diagonal = positions is None and is_size(T, S)
+    if positions is None:
+      positions = indices(S - T, S)[None]
     queries = keys = line = ()
     if score is not None:
       queries, keys = score.features(positions, S)
-      line = score.line(np.arange(1 - (T if diagonal else S), S, dtype=np.int32))
+      line = score.line(indices(1 - (T if diagonal else S), S))
     # What numpy holds is part of the program.
     data = lambda x: not isinstance(x, np.ndarray) and jnp.issubdtype(x.dtype, jnp.floating)
     trains = tuple(map(data, jax.tree.leaves((queries, keys, line))))
@@ -97,9 +98,9 @@ class Terms:
   def dense(self, positions: Any) -> Array:
     """All that the score adds, [b, n, T or 1, S or 1]; positions [b, T] as given to `of`."""
     if positions is None:
-      positions = np.arange(self.S - self.T, self.S, dtype=np.int32)[None]
+      positions = indices(self.S - self.T, self.S)[None]
     q = positions[:, None, :, None]
-    k = np.arange(self.S, dtype=np.int32)[None, None, None]
+    k = indices(0, self.S)[None, None, None]
     if self.diagonal:
       pairs = functools.partial(diagonals, rows=self.T, columns=self.S)
     else:
@@ -184,7 +185,7 @@ def diagonals(line: Array, rows: int, columns: int) -> Array:
   return flat.reshape(*lead, rows, length)[..., rows - 1 :]
 
 
-def entries(line: Array, q: Any, k: Any, length: int) -> Array:
+def entries(line: Array, q: Any, k: Any, length: Dim) -> Array:
   """[..., 2 · length − 1] at the distances of q and k, [..., t, s] together: [..., t, s]."""
   at = jnp.clip(q - k, 1 - length, length - 1) + length - 1
   flat = at.reshape(*at.shape[:-2], -1)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effjax.core.typing import Array
+from effjax.core.typing import Array, Dim
 from effjax.kernels.flash_attention.tile_map.terms import Terms, diagonals, entries
 from effjax.kernels.flash_attention.tiled import layout, steps
 from effjax.kernels.flash_attention.tiled.layout import Plan
@@ -117,7 +117,7 @@ class Added:
     cut = lambda kind, x: lax.dynamic_slice(x, *self._part(kind, x.shape, *place))
     return [cut(*each) for each in zip(self._trained_kinds, trained, strict=False)]
 
-  def _part(self, kind: str, shape: tuple[int, ...], c: Array, i: Array, j: Array) -> Any:
+  def _part(self, kind: str, shape: tuple[Dim, ...], c: Array, i: Array, j: Array) -> Any:
     """Starts and sizes of what belongs to a tile."""
     plan, t = self.plan, self.plan.tiles
     line: Any = i * t.queries + (plan.k_tiles - 1 - j) * t.keys, t.queries + t.keys - 1

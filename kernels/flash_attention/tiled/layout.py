@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from effjax.core.typing import Array
+from effjax.core.typing import Array, Dim
 from effjax.kernels.flash_attention.tiled.tiles import Tiles
 
 
@@ -19,7 +19,7 @@ from effjax.kernels.flash_attention.tiled.tiles import Tiles
 class Plan:
   """Sizes known while tracing. A row of a tile is a (query head of the group, query) pair."""
 
-  B: int
+  B: Dim
   T: int
   S: int
   K: int
@@ -46,7 +46,7 @@ class Plan:
     return t.batch, t.heads, self.G, t.queries, t.keys
 
   @property
-  def groups(self) -> int:
+  def groups(self) -> Dim:
     return (self.B // self.tiles.batch) * (self.K // self.tiles.heads)
 
   @property
@@ -62,7 +62,7 @@ class Plan:
     heads = self.K // self.tiles.heads
     return c // heads, c % heads
 
-  def place(self, x: Array, c: Array, i: Any = None) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+  def place(self, x: Array, c: Array, i: Any = None) -> tuple[tuple[Any, ...], tuple[Dim, ...]]:
     """Where group c lies in x [B or 1, length, heads, ...]: starts and sizes; of query tile i."""
     (batch, head), heads = self.split(c), x.shape[2] * self.tiles.heads // self.K
     first, length = (0, x.shape[1]) if i is None else (i * self.tiles.queries, self.tiles.queries)
@@ -133,15 +133,15 @@ def pad(x: Array, axis: int, length: int, value: Any = 0) -> Array:
 
 
 def part(
-  plan: Plan, shape: tuple[int, ...], c: Array, at: Any, size: int
-) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+  plan: Plan, shape: tuple[Dim, ...], c: Array, at: Any, size: int
+) -> tuple[tuple[Any, ...], tuple[Dim, ...]]:
   """Starts and sizes, in [b, n, length], of group c and `size` entries from `at`.
 
   An axis of one stays whole: it stands for all.
   """
   t, groups = plan.tiles, plan.split(c)
   wide = t.batch, t.heads * plan.G
-  axes = [(n * g, n) if x > 1 else (0, 1) for x, n, g in zip(shape, wide, groups, strict=False)]
+  axes = [(n * g, n) if x != 1 else (0, 1) for x, n, g in zip(shape, wide, groups, strict=False)]
   start, sizes = zip(*axes, (at, size) if shape[2] > 1 else (0, 1), strict=True)
   return starts(start), sizes
 
@@ -155,11 +155,11 @@ def by_group(plan: Plan, x: Array) -> Array:
 class Bias:
   """A bias, or its gradient, addressed by tiles. Axes of one stay axes of one."""
 
-  def __init__(self, plan: Plan, shape: tuple[int, ...]):
+  def __init__(self, plan: Plan, shape: tuple[Dim, ...]):
     t = plan.tiles
     whole = (plan.B, plan.K * plan.G, plan.q_tiles * t.queries, plan.k_tiles * t.keys)
     part = (t.batch, t.heads * plan.G, t.queries, t.keys)
-    wide = [n > 1 for n in shape]
+    wide = [n != 1 for n in shape]
     self.shape = tuple(n if w else 1 for n, w in zip(whole, wide, strict=True))
     self.part = tuple(n if w else 1 for n, w in zip(part, wide, strict=True))
     heads = (t.heads, plan.G) if wide[1] else (1, 1)
@@ -168,7 +168,7 @@ class Bias:
   def start(self, plan: Plan, c: Array, i: Array, j: Array) -> tuple[Array, ...]:
     index = (*plan.split(c), i, j)
     each = zip(self.part, index, self.shape, strict=True)
-    return starts(n * x if w > 1 else 0 for n, x, w in each)
+    return starts(n * x if w != 1 else 0 for n, x, w in each)
 
   def pad(self, bias: Array) -> Array:
     for axis in (2, 3):

@@ -12,7 +12,7 @@ from numpy.polynomial import Polynomial
 from numpy.polynomial.chebyshev import chebpts1
 
 from effjax.core import numerics
-from effjax.core.typing import Array
+from effjax.core.typing import Array, Dim
 from effjax.kernels.flash_attention.tiled.layout import Plan
 
 # Least running maximum: finite, so that a row of −inf scores gives exp(−inf) = 0; above no score.
@@ -142,6 +142,6 @@ def shown_dot(seen: Array | None, weights: Array, v: Array) -> Array:
   return lax.cond(jnp.isfinite(v).all(), lambda: dot(weights, v), exactly)
 
 
-def zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+def zeros(shape: tuple[Dim, ...], dtype: Any, like: Array) -> Array:
   """What a loop begins with whose results vary over the mesh axes that `like` varies over."""
   return numerics.vary_alike(jnp.zeros(shape, dtype), like)

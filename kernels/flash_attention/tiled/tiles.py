@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from effjax.core.known import is_size
+from effjax.core.typing import Dim
 from effjax.kernels.flash_attention.tile_map.spans import Grid
 
 _CPU_TILE = 2**20  # scores worked on at once: fewer, and two cores wait for each other more
@@ -31,15 +33,16 @@ class Tiles:
   fixed: bool = False
 
 
-def choose(B: int, T: int, S: int, K: int, G: int, mask: Any) -> Tiles:
+def choose(B: Dim, T: int, S: int, K: int, G: int, mask: Any) -> Tiles:
   """Tile sizes for the default backend; G is the number of query heads to a key-value head.
 
   A mask known while tracing decides how fine the tiles are: a narrow window wants small ones. Where
   heads differ in what they see, none waits for another's tiles.
   One CPU device takes heads a few at a time, so that a tile of scores stays in cache. With more
   devices, and on accelerators, a step spans the whole batch and all heads: a scan over an axis that
-  the compiler shards would gather it.
+  the compiler shards would gather it. A batch whose size is a symbol goes row by row.
   """
+  B = B if is_size(B) else 1
   static = not jax.tree.leaves(mask)
   sizes = [
     (_even(T, queries), _even(S, keys), time / (queries * keys))

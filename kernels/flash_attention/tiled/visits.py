@@ -116,7 +116,7 @@ class Visits:
 
 def _at(x: Any, batch: Any, head: Any, i: Any) -> Array:
   x = jnp.asarray(x, jnp.int32)
-  return x[batch if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0, i]
+  return x[batch if x.shape[0] != 1 else 0, head if x.shape[1] != 1 else 0, i]
 
 
 def partition(some: Spans, every: Spans, whole: int, tiles: int) -> tuple[Visits, Visits]:
@@ -140,6 +140,6 @@ def merge(spans: Spans, batch: int, heads: int) -> Spans:
 def _grouped(x: Any, batch: int, heads: int) -> Any:
   """[b, h, rows, n] as [b / batch, h / heads, rows, batch · heads · n]; axes of one stay."""
   b, h, rows, n = x.shape
-  batch, heads = min(b, batch), min(h, heads)
+  batch, heads = (1 if size == 1 else most for size, most in ((b, batch), (h, heads)))
   x = x.reshape(b // batch, batch, h // heads, heads, rows, n).transpose(0, 2, 4, 1, 3, 5)
   return x.reshape(b // batch, h // heads, rows, -1)
