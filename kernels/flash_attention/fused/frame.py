@@ -163,7 +163,7 @@ def _gradients(settings, saved, cotangents):
 
 
 def _term_gradients(settings, saved, cotangents):
-  """Those of what trains in the terms, by tiles in XLA: sums over tiles that kernels do not share."""
+  """Those of what trains in the terms, in XLA: sums over tiles, which kernels do not share."""
   *arguments, terms, out, lse, top, log_sum = saved
   if terms is None or not terms.trained:
     return None if terms is None else terms.gradient([])
@@ -176,8 +176,8 @@ def _term_gradients(settings, saved, cotangents):
 
 def _no_tangents(*_):
   raise NotImplementedError(
-    "fused attention kernels have first derivatives in reverse mode alone; implementation='xla' has "
-    "those in forward mode too, and forward mode over both; 'reference' has all"
+    "fused attention kernels have first derivatives in reverse mode alone; implementation='xla' "
+    "has those in forward mode too, and forward mode over both; 'reference' has all"
   )
 
 

@@ -154,7 +154,7 @@ def _bias(job: Job) -> Array:
       q, k = x.query[b, :, g, :], x.key[b, :, kv, :]
       top, log_sum, delta = (x.lines[name][b, g, :][:, None] for name in _LINES)
       given = x.bias[0, 0], _cap(x), (True, True)
-      logits, slope, shown = job.scores(q, k, rows, columns, at, line, *given)
+      logits, _, shown = job.scores(q, k, rows, columns, at, line, *given)
       weights = steps.weights(logits, job.log2, top, log_sum)
       d_weights = steps.dot(x.d_out[b, :, g, :], x.value[b, :, kv, :], (1, 1))
       return total + shown.hide(steps.score_gradient(weights, d_weights, delta, None), 0.0)

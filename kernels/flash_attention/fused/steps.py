@@ -88,7 +88,7 @@ def scores(
   scale: float,
   softcap: float | Array | None,
 ) -> tuple[Array, Array | None]:
-  """softcap(scale · a bᵀ) + extra in their `unit`, −inf where not seen; the soft cap's derivative."""
+  """softcap(scale · a bᵀ) + extra in `unit`, −inf where not seen; the soft cap's derivative."""
   logits, factor, slope = dot(a, b, (1, 1)), scale, None
   if softcap is not None:
     logits, factor = jnp.tanh(logits * (scale / softcap)), softcap

@@ -253,7 +253,8 @@ class _Step:
     def visit(masked):
       found = run(masked, False)
       if not (masked or self.job.adds):
-        return _put(state, found)
+        _put(state, found)
+        return
       good = steps.finite(*found)
       pl.when(good)(lambda: _put(state, found))
       pl.when(~good)(lambda: _put(state, run(masked, True)))

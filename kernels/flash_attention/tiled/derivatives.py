@@ -105,7 +105,7 @@ def _rows(plan, query, results, cotangents, wide):
   # A sum of a product in XLA on CPUs takes ten times as long.
   delta = jnp.einsum("btnh,btnh->btn", *pair, precision=lax.Precision.HIGHEST) - d_lse
   delta = jnp.where(lse == -jnp.inf, 0, delta)[..., None]
-  # Behind the barrier XLA does not take minutes to reduce the ones of a sum's gradient itself.
+  # Behind a barrier: where dO is all ones XLA takes seconds to reduce them while it compiles.
   finite = jnp.isfinite(lax.optimization_barrier(d_out)).all(-1) | (lse == -jnp.inf)
   ends = _ends(plan, jnp.where(finite, lse, jnp.nan), rest)
   return *(layout.pad_rows(plan, x) for x in (query, steps.clean(d_out), delta)), *ends
