@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.attention import masks, parts
 from effjax.attention import scores as score_values
@@ -176,9 +177,9 @@ def places(positions: Any) -> Array | None:
   if not jnp.issubdtype(getattr(positions, "dtype", jnp.float32), jnp.integer):
     what = getattr(positions, "dtype", type(positions).__name__)
     raise ValueError(f"query_positions is of {what}, expected an array of integers")
-  positions = jnp.asarray(positions)
-  wide = positions if positions.dtype.itemsize > 4 else positions.astype(jnp.int32)
-  return wide.clip(-FAR // 2, FAR // 2).astype(jnp.int32)
+  given = positions if isinstance(positions, np.ndarray) else jnp.asarray(positions)
+  wide = given if given.dtype.itemsize > 4 else given.astype(np.int32)
+  return jnp.asarray(wide.clip(-FAR // 2, FAR // 2), jnp.int32)
 
 
 def _check_arrays(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> None:
@@ -275,6 +276,8 @@ def _id_pair(ids: Any, B: Dim, T: Dim, S: Dim, positions: Any) -> tuple[Array, A
       raise ValueError(f"segment_ids of the {name} have shape {x.shape}, expected {(B, length)}")
     if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
       raise ValueError(f"segment_ids of the {name} have type {x.dtype}, expected integers")
+    if x is not None:
+      known.check_fits(f"segment_ids of the {name}", x)
   if k_ids is None:
     raise ValueError("segment_ids: the keys' are None; expected an array, or a pair of them")
   if q_ids is not None:

@@ -15,7 +15,6 @@ After FlexAttention (arXiv 2412.05496, section 3), whose functions of a score sa
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -199,11 +198,7 @@ def _unflatten(static: Any, children: Any) -> ALiBi:
 jax.tree_util.register_pytree_node(ALiBi, _flatten, _unflatten)
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["table"],
-  meta_fields=["bidirectional", "max_distance"],
-)
+@rebuilt("table", "bidirectional", "max_distance")
 @dataclasses.dataclass(frozen=True, eq=False)
 class RelativeBias(Score):
   """table[bucket(k − q)], the relative positions of T5.
@@ -224,13 +219,20 @@ class RelativeBias(Score):
   Reference: T5 (arXiv 1910.10683), section 2.1.
   """
 
-  table: Any  # not checked here: jax rebuilds trees with leaves of other types
+  table: Any
   bidirectional: bool = True
   max_distance: int = 128
 
+  def __post_init__(self):
+    if not hasattr(self.table, "shape"):
+      raise ValueError(
+        f"RelativeBias: table is {type(self.table).__name__}; allowed: an array [buckets, heads]"
+      )
+    at_least("RelativeBias: max_distance", self.max_distance, 1)
+
   @property
   def heads(self) -> int:
-    return self.table.shape[1]
+    return self.table.shape[-1]
 
   def line(self, distances):
     bucket = self._bucket(distances)
@@ -298,8 +300,8 @@ class Term(Score):
     queries: Mapping[str, Any] | None = None,
     keys: Mapping[str, Any] | None = None,
     distances: Mapping[str, Any] | None = None,
-    heads: int = 1,
-    batch: int = 1,
+    heads: int | None = None,
+    batch: int | None = None,
   ):
     arrays = Named.of("Term", heads, batch, queries=queries, keys=keys, distances=distances)
     object.__setattr__(self, "function", function)
@@ -325,4 +327,4 @@ class Term(Score):
   def check(self, batch, T, S, heads):
     super().check(batch, T, S, heads)
     self.arrays.check("scores: Term", batch, T, S)
-    self.arrays.check_function("scores: Term", self.function)
+    self.arrays.check_function("scores: Term", self.function, boolean=False)

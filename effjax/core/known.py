@@ -107,6 +107,26 @@ def check_ids(
     raise ValueError(f"{name}: id {values[place]} at {list(place)}; allowed: 0 to {count - 1}")
 
 
+def check_fits(name: str, ids: Integer[Array | np.ndarray, "..."]) -> None:
+  """Refuses integers of numpy that JAX would cut to fewer bits, which makes others of them.
+
+  Raises:
+    ValueError: for one that does not fit the type that JAX has for them.
+
+  Example:
+    >>> check_fits("segment_ids", np.array([0, 2**32]))
+    Traceback (most recent call last):
+    ValueError: segment_ids: 4294967296 at [1]; allowed: integers of int32
+  """
+  kept = jax.typeof(ids).dtype
+  if not isinstance(ids, np.ndarray) or ids.dtype == kept:
+    return
+  lost = np.argwhere(ids != ids.astype(kept))
+  if len(lost):
+    place = tuple(lost[0].tolist())
+    raise ValueError(f"{name}: {ids[place]} at {list(place)}; allowed: integers of {kept.name}")
+
+
 def is_id(ids: Integer[Array | np.ndarray, "..."], count: int) -> Any:
   """Whether each of `ids` is one of 0 … count − 1, a boolean for each."""
   return (ids >= 0) & (ids < count)

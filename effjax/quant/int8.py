@@ -68,7 +68,7 @@ class Int8(Weight):
         f"w has NaN, infinity or what no scale in {scale.dtype} is for; allowed: finite numbers, "
         "and scale_dtype=float32 for very small or large ones"
       )
-    return cls(q, scale, dtype=jnp.result_type(w.dtype))
+    return cls(q, scale, dtype=jax.typeof(w).dtype)
 
   @classmethod
   def represent(cls, path: str, w: Num[Array | np.ndarray, "... D F"]) -> "Int8":

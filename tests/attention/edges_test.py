@@ -90,6 +90,12 @@ def test_positions_that_are_no_slots(at, implementation):
   assert not run(mask=RandomBlocks(table, 4)).any()
 
 
+@pytest.mark.parametrize("at, seen", [(2**32 + 3, 1), (-(2**32) + 3, 0)])
+def test_positions_of_64_bits_are_as_far_as_they_say(at, seen):
+  y = attend(Q, K, V, mask=Causal(), query_positions=np.full((B, T), at))
+  np.testing.assert_allclose(y, exact(Q, K, V, np.full((T, T), seen)), atol=1e-5)
+
+
 @IMPLEMENTATIONS
 def test_more_queries_than_keys(implementation):
   """The first of them are before all keys."""
@@ -106,6 +112,7 @@ def test_a_bias_of_any_floating_type(kind, implementation):
 
 
 IDS = jnp.zeros((B, T), jnp.int32)
+WIDE = np.where(np.arange(T) < 5, 0, 2**32)[None].repeat(B, 0)
 REFUSED = {
   "list": (lambda: attend(Q.tolist(), K, V), "query is list, expected an array"),
   "integers": (lambda: attend(Q, K.astype(int), V), "key has type int64, expected floating"),
@@ -117,6 +124,8 @@ REFUSED = {
   "integer bias": (lambda: attend(Q, K, V, bias=jnp.ones((1, 1, T, T), int)), "bias has type int"),
   "ids of lists": (lambda: attend(Q, K, V, segment_ids=[[0] * T] * B), "expected an integer array"),
   "boolean ids": (lambda: attend(Q, K, V, segment_ids=IDS > 0), "have type bool"),
+  "wide ids": (lambda: attend(Q, K, V, segment_ids=WIDE), r"the keys: 4294967296 at \[0, 5\]"),
+  "wide documents": (lambda: attend(Q, K, V, mask=Documents(WIDE)), "4294967296 at"),
   "one of a pair": (lambda: attend(Q, K, V, segment_ids=(IDS, None)), "the keys' are None"),
   "positions": (lambda: attend(Q, K, V, query_positions=np.ones((B, T))), "of float64, expected"),
   "documents": (lambda: attend(Q, K[:, :6], V[:, :6], mask=Documents(IDS[:, :6])), "give a pair"),

@@ -27,6 +27,14 @@ MASKS = {
   "documents": Causal() & Documents(IDS),
   "bigbird": masks.bigbird(jax.random.key(1), T, block=4, number=1, heads=N, causal=True),
   "prefix": Causal() | masks.Prefix(jnp.array([7, 20])),
+  "own": Causal()
+  & masks.Predicate(
+    lambda q, k, left, kind, head, batch: (q - k < left) & ((k + head + batch) % 5 != kind),
+    queries={"left": jnp.arange(B * T).reshape(B, 1, T) * 7 % 40 + 1},
+    keys={"kind": jnp.arange(N * T).reshape(1, N, T) % 6},
+    heads=N,
+    batch=B,
+  ),
 }
 
 
@@ -85,7 +93,7 @@ def check(arrays, mask, tolerance=2e-6, batch=1, **arguments):
   return got
 
 
-FAST = ("causal", "both ways", "longformer")
+FAST = ("causal", "both ways", "longformer", "own")
 CASES = [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in MASKS]
 
 

@@ -179,12 +179,17 @@ def test_no_matrix_is_held():
     ({"scores": Causal()}, "scores is Causal, .* a mask as mask="),
     ({"scores": jnp.zeros((N, T, S))}, "can be given as a bias"),
     ({"mask": ALiBi((1.0,))}, "mask is ALiBi, .* scores as scores="),
+    ({"scores": RelativeBias(jnp.ones((1, 8, N))) + ALiBi((1.0,))}, "expected .buckets, 4 or 1"),
     ({"scores": RelativeBias(jnp.ones((7, N)))}, "an even number of buckets"),
     ({"scores": RelativeBias(jnp.ones((32, N)), max_distance=8)}, "allowed: more than 8"),
     ({"scores": Term(abs, keys={"w": jnp.ones((1, 1, S + 1))})}, "keys has w of shape"),
     ({"scores": Term(lambda q, k: (q - k) * OUTSIDE)}, "reads an array .* from outside"),
     ({"mask": Predicate(lambda q, k: k < OUTSIDE)}, "reads an array .* from outside"),
     ({"scores": Term(lambda q, k: jnp.zeros((7, 1)))}, r"gives \(7, 1\) for pairs"),
+    ({"scores": Term(lambda q, k: q > k)}, "gives bool; allowed: numbers"),
+    ({"scores": Term(lambda q, k: (q, k))}, "gives int32 and int32; allowed: numbers"),
+    ({"mask": Predicate(lambda q, k: None)}, "gives None; allowed: booleans"),
+    ({"mask": Predicate(lambda q, k: q - k)}, "gives int32; allowed: booleans"),
     ({"logit_softcap": 0}, "logit_softcap 0; allowed: above 0"),
     ({"logit_softcap": np.float32(-1)}, "logit_softcap -1.0"),
     ({"logit_softcap": jnp.float32(np.inf)}, "logit_softcap inf"),
@@ -231,6 +236,30 @@ def test_a_predicate_reads_arrays_heads_and_batch(implementation):
   run = functools.partial(attend, implementation=implementation)
   want = attend(q, k, v, bias=jnp.where(seen, 0, -jnp.inf), implementation="reference")
   np.testing.assert_allclose(jax.jit(run)(q, k, v, mask=mask), want, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  "given, message",
+  [
+    (([[1.0]] * 8,), "RelativeBias: table is list"),
+    ((jnp.ones((8, 1)), True, jnp.int32(20)), "RelativeBias: max_distance=20 must be"),
+  ],
+)
+def test_a_relative_bias_is_of_a_table_and_a_whole_number(given, message):
+  with pytest.raises(ValueError, match=message):
+    RelativeBias(*given)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_function_is_told_of_one_head_and_one_row_too(implementation):
+  """What is written for N heads and B rows runs where there is one of them."""
+  q, k, v = cases.operands(1, T, S, 1, 1, 8, 8)[:3]
+  mask = Predicate(lambda q, k, head, batch: q >= k + head + batch, heads=1, batch=1)
+  score = Term(lambda q, k, head, batch: (head + batch + 1.0) * k, heads=1, batch=1)
+  got = attend(q, k, v, mask=mask, scores=score, implementation=implementation)
+  bias = jnp.arange(S, dtype=jnp.float32)[None, None, None]
+  want = attend(q, k, v, mask=Causal(), bias=bias, implementation="reference")
+  np.testing.assert_allclose(got, want, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, jnp.float32, int])

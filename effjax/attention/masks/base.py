@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import numerics
-from effjax.core.known import indices
+from effjax.core.known import check_fits, indices
 from effjax.core.typing import Array, Bool, Dim
 from effjax.kernels.flash_attention.tile_map import blocks
 from effjax.kernels.flash_attention.tile_map.spans import Grid, Spans
@@ -279,6 +279,7 @@ def at_least(name: str, value: Any, least: int, more: str = "") -> None:
 
 
 def check_integers(name: str, x: Any, rank: int, allowed: str) -> None:
-  """Raises ValueError unless `x` is an array of integers of that rank."""
+  """Raises ValueError unless `x` is an array of that rank of integers that JAX can hold."""
   if getattr(x, "ndim", None) != rank or not jnp.issubdtype(x.dtype, jnp.integer):
     raise ValueError(f"{name}={x!r:.80}; allowed: {allowed}")
+  check_fits(name, x)

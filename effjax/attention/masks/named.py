@@ -60,24 +60,29 @@ class Named(ByValue):
     queries: [B or 1, N or 1, T or 1], of each query.
     keys: [B or 1, N or 1, S], of each key.
     distances: [B or 1, N or 1, 2·R + 1], of distances from −R to R.
-    heads, batch: N and B where the function is given `head` and `batch`, else 1.
+    heads, batch: N and B where the function is given `head` and `batch`, else None.
   """
 
   queries: dict[str, Any]
   keys: dict[str, Any]
   distances: dict[str, Any]
-  heads: int
-  batch: int
+  heads: int | None
+  batch: int | None
 
   @classmethod
-  def of(cls, owner: str, heads: int, batch: int, **given: Mapping[str, Any] | None) -> "Named":
+  def of(
+    cls, owner: str, heads: int | None, batch: int | None, **given: Mapping[str, Any] | None
+  ) -> "Named":
     """From what is given of each kind.
 
     Raises:
       ValueError: a name given twice, one that has a meaning, or what is no array of rank 3.
     """
-    at_least(f"{owner}: heads", heads, 1)
-    at_least(f"{owner}: batch", batch, 1)
+    told: dict[str, Any] = {"heads": heads, "batch": batch}
+    for name, count in told.items():
+      if count is not None:
+        at_least(f"{owner}: {name}", count, 1, " or None where the function reads none")
+        told[name] = int(count)
     kinds = {kind: dict(arrays or {}) for kind, arrays in given.items()}
     names = ["q", "k", "head", "batch", *(name for arrays in kinds.values() for name in arrays)]
     for kind, arrays in kinds.items():
@@ -89,26 +94,26 @@ class Named(ByValue):
           raise ValueError(
             f"{owner}: {kind} has {name} of {what}; allowed: an array [batch, heads, length]"
           )
-    return cls(**({"distances": {}} | kinds), heads=int(heads), batch=int(batch))
+    return cls(**({"distances": {}} | kinds), **told)
 
   @property
   def most_heads(self) -> int:
     """How many heads the indices and arrays tell apart."""
     arrays = (*self.queries.values(), *self.keys.values(), *self.distances.values())
-    return max([self.heads, *(x.shape[1] for x in arrays)])
+    return max([self.heads or 1, *(x.shape[1] for x in arrays)])
 
   def features(self) -> tuple[Features, Features]:
     """What is known of queries and of keys, as of `Mask.features`."""
     told: dict[str, Any] = {}
-    if self.heads > 1:
+    if self.heads is not None:
       told["head"] = np.arange(self.heads, dtype=np.int32)[None, :, None]
-    if self.batch > 1:
+    if self.batch is not None:
       told["batch"] = np.arange(self.batch, dtype=np.int32)[:, None, None]
     return told | self.queries, self.keys
 
   def check(self, owner: str, batch: Dim, T: Dim, S: Dim) -> None:
     """Raises ValueError where something does not fit these sizes."""
-    if self.batch not in (1, batch):
+    if self.batch not in (None, 1, batch):
       raise ValueError(f"{owner} tells {self.batch} batch rows apart, and query has {batch}")
     n, lengths = self.most_heads, {"queries": (1, T), "keys": (S,), "distances": None}
     for kind, length in lengths.items():
@@ -121,8 +126,8 @@ class Named(ByValue):
             f"({batch} or 1, {n} or 1, {last})"
           )
 
-  def check_function(self, owner: str, function: Callable[..., Any]) -> None:
-    """Raises ValueError for a function that reads other arrays, or is not elementwise.
+  def check_function(self, owner: str, function: Callable[..., Any], boolean: bool) -> None:
+    """Raises ValueError for one that reads other arrays, is not elementwise or gives another type.
 
     Kernels can take no arrays but those given by name.
     """
@@ -143,6 +148,12 @@ class Named(ByValue):
       raise ValueError(
         f"{owner}: its function reads an array {', '.join(read)} from outside; give it by name as "
         f"queries= or keys=, by which kernels can take it"
+      )
+    found = [x.dtype.name for x in traced.out_avals]
+    if len(found) != 1 or (found == ["bool"]) != boolean:
+      allowed = "booleans" if boolean else "numbers"
+      raise ValueError(
+        f"{owner}: its function gives {' and '.join(found) or None}; allowed: {allowed}"
       )
     (shape,) = (x.shape for x in traced.out_avals)
     axes = zip(reversed(shape), reversed(pairs), strict=False)

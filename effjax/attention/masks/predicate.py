@@ -44,8 +44,8 @@ class Predicate(ByValue, Mask):
     visited: Mask = Full(),
     queries: Mapping[str, Any] | None = None,
     keys: Mapping[str, Any] | None = None,
-    heads: int = 1,
-    batch: int = 1,
+    heads: int | None = None,
+    batch: int | None = None,
   ):
     if jax.tree.leaves(visited) or visited.heads > 1:
       raise ValueError("Predicate: visited must be a mask without arrays that is one for all heads")
@@ -70,4 +70,4 @@ class Predicate(ByValue, Mask):
   def check(self, batch, T, S, positions=False):
     self.visited.check(batch, T, S, positions)
     self.arrays.check("mask: Predicate", batch, T, S)
-    self.arrays.check_function("mask: Predicate", self.function)
+    self.arrays.check_function("mask: Predicate", self.function, boolean=True)

@@ -42,9 +42,13 @@ class Shard(Mask):
     return self.mask.exact
 
   def features(self, q_positions, length):
-    q_features, k_features = self.mask.features(q_positions + self.query, self.length)
+    rows = q_positions + self.query
+    q_features, k_features = self.mask.features(rows, self.length)
     at = self.key + indices(0, length)
-    return q_features, jax.tree.map(lambda x: namespace(x, at).asarray(x)[..., at], k_features)
+    take = lambda x, at: namespace(x, at).asarray(x)[..., at]
+    # What is known of positions is of these; what is given of each query is of the whole sequence.
+    own = lambda x: x if x.shape[2] in (1, rows.shape[1]) else take(x, rows[0])
+    return jax.tree.map(own, q_features), jax.tree.map(lambda x: take(x, at), k_features)
 
   def predicate(self, q, k, q_features, k_features):
     return self.mask.predicate(q + self.query, k + self.key, q_features, k_features)

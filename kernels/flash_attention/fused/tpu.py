@@ -252,11 +252,12 @@ class _Step:
 
     def visit(masked):
       found = run(masked, False)
-      hides = masked or self.job.adds
-      good = steps.finite(*found) if hides else True
+      if not (masked or self.job.adds):
+        _put(state, found)
+        return
+      good = steps.finite(*found)
       pl.when(good)(lambda: _put(state, found))
-      if hides:
-        pl.when(~good)(lambda: _put(state, run(masked, True)))
+      pl.when(~good)(lambda: _put(state, run(masked, True)))
 
     for flag, present in ((walks.FULL, self.job.any_full), (walks.PARTIAL, self.job.any_partial)):
       if present:

@@ -105,7 +105,8 @@ def _rows(plan, query, results, cotangents, wide):
   # A sum of a product in XLA on CPUs takes ten times as long.
   delta = jnp.einsum("btnh,btnh->btn", *pair, precision=lax.Precision.HIGHEST) - d_lse
   delta = jnp.where(lse == -jnp.inf, 0, delta)[..., None]
-  finite = jnp.isfinite(d_out).all(-1) | (lse == -jnp.inf)
+  # Behind a barrier: where dO is all ones XLA takes seconds to reduce them while it compiles.
+  finite = jnp.isfinite(lax.optimization_barrier(d_out)).all(-1) | (lse == -jnp.inf)
   ends = _ends(plan, jnp.where(finite, lse, jnp.nan), rest)
   return *(layout.pad_rows(plan, x) for x in (query, steps.clean(d_out), delta)), *ends
 
