@@ -161,7 +161,7 @@ def chance(problem: Structure) -> Callable[[Any], list[float]]:
     cap = [float(B * T * S * K * G) ** 0.5] * problem.learned_cap
     if "scores" not in where:
       return cap
-    signs = np.random.default_rng(0).choice(np.float32([-1, 1]), (B, K * G, T, S))
+    signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (B, K * G, T, S))
     parts = sums(where["scores"], where["query_positions"], signs)
     return cap + [float(np.linalg.norm(x)) for x in jax.tree.leaves(parts)]
 

@@ -83,7 +83,7 @@ class Named(ByValue):
       if count is not None:
         at_least(f"{owner}: {name}", count, 1, " or None where the function reads none")
         told[name] = int(count)
-    kinds = {kind: dict(arrays or {}) for kind, arrays in given.items()}
+    kinds: dict[str, Any] = {kind: dict(arrays or {}) for kind, arrays in given.items()}
     names = ["q", "k", "head", "batch", *(name for arrays in kinds.values() for name in arrays)]
     for kind, arrays in kinds.items():
       for name, x in arrays.items():
