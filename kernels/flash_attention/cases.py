@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from effjax.core import spmd
 from effjax.kernels.flash_attention import reference
 from effjax.kernels.flash_attention.fused import gpu, tpu
 from effjax.kernels.flash_attention.fused.sizes import Sizes
@@ -38,6 +40,9 @@ class Structure:
     tiles, sizes: those of the XLA and of the fused implementations.
     scores: draws what is added to the scores, of the same kind each time, or None.
     learned_cap: whether the soft cap is data, which trains.
+    cache: whether keys are slots of which some were never written and hold NaN.
+    mode: what computes: "plain", "x64", where JAX has 64 bits and integers take them, or "mesh",
+      where arrays lie on one whose axis is explicit.
   """
 
   shape: tuple[int, ...]
@@ -52,6 +57,8 @@ class Structure:
   sizes: Sizes
   scores: Draw | None = None
   learned_cap: bool = False
+  cache: bool = False
+  mode: str = "plain"
 
   @property
   def options(self) -> dict[str, Any]:
@@ -73,6 +80,11 @@ class Structure:
       "segment_ids": (ids(T), ids(S)) if self.segments else None,
       "query_positions": integers(0, S, T) if self.positions else None,
     }
+    if self.cache:
+      written = rng.random((B, S)) < 0.7
+      arrays[1], arrays[2] = (np.where(written[..., None, None], x, np.nan) for x in arrays[1:3])
+      arrays[1:3] = (x.astype(self.dtype) for x in arrays[1:3])
+      where["segment_ids"] = np.zeros((B, T), np.int32), written.astype(np.int32) - 1
     if self.scores is not None:
       where["scores"] = self.scores(rng)
     if self.learned_cap:
@@ -117,7 +129,7 @@ def _missing(x: Any) -> bool:
 def programs(
   problem: Structure, platforms: tuple[str, ...], interpret: bool
 ) -> dict[str, Callable]:
-  """A compiled `evaluate` for each of the platforms "xla", "gpu", "tpu"."""
+  """A compiled `evaluate` for each of the platforms "xla", "gpu", "tpu", in the problem's mode."""
   options = problem.options
   fused = {"sizes": problem.sizes, "interpret": interpret}
   attention = {
@@ -125,7 +137,24 @@ def programs(
     "gpu": functools.partial(gpu.attention, **fused, **options),
     "tpu": functools.partial(tpu.attention, **fused, **options),
   }
-  return {name: jax.jit(functools.partial(evaluate, attention[name])) for name in platforms}
+  return {name: _in_mode(problem.mode, attention[name]) for name in platforms}
+
+
+def _in_mode(mode: str, attention: Callable) -> Callable:
+  """`evaluate` of arrays and where, compiled."""
+  run = jax.jit(functools.partial(evaluate, spmd.on_any_mesh(attention)))
+  if mode == "x64":
+    wide = lambda x: np.asarray(x, np.int64 if x.dtype == np.int32 else x.dtype)
+
+    def run_wide(arrays, where):
+      with jax.enable_x64(True):
+        return run(arrays, jax.tree.map(wide, where))
+
+    return run_wide
+  if mode == "mesh":
+    place = NamedSharding(jax.make_mesh((1,), ("batch",)), PartitionSpec("batch"))
+    return lambda arrays, where: run(jax.device_put(arrays, place), where)
+  return run
 
 
 @functools.cache

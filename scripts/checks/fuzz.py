@@ -3,11 +3,11 @@
     scripts/fuzz_attention --cases 2000
 
 Shapes, types, groups of heads, masks (composed ones, masks of heads, of the batch and of data),
-segments, soft caps, biases, scores (of queries, keys and distances, and sums of them) and ragged
-lengths are drawn; kernels run interpreted. For values and
-all gradients, ‖x − float64‖ / ‖float64‖ must stay within 2e-6 in float32, 1e-2 in bfloat16, 2e-3
-in float16. Ends with a line of JSON, and with status 1 if a case failed; a failing structure is
-named by a seed that draws it again.
+segments, soft caps, biases, scores (of queries, keys and distances, and sums of them), caches with
+slots that hold NaN, 64 bits, explicit meshes and ragged lengths are drawn; kernels run interpreted.
+For values and all gradients, ‖x − float64‖ / ‖float64‖ must stay within 2e-6 in float32, 1e-2 in
+bfloat16, 2e-3 in float16. Ends with a line of JSON, and with status 1 if a case failed; a failing
+structure is named by a seed that draws it again.
 """
 
 import dataclasses
@@ -83,7 +83,13 @@ def structure(rng: np.random.Generator) -> cases.Structure:
     sizes=Sizes(size(), size(), size()),
   )
   learned = drawn.softcap is not None and bool(rng.random() < 0.5)
-  return dataclasses.replace(drawn, scores=_scores(rng, drawn.dtype, whole), learned_cap=learned)
+  return dataclasses.replace(
+    drawn,
+    scores=_scores(rng, drawn.dtype, whole),
+    learned_cap=learned,
+    cache=positions and bool(rng.random() < 0.5),
+    mode=str(rng.choice(("plain", "x64", "mesh"), p=(0.6, 0.2, 0.2))),
+  )
 
 
 def _mask(
