@@ -242,7 +242,7 @@ def test_a_predicate_reads_arrays_heads_and_batch(implementation):
   "given, message",
   [
     (([[1.0]] * 8,), "RelativeBias: table is list"),
-    ((jnp.ones((8, 1)), True, jnp.int32(20)), "RelativeBias: max_distance=20 must be"),
+    ((jnp.ones((8, 1)), True, 0), "RelativeBias: max_distance=0 must be 1 or more"),
   ],
 )
 def test_a_relative_bias_is_of_a_table_and_a_whole_number(given, message):
