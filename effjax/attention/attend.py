@@ -57,21 +57,18 @@ def attend(
 
   Args:
     mask: who sees whom (`effjax.attention.masks`); None is everyone.
-    scale: factor on the scores, H^−½ when None: a number, or an array, of one or of a factor for
-      each head, which may be traced and trains.
-    logit_softcap: c in c · tanh(score / c), before bias and mask: a number above 0, or a traced
-      one, which trains.
+    scale: factor on the scores, H^−½ when None, or one for each head; a traced one trains.
+    logit_softcap: c > 0 in c · tanh(score / c), before bias and mask; a traced one trains.
     bias: added to the scores; each axis is full or 1. It may hold −inf.
     scores: what is added to them as a function of positions and small arrays, which train
-      (`effjax.attention.scores`), with no T × S matrix.
+      (`effjax.attention.scores`).
     segment_ids: [B, S] for a sequence whose last T tokens ask, or a pair for queries and keys:
       equal ids see each other within the mask; a negative id is padding and sees nothing.
     query_positions: absolute position of each query among the keys' slots 0 … S − 1, as decoding
-      against a cache needs; the last T positions when None. Of what a mask or segment ids say of
-      single tokens, nothing is true of a position that is none of these.
-    sinks: for each query head the score of one more key, which all see and whose value is zero: it
-      takes its part of the softmax's denominator and gives nothing. With it, a query that may see
-      nothing has a log-sum-exp of the sink.
+      against a cache needs; the last T positions when None. What masks or segment ids say of
+      single tokens is not true of any other.
+    sinks: for each query head the score of one more key, which all see and whose value is zero. A
+      query that may see nothing then has a log-sum-exp of the sink.
     return_lse: also return the log-sum-exp of each query's scores, [B, T, N], differentiable.
     implementation: "reference" (holds T × S scores), "xla" (tiles; linear memory), "gpu" (or
       "hopper") or "tpu" (fused kernels), "cudnn" (the GPU kernel instead, with a logged reason,
@@ -95,8 +92,7 @@ def attend(
   mask = masks.Full() if mask is None else mask
   query, key, value, bias, sinks = arrays(query, key, value, bias, sinks)
   query_positions = places(query_positions)
-  B, T, N, _ = query.shape
-  S = key.shape[1]
+  (B, T, N, _), S = query.shape, key.shape[1]
   check_places(B, T, S, N, mask, scores, query_positions)
   query, scale = scaled(query, scale)
   run = _pick(implementation, query, key, value, scores is not None and query_positions is not None)

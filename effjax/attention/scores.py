@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.attention.masks.base import Features, Index, at_least, namespace
+from effjax.attention.masks.base import Features, Index, at_least, common_heads, namespace
 from effjax.attention.masks.named import ByValue, Named, rebuilt
 from effjax.core.typing import Array, Dim, Float, Int
 from effjax.kernels.flash_attention.tile_map import terms
@@ -103,10 +103,7 @@ class Sum(Score):
 
   @property
   def heads(self) -> int:
-    heads = self.first.heads, self.second.heads
-    if 1 not in heads and heads[0] != heads[1]:
-      raise ValueError(f"scores: scores of {heads[0]} and of {heads[1]} heads are added")
-    return max(heads)
+    return common_heads("scores: scores", self.first.heads, self.second.heads)
 
   def features(self, q_positions, length):
     parts = (score.features(q_positions, length) for score in (self.first, self.second))

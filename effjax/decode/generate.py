@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -103,15 +103,7 @@ def generate(
   max_new_tokens = number("max_new_tokens", max_new_tokens, integer=True, least=1, most=_MOST)
   pad_id = number("pad_id", pad_id, integer=True, least=-_MOST - 1, most=_MOST)
   _check(module.config, tokens, counts, max_new_tokens)
-  given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-  rule = {
-    name: sampling.checked(name, value, counts.shape)
-    for name, value in given.items()
-    if value is not None
-  }
-  greedy = sampling.is_greedy(rule["temperature"])
-  if not greedy and key is None:
-    raise ValueError(f"key is None with temperature {temperature}; allowed: a jax.random key")
+  rule = _rule(key, counts.shape, temperature=temperature, top_k=top_k, top_p=top_p)
   context, longest = module.config.context, int(counts.max())
   width = min(bucket(longest), context)
   prompt = np.zeros((len(tokens), width), np.int32)
@@ -124,12 +116,27 @@ def generate(
     jnp.asarray(_ends(eos_id, module.config.vocab_size)),
     np.int32(max_new_tokens),
     np.int32(pad_id),
-    None if greedy else key,
-    {} if greedy else {name: jnp.broadcast_to(x, counts.shape) for name, x in rule.items()},
+    key if rule else None,
+    rule,
     slots=min(bucket(max(longest + max_new_tokens, width)), context),
     room=bucket(max_new_tokens),
   )
   return Generation(tokens[:, :max_new_tokens], counts)
+
+
+def _rule(key: Key | None, shape: tuple[int, ...], **given: Any) -> dict[str, Array]:
+  """The sampling arguments of each row that are not None, checked; none where the choice is greedy.
+
+  Raises:
+    ValueError: for arguments that define no distribution, and for a missing key.
+  """
+  known = {name: sampling.checked(name, x, shape) for name, x in given.items() if x is not None}
+  if sampling.is_greedy(known["temperature"]):
+    return {}
+  if key is None:
+    temperature = given["temperature"]
+    raise ValueError(f"key is None with temperature {temperature}; allowed: a jax.random key")
+  return {name: jnp.broadcast_to(x, shape) for name, x in known.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("module", "slots", "room"))

@@ -206,6 +206,7 @@ def _token(fields: Fields, name: str, value: Any, named: bool = True) -> hf.Adde
 
 
 def content(fields: Fields, name: str) -> str | None:
+  """The text of the token that field `name` holds, as text or as a dictionary; None for another."""
   value = fields.raw(name) if name in fields else None
   value = value.get("content") if isinstance(value, dict) else value
   return value if isinstance(value, str) else None

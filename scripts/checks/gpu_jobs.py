@@ -92,8 +92,8 @@ class Dense(Job):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sparse(Job):
-  """How much faster than without a mask, beside how many fewer tiles."""
+class Varied(Job):
+  """Attention of one size under several masks or scores, forward or forward + backward."""
 
   width: int
   length: int
@@ -101,6 +101,10 @@ class Sparse(Job):
 
   def arguments(self):
     return _arrays(self.length, self.width)
+
+
+class Sparse(Varied):
+  """How much faster than without a mask, beside how many fewer tiles."""
 
   def programs(self):
     every = patterns(self.length) | {"full": masks.Full()}
@@ -114,16 +118,8 @@ class Sparse(Job):
         yield {"mask": name} | dataclasses.asdict(self) | times
 
 
-@dataclasses.dataclass(frozen=True)
-class Scores(Job):
+class Scores(Varied):
   """ALiBi as scores, as a bias, and causal attention without either."""
-
-  width: int
-  length: int
-  backward: bool
-
-  def arguments(self):
-    return _arrays(self.length, self.width)
 
   def programs(self):
     alibi = ALiBi.standard(MODEL // self.width)

@@ -229,4 +229,6 @@ def test_the_place_of_a_loader_does_not_depend_on_the_type_of_its_numbers(corpus
     theirs[name] = np.int64(value)
   weights = {"left": np.float32(0.5), "right": 0.5}
   place = load(corpus, weights={"left": 0.5, "right": 0.5}, **ours).get_state()
-  load(corpus, weights=weights, **theirs).set_state(place)
+  other = load(corpus, weights=weights, **theirs)
+  assert other.get_state() == place
+  other.set_state(place)

@@ -175,16 +175,24 @@ class Mask:
     return Not(self)
 
 
+def common_heads(what: str, first: int, second: int) -> int:
+  """How many heads two values tell apart together, of which each tells apart 1 or all.
+
+  Raises:
+    ValueError: where they tell different numbers apart.
+  """
+  if 1 not in (first, second) and first != second:
+    raise ValueError(f"{what} of {first} and of {second} heads are combined")
+  return max(first, second)
+
+
 class _Pair(Mask):
   first: Mask
   second: Mask
 
   @property
   def heads(self) -> int:
-    heads = self.first.heads, self.second.heads
-    if 1 not in heads and heads[0] != heads[1]:
-      raise ValueError(f"mask: masks of {heads[0]} and of {heads[1]} heads are combined")
-    return max(heads)
+    return common_heads("mask: masks", self.first.heads, self.second.heads)
 
   @property
   def exact(self) -> bool:

@@ -23,6 +23,14 @@ from effjax.kernels.flash_attention.fused.places import Place
 from effjax.kernels.flash_attention.fused.sizes import Sizes
 
 
+def _scores(job: Job, x: Any, here: Any, there: Any, k: Array, queries: Any, how: Any) -> Any:
+  """`job.scores` of the queries `here`, of which `queries` is known, and the keys k `there`."""
+  keys, at = _across(x.keys, there), _positions(there.start, (1, there.size))
+  bias = None if x.bias is None else x.bias[here, there]
+  line = _entries(job, x, lambda ref: ())
+  return job.scores(x.query[here, :], k, queries, keys, at, line, bias, _cap(x), how)
+
+
 def _forward(job: Job) -> tuple[Array, ...]:
   size, splits = job.size, job.settings.splits
 
@@ -30,15 +38,12 @@ def _forward(job: Job) -> tuple[Array, ...]:
     row, part = lax.div(pl.program_id(0), splits), lax.rem(pl.program_id(0), splits)
 
     def put(here, rows, exact):
-      queries = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
-      line = _entries(job, x, lambda ref: ())
+      rows_of = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
 
       def tile(j, n, masked, carry):
         there = pl.ds(j * n, n)
-        keys, at = _across(x.keys, there), _positions(j * n, (1, n))
-        bias, given = None if x.bias is None else x.bias[here, there], (masked, exact)
-        q, k = x.query[here, :], x.key[there, :]
-        logits, _, shown = job.scores(q, k, queries, keys, at, line, bias, _cap(x), given)
+        k = x.key[there, :]
+        logits, _, shown = _scores(job, x, here, there, k, rows_of, (masked, exact))
         return steps.accumulate(carry, logits, x.value[there, :], shown, job.log2)
 
       start = steps.start(rows, job.value.shape[-1])
@@ -65,16 +70,13 @@ def _queries(job: Job) -> Array:
     i = pl.program_id(0)
 
     def put(here, rows, exact):
-      queries = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
-      line = _entries(job, x, lambda ref: ())
+      rows_of = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
       top, log_sum, delta = (x.lines[name][here][:, None] for name in _LINES)
 
       def tile(j, n, masked, carry):
         there = pl.ds(j * n, n)
-        keys, at = _across(x.keys, there), _positions(j * n, (1, n))
-        bias, given = None if x.bias is None else x.bias[here, there], (masked, exact)
-        q, k = x.query[here, :], x.key[there, :]
-        logits, slope, shown = job.scores(q, k, queries, keys, at, line, bias, _cap(x), given)
+        k = x.key[there, :]
+        logits, slope, shown = _scores(job, x, here, there, k, rows_of, (masked, exact))
         weights = jnp.exp2((logits - top) * job.log2)
         d_weights = steps.dot(x.d_out[here, :], x.value[there, :], (1, 1))
         return carry + shown.dot(steps.score_gradient(weights, d_weights, delta, slope), k)

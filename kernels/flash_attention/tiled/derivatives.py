@@ -20,12 +20,9 @@ from effjax.kernels.flash_attention.tiled.visits import GroupedSight
 
 def backward(plan, saved, cotangents):
   """Gradients of query, key, value and bias, and of what trains in the terms."""
-  query, key, value, bias, where, terms, *results = saved
-  sight = GroupedSight(plan, where)
-  compute = steps.compute_type(query)
-  wide = numerics.wide(query.dtype)
-  added = Added(plan, sight, bias, terms, wide)
-  rows = _rows(plan, query, results, cotangents, wide)
+  query, key, value, *_ = saved
+  compute, wide = steps.compute_type(query), numerics.wide(query.dtype)
+  sight, added, rows = _opened(plan, saved, cotangents, wide)
 
   def group(carry, c):
     (d_query, d_key, d_value), d_added = carry
@@ -72,12 +69,9 @@ def backward(plan, saved, cotangents):
 
 def of_terms(plan, saved, cotangents):
   """The gradients of what trains in the terms alone, as of `backward`."""
-  query, key, value, bias, where, terms, *results = saved
-  sight = GroupedSight(plan, where)
-  compute = steps.compute_type(query)
-  wide = numerics.wide(query.dtype)
-  added = Added(plan, sight, bias, terms, wide)
-  rows = _rows(plan, query, results, cotangents, wide)
+  query, key, value, *_ = saved
+  compute, wide = steps.compute_type(query), numerics.wide(query.dtype)
+  sight, added, rows = _opened(plan, saved, cotangents, wide)
 
   def group(d_added, c):
     lay = lambda x: layout.to_keys(plan, layout.take(plan, x, c).astype(compute), across=True)
@@ -96,6 +90,14 @@ def of_terms(plan, saved, cotangents):
 
   start = None, added.zeros(query)[1]
   return added.gradients(lax.scan(group, start, jnp.arange(plan.groups, dtype=jnp.int32))[0])[1]
+
+
+def _opened(plan, saved, cotangents, wide):
+  """Which tiles are visited, what is added on them, and the `_rows`."""
+  query, _, _, bias, where, terms, *results = saved
+  sight = GroupedSight(plan, where)
+  added = Added(plan, sight, bias, terms, wide)
+  return sight, added, _rows(plan, query, results, cotangents, wide)
 
 
 def _rows(plan, query, results, cotangents, wide):
