@@ -1,0 +1,109 @@
+"""How packed matrices lie in memory, and what their bytes stand for.
+
+A packed matrix is M [..., O, I], outputs by inputs, so that a linear layer computes x Mᵀ. A row is
+cut into blocks of consecutive inputs, and lies in memory as one run of bytes after another:
+
+  codes      uint8 [..., O, n · size]   for n = I / block blocks of `size` bytes
+  constants  [..., O, n]                each: what a block is scaled or moved by; none where the
+                                        bytes of a block hold them
+             [..., 1, k]                one for all of M, where a format `shares` them
+
+A tile is any rows of M and any whole blocks of them: the same part of the codes and of constants
+that are not shared. `Format.unpack` is all there is to know of the bytes: it makes numbers of a
+tile, wherever it lies and however large it is. A constant may also be a `Weight` [..., O, n], whose
+rows are those that `core.weights.lookup` gives.
+"""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from effjax.core.typing import Array, Float, Integer, Shaped
+
+
+class Format(abc.ABC):
+  """What the bytes of a packed matrix stand for: a value that is hashable, and equal to its like.
+
+  Attributes:
+    block: inputs that a block has.
+    size: bytes of codes that a block has.
+    shares: whether the constants belong to the whole matrix, and go whole with every tile.
+  """
+
+  block: int
+  shares: ClassVar[bool] = False
+
+  @property
+  @abc.abstractmethod
+  def size(self) -> int:
+    """Bytes of codes that a block has."""
+
+  @abc.abstractmethod
+  def unpack(
+    self, codes: Integer[Array, "... O N"], *constants: Shaped[Array, "... M K"]
+  ) -> Float[Array, "... O I"]:
+    """The numbers of a tile, in float32.
+
+    Args:
+      codes: uint8 [..., O, n · size].
+      constants: [..., O, n] each, or [..., 1, k] where they are shared.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Nibbles(Format):
+  """M = (table[code] − zero) · scale, two codes to a byte, the first in the high half.
+
+  Constants are `scale`, and `zero` where there are zero points; both [..., O, n].
+
+  Attributes:
+    table: the 16 numbers that codes 0 … 15 stand for, before they are scaled.
+    block: an even number of inputs.
+
+  Example:
+    >>> halves = Nibbles(tuple(range(16)), 4)
+    >>> halves.unpack(jnp.array([[0x12, 0x3F]], jnp.uint8), jnp.array([[0.5]])).tolist()
+    [[0.5, 1.0, 1.5, 7.5]]
+  """
+
+  table: tuple[float, ...]
+  block: int
+
+  @property
+  def size(self) -> int:
+    return self.block // 2
+
+  @property
+  def first(self) -> float | None:
+    """z where table[code] = code + z, so that numbers are computed and not looked up; else None."""
+    steps = (self.table[0] + code for code in range(16))
+    return self.table[0] if tuple(steps) == tuple(self.table) else None
+
+  def value(self, codes: Integer[Array, "..."]) -> Float[Array, "..."]:
+    """table[code] of codes 0 … 15, by selections alone, which every backend has."""
+    if self.first is not None:
+      return codes.astype(jnp.float32) + jnp.float32(self.first)
+    return select(self.table, codes)
+
+  def unpack(self, codes, *constants):
+    high, low = self.value(codes >> 4), self.value(codes & 15)
+    values = jnp.stack([high, low], -1).reshape(*codes.shape[:-1], -1, self.block)
+    scale, *zero = (c.astype(jnp.float32)[..., None] for c in constants)
+    values = (values - zero[0] if zero else values) * scale
+    return values.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+
+
+def select(table: tuple[float, ...], codes: Integer[Array, "..."]) -> Float[Array, "..."]:
+  """table[code], a power of two of numbers: for each bit, the highest first, one of two halves.
+
+  Example:
+    >>> select((5.0, 6.0, 7.0, 8.0), jnp.array([2, 0, 3])).tolist()
+    [7.0, 5.0, 8.0]
+  """
+  if len(table) == 1:
+    return jnp.full(codes.shape, table[0], jnp.float32)
+  half = len(table) // 2
+  upper, lower = select(table[half:], codes), select(table[:half], codes)
+  return jnp.where((codes & half) != 0, upper, lower)
