@@ -124,6 +124,19 @@ def restore(
   return values.astype(dtype or scale.dtype)
 
 
+def check_scales(scale: Float[Array, "..."]) -> None:
+  """Refuses scales that are not finite, where they are known.
+
+  Raises:
+    ValueError: for scales of NaN or infinity.
+  """
+  if not isinstance(scale, jax.core.Tracer) and not jnp.isfinite(scale).all():
+    raise ValueError(
+      f"w has NaN, infinity or what no scale in {scale.dtype} is for; allowed: finite numbers, "
+      "and scale_dtype=float32 for very small or large ones"
+    )
+
+
 def _spread(values: Array, shape: tuple[int, ...]) -> Array:
   """One value a tile, repeated over its tile."""
   for axis in (-2, -1):

@@ -19,8 +19,19 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core.typing import Array, Float, Integer, Shaped
+
+# Quantiles of a normal distribution, and floating-point numbers of 4 bits over their largest.
+NORMAL = (
+  *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+  *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+  *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+  *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_MAGNITUDES = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
+FLOATS = tuple(float(x) for x in (*_MAGNITUDES, *-_MAGNITUDES))
 
 
 class Format(abc.ABC):
