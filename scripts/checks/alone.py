@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effjax.attention import masks
 from effjax.attention.masks import Causal, Documents, Full
 from effjax.attention.scores import ALiBi, RelativeBias, Term
 from effjax.kernels.flash_attention.fused import frame, gpu, tpu
@@ -14,10 +15,30 @@ from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
 from effjax.kernels.flash_attention.fused.sizes import Sizes, choose
 
 KERNELS = ("forward", "queries", "keys", "bias")
-causal = lambda ids: Causal()
-MASKS = {"full": lambda ids: Full(), "causal": causal, "documents": Documents}
-MASKS |= dict.fromkeys(("bias", "alibi", "relative", "term", "cap"), causal)
 BATCH, LENGTH, HEADS, GROUPS = 4, 4096, 8, 4  # more than VMEM holds, so that tiles are streamed
+
+
+def _drawn(ids: Any) -> masks.Mask:
+  return masks.bigbird(jax.random.key(0), LENGTH, heads=HEADS)
+
+
+def _known(ids: Any) -> masks.Mask:
+  with jax.ensure_compile_time_eval():
+    return _drawn(ids)
+
+
+causal = lambda ids: Causal()
+# BigBird's blocks are known when tracing, or drawn by the program.
+MASKS: dict[str, Callable[[Any], Any]] = {
+  "full": lambda ids: Full(),
+  "causal": causal,
+  "window": lambda ids: masks.SlidingWindow(1023, 0),
+  "longformer": lambda ids: masks.longformer(256, 2),
+  "bigbird": _known,
+  "drawn": _drawn,
+  "documents": Documents,
+}
+MASKS |= dict.fromkeys(("bias", "alibi", "relative", "term", "cap"), causal)
 _TERM = lambda q, k, a, b, w: a * b + w * (q - k < 9)
 # What goes on beside a causal mask, by the name in the mask's place, from an array [32, HEADS].
 SCORES = {

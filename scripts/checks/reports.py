@@ -9,6 +9,7 @@ import numpy as np
 
 Figures = dict[str, float]
 
+_CONTAINERS = ("Sequential", "CommandBuffer", "Conditional", "While")
 _SHARED = r"kCustomKernel .*\] {kernel}\S* grid: .*shared_memory: (\d+) bytes"
 
 
@@ -30,6 +31,13 @@ def gpu(dump: pathlib.Path, kernel: str, ptxas: str | None, architecture: str) -
     "registers": max(map(int, re.findall(r"Used (\d+) reg", said))),
     "spill": spilled,
   }
+
+
+def launches(dump: pathlib.Path) -> int:
+  """What a program launches on a GPU: kernels, copies, calls of libraries; a loop's once."""
+  (sequence,) = dump.glob("*.thunk_sequence.txt")
+  kinds = re.findall(r"^\s*\d+: k(\w+)", sequence.read_text(), re.MULTILINE)
+  return sum(kind not in _CONTAINERS for kind in kinds)
 
 
 def tpu(dump: pathlib.Path, kernel: str) -> Figures:

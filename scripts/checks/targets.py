@@ -1,9 +1,13 @@
 """Accelerators that programs are compiled for on a machine that has none."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -65,8 +69,9 @@ class GPU:
     )
     mesh = Mesh(np.array(described.devices), ("x",), axis_types=(AxisType.Explicit,))
     shapes = _placed(arguments, NamedSharding(mesh, P()))
+    traced = jax.jit(function).trace(*shapes)
     with jax.sharding.use_abstract_mesh(self._abstract(mesh)):
-      jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+      traced.lower(lowering_platforms=("cuda",)).compile()
 
   def report(self, dump: pathlib.Path, kernel: str, ptxas: str | None) -> reports.Figures:
     """What the compiler, and ptxas where it is given, say of a kernel."""
@@ -124,6 +129,15 @@ TARGETS: dict[str, GPU | TPU] = {
   "v5e": TPU("TPU v5 lite", "v5e:2x2", "v5litepod-4"),
   "v6e": TPU("TPU v6 lite", "v6e:2x2", "v6e-4"),
 }
+
+
+@contextlib.contextmanager
+def present(device: GPU | TPU) -> Iterator[None]:
+  """What picks by the default device, picks as if it were this one."""
+  devices = mock.patch.object(jax, "devices", lambda: [SimpleNamespace(device_kind=device.name)])
+  backend = mock.patch.object(jax, "default_backend", lambda: device.platform)
+  with devices, backend:
+    yield
 
 
 def environment(target: str, dump: str, plugins: pathlib.Path) -> dict[str, str]:
