@@ -13,19 +13,30 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from scripts.checks import launches, reports
+from effjax.kernels.flash_attention.fused.jobs import Job
+from scripts.checks import balance, launches, reports
 from scripts.checks.alone import Case, program
 from scripts.checks.processes import Row, answer
 from scripts.checks.targets import GPU, TARGETS, TPU, present
 
 
-def kernel(device: GPU | TPU, case: Case, name: str, dump: pathlib.Path, tools: list[str]) -> Row:
+def kernel(
+  device: GPU | TPU, case: Case, name: str, dump: pathlib.Path, tools: reports.Tools
+) -> Row:
   """The row of one kernel; `error` in it says why it does not compile."""
   sizes = case.sizes(device.platform, device=device.name)
   size = getattr(sizes, name) or sizes.queries
   row: Row = {"tile": f"{size.queries}×{size.keys}"}
-  row |= _compiled(device, program(case, name, device.platform, sizes), case.arguments(name), dump)
-  return row if "error" in row else row | device.report(dump, name, tools[0] or None)
+  jobs: list[Job] = []
+  run = program(case, name, device.platform, sizes, watch=jobs.append)
+  row |= _compiled(device, run, case.arguments(name), dump)
+  if "error" in row:
+    return row
+  row |= device.report(dump, name, jobs[-1], size, tools)
+  if isinstance(device, GPU) and name != "bias" and case.dtype == "bfloat16":
+    partial = row["partial"] / row["rest"] if {"partial", "rest"} <= row.keys() else 1.0
+    row |= balance.simulated(case, name, device.name, device.cores, partial)
+  return row
 
 
 def whole(device: GPU | TPU, case: Case, name: str, dump: pathlib.Path) -> Row:
@@ -56,7 +67,7 @@ def main(target: str, dump: str, *tools: str) -> None:
     case = Case.of(name)
     if what in launches.PROGRAMS:
       return [whole(device, case, what, folder)]
-    return [kernel(device, case, what, folder, list(tools))]
+    return [kernel(device, case, what, folder, reports.Tools(*(path or None for path in tools)))]
 
   answer(rows)
 

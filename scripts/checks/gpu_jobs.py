@@ -13,12 +13,13 @@ from effjax.attention import attend, masks
 from effjax.attention.scores import ALiBi
 from effjax.kernels.flash_attention.fused.sizes import choose
 from scripts.checks import gpu_torch
-from scripts.checks.alone import Case, program
+from scripts.checks.alone import KERNELS, Case, program
 from scripts.checks.processes import Row
+from scripts.checks.sass import PRODUCTS
 
 TOKENS, MODEL = 16384, 2048  # tokens of a batch and heads × width, whatever the length
 WIDTHS = (64, 128)
-PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}  # of matrices, in a tile of each kernel
+
 Arrays = tuple[Any, ...]
 
 
@@ -148,7 +149,7 @@ class Kernels(Job):
     return self.case.draw("forward", self.length)
 
   def programs(self):
-    return {name: program(self.case, name, "gpu") for name in PRODUCTS}
+    return {name: program(self.case, name, "gpu") for name in KERNELS[:3]}
 
   def rows(self, seconds, device):
     B, T, N, H = self.case.arguments("forward", self.length)[0].shape
