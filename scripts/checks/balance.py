@@ -33,12 +33,19 @@ def busy(work: Iterable[float], slots: int) -> float:
   return total / (slots * max(free)) if total else 1.0
 
 
-def work(job: Job, kernel: str, mask: Any, partial: float) -> np.ndarray:
-  """Tiles of each program, in the order of launch.
+def job_of(case: Case, kernel: str, device: str, length: int, batch: int = 1) -> Job:
+  """What a kernel works on, in the tiles for a device of that name."""
+  jobs: list[Job] = []
+  run = program(case, kernel, "gpu", case.sizes("gpu", length, device), watch=jobs.append)
+  jax.eval_shape(run, *case.arguments(kernel, length, batch))
+  return jobs[-1]
+
+
+def tiles(job: Job, kernel: str, mask: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Tiles without a predicate, and with one, of each program in the order of launch.
 
   Args:
     mask: of batch one, and concrete.
-    partial: what a tile with a predicate takes, of what one without takes.
   """
   (_, T, N, _), S = job.query.shape, job.key.shape[1]
   place, per = _PLACES[kernel](job), job.group if kernel == "keys" else 1
@@ -46,27 +53,29 @@ def work(job: Job, kernel: str, mask: Any, partial: float) -> np.ndarray:
     mask.blocks(T, S, job.size.queries, job.size.keys, head=head) for head in range(mask.heads)
   ]
   side = operator.attrgetter("columns" if kernel == "keys" else "rows")
-  tiles = np.stack([_tiles(side(each), partial) for each in lists])
-  tiles = np.broadcast_to(tiles, (N, tiles.shape[1])).reshape(N // per, per, -1).sum(1)
+  rows = np.stack([_of_rows(side(each)) for each in lists])  # [heads, rows, 2]
+  rows = np.broadcast_to(rows, (N, *rows.shape[1:])).reshape(N // per, per, -1, 2).sum(1)
   ids = np.indices(place.grid).reshape(len(place.grid), -1, order="F")
   at = lambda kind: np.asarray(jax.vmap(place.axes[kind][1])(*ids))
-  return tiles[at("m" if kernel == "keys" else "n"), at(_ROWS[kernel])]
+  full, partial = rows[at("m" if kernel == "keys" else "n"), at(_ROWS[kernel])].T
+  return full, partial
 
 
-def _tiles(lists: TileList, partial: float) -> np.ndarray:
-  """Of each row, in tiles without a predicate."""
-  visited, full = np.diff(lists.offset), lists.partial - lists.offset[:-1]
-  return full + partial * (visited - full)
+def _of_rows(lists: TileList) -> np.ndarray:
+  full = lists.partial - lists.offset[:-1]
+  return np.stack([full, np.diff(lists.offset) - full], axis=-1)
 
 
-def simulated(case: Case, kernel: str, device: str, slots: int, partial: float) -> dict[str, float]:
-  """`busy` for one batch row of each length, by "busy 4k" and so on; documents are of 1024."""
+def simulated(case: Case, kernel: str, device: str, slots: int, weight: float) -> dict[str, float]:
+  """`busy` for one batch row of each length, by "busy 4k" and so on; documents are of 1024.
+
+  Args:
+    weight: of a tile with a predicate, that of one without being one.
+  """
   found = {}
   for length in LENGTHS:
-    jobs: list[Job] = []
-    run = program(case, kernel, "gpu", case.sizes("gpu", length, device), watch=jobs.append)
-    jax.eval_shape(run, *case.arguments(kernel, length, batch=1))
     mask = MASKS[case.mask](np.arange(length)[None] // 1024)
-    share = busy(work(jobs[-1], kernel, mask, partial).tolist(), slots)
+    full, partial = tiles(job_of(case, kernel, device, length), kernel, mask)
+    share = busy((full + weight * partial).tolist(), slots)
     found[f"busy {length // 1024}k"] = round(share, 3)
   return found

@@ -4,19 +4,20 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
+from scripts.checks.markdown import table as markdown
 from scripts.checks.processes import Row
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """A figure of some rows.
+  """Of a figure in some rows.
 
   Attributes:
-    rows: expression in "TARGET CASE KERNEL".
     figure: by its name in a row.
-    aim: what is wanted.
-    now: what is allowed where that is not reached, so that it gets no worse.
-    least: whether these are the least allowed, not the most.
+    rows: expression in "TARGET CASE KERNEL"; a row is bound by the first that it is found in.
+    aim: the most that is wanted, or the least.
+    now: what is allowed while that is not reached, so that it gets no worse.
+    least: whether they are the least.
   """
 
   figure: str
@@ -27,30 +28,62 @@ class Bound:
 
   @property
   def limit(self) -> float:
+    """What is allowed."""
     return self.aim if self.now is None else self.now
 
-  def worst(self, rows: Iterable[Row]) -> tuple[float, str] | None:
-    """The worst figure and its row, None where no row has it."""
-    found = [(row[self.figure], name(row)) for row in rows if self.holds_for(row)]
-    return (min if self.least else max)(found, default=None)
-
-  def holds_for(self, row: Row) -> bool:
-    return row.get(self.figure) is not None and re.search(self.rows, name(row)) is not None
-
-  def broken_by(self, figure: float) -> bool:
-    return figure < self.limit if self.least else figure > self.limit
+  def broken(self, x: float, limit: float) -> bool:
+    """Whether a figure is past a limit."""
+    return x < limit if self.least else x > limit
 
 
-def name(row: Row) -> str:
-  return f"{row['target']} {row['case']} {row['kernel']}"
+BOUNDS = (Bound("spill", "^(h100|a100)", 0),)
 
 
-BOUNDS: tuple[Bound, ...] = (Bound("spill", "^(h100|a100)", 0),)
+def bound_of(row: Row, figure: str) -> Bound | None:
+  """The first that binds a figure of a row."""
+  found = (each for each in BOUNDS if each.figure == figure and re.search(each.rows, _name(row)))
+  return next(found, None)
 
 
-def broken(rows: list[Row]) -> list[str]:
-  return []
+def broken(rows: Iterable[Row]) -> list[str]:
+  """What is wrong with rows, a line each."""
+  lines = []
+  for row in rows:
+    if "error" in row:
+      lines.append(f"{_name(row)} does not compile: {row['error'][:2000]}")
+    for figure, x in row.items():
+      bound = bound_of(row, figure)
+      if bound and x is not None and bound.broken(x, bound.limit):
+        word = "least" if bound.least else "most"
+        lines.append(f"{_name(row)}: {figure} {x}, allowed at {word} {bound.limit}")
+  return lines
 
 
 def table(rows: list[Row]) -> str:
-  return ""
+  """Markdown: each bound with the worst figure and where that is, if any of the rows is bound."""
+  lines = []
+  for bound in BOUNDS:
+    mine = [
+      (row[bound.figure], _name(row))
+      for row in rows
+      if row.get(bound.figure) is not None and bound_of(row, bound.figure) is bound
+    ]
+    if mine:
+      worst, where = (min if bound.least else max)(mine)
+      reached = not bound.broken(worst, bound.aim)
+      lines.append(
+        {
+          "figure": bound.figure,
+          "of": bound.rows.replace("|", "\\|"),
+          "aim": f"{'≥' if bound.least else '≤'} {bound.aim}",
+          "allowed": bound.limit,
+          "worst": worst,
+          "at": where,
+          "reached": "yes" if reached else "no",
+        }
+      )
+  return markdown(lines) if lines else ""
+
+
+def _name(row: Row) -> str:
+  return f"{row['target']} {row['case']} {row['kernel']}"

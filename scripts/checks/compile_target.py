@@ -34,8 +34,8 @@ def kernel(
     return row
   row |= device.report(dump, name, jobs[-1], size, tools)
   if isinstance(device, GPU) and name != "bias" and case.dtype == "bfloat16":
-    partial = row["partial"] / row["rest"] if {"partial", "rest"} <= row.keys() else 1.0
-    row |= balance.simulated(case, name, device.name, device.cores, partial)
+    weight = row["partial"] / row["rest"] if {"partial", "rest"} <= row.keys() else 1.0
+    row |= balance.simulated(case, name, device.name, device.cores, weight)
   return row
 
 

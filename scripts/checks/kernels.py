@@ -18,7 +18,6 @@ beside it.
 
 import itertools
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from absl import app, flags
 
 from scripts.checks import bounds, kernel_table, launches, plugins
 from scripts.checks.alone import Case
+from scripts.checks.only import chosen
 from scripts.checks.processes import Row, Worker, spread
 from scripts.checks.targets import TARGETS, environment
 
@@ -41,7 +41,6 @@ CASES = (
   "bfloat16-128-drawn",
 )
 _TARGETS = flags.DEFINE_list("targets", list(TARGETS), "Devices to compile for.")
-_ONLY = flags.DEFINE_string("only", "", "Expression in the names of jobs, as in 128-causal/keys.")
 _SAVE = flags.DEFINE_string("save", None, f"Name of a folder in {kernel_table.FOLDER}.")
 _COLUMNS = {
   "gpu": (
@@ -52,12 +51,11 @@ _COLUMNS = {
 }
 
 
-def jobs(target: str, only: str = "") -> list[str]:
+def jobs(target: str) -> list[str]:
   """CASE/NAME of kernels and whole programs."""
   cases = map(Case.of, CASES)
   wholes = launches.programs if TARGETS[target].platform == "gpu" else lambda case: ()
-  names = [f"{case}/{name}" for case in cases for name in (*case.kernels, *wholes(case))]
-  return [name for name in names if re.search(only, name)]
+  return [f"{case}/{name}" for case in cases for name in (*case.kernels, *wholes(case))]
 
 
 def rows(target: str, names: list[str]) -> Iterator[Row]:
@@ -85,13 +83,13 @@ def printed(row: Row) -> str:
   return names + "".join(("–" if x is None else str(x)).rjust(10) for x in shown)
 
 
-def check(targets: list[str], only: str) -> list[Row]:
-  """Prints the rows as they come."""
+def check(jobs: dict[str, list[str]]) -> list[Row]:
+  """Prints the rows of targets as they come."""
   found = []
-  for target in targets:
+  for target, names in jobs.items():
     columns = _COLUMNS[TARGETS[target].platform]
     print(f"{'':41s}{'tile':>9s}" + "".join(name.rjust(10) for name in columns))
-    for row in rows(target, jobs(target, only)):
+    for row in rows(target, names):
       print(printed(row), flush=True)
       found.append(row)
   return found
@@ -108,12 +106,12 @@ def main(_) -> None:
   for tool in ("ptxas", "nvdisasm"):
     if plugins.tool(tool) is None:
       print(f"{tool} is on no path here: figures of GPU kernels are left out")
-  found = check(_TARGETS.value, _ONLY.value)
+  found = check({target: chosen(jobs(target)) for target in _TARGETS.value})
   if _SAVE.value:
     for target in _TARGETS.value:
       new = [row for row in found if row["target"] == target]
       kernel_table.save(_SAVE.value, target, new)
-    kernel_table.write()
+    kernel_table.write(TARGETS)
   print(bounds.table(found))
   faults = bounds.broken(found)
   print(*faults, sep="\n", end="\n" * bool(faults), file=sys.stderr)

@@ -15,7 +15,7 @@ _LINE = re.compile(r"^(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", re.MULTILINE)
 _BACK = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
 _PRODUCT = re.compile(r"\b(HGMMA)\.(\d+)x(\d+)x(\d+)|\b(HMMA)\.16(8)(\d+)")
 _FFMA = re.compile(r"\bFFMA2?\b")
-_WAIT = re.compile(r"(?<!WARPGROUP\.)\bDEPBAR\.LE SB0, (0x[0-9a-f]+)")
+_WAIT = re.compile(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)")
 
 
 @dataclasses.dataclass(frozen=True)
