@@ -13,7 +13,7 @@ from effjax.core.typing import Array, DTypeLike, Float, Int, Num, PyTree
 from effjax.core.weights import Weight, register
 from effjax.quant import basics
 from effjax.quant.packed import is_table
-from effjax.quant.product import integer_product
+from effjax.kernels.quantized_matmul import integer_product
 
 
 @register(static=("dtype", "turned"), kind="quantised")
