@@ -79,7 +79,7 @@ class Nibbles(Format):
     [[0.5, 1.0, 1.5, 7.5]]
   """
 
-  table: tuple[float, ...]
+  table: tuple[int | float, ...]
   block: int
 
   @property
@@ -87,7 +87,7 @@ class Nibbles(Format):
     return self.block // 2
 
   @property
-  def first(self) -> float | None:
+  def first(self) -> int | float | None:
     """z where table[code] = code + z, so that numbers are computed and not looked up; else None."""
     steps = (self.table[0] + code for code in range(16))
     return self.table[0] if tuple(steps) == tuple(self.table) else None
@@ -106,7 +106,7 @@ class Nibbles(Format):
     return values.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
 
 
-def select(table: tuple[float, ...], codes: Integer[Array, "..."]) -> Float[Array, "..."]:
+def select(table: tuple[int | float, ...], codes: Integer[Array, "..."]) -> Float[Array, "..."]:
   """table[code], a power of two of numbers: for each bit, the highest first, one of two halves.
 
   Example:
@@ -114,7 +114,65 @@ def select(table: tuple[float, ...], codes: Integer[Array, "..."]) -> Float[Arra
     [7.0, 5.0, 8.0]
   """
   if len(table) == 1:
-    return jnp.full(codes.shape, table[0], jnp.float32)
+    return jnp.full(codes.shape, float(table[0]), jnp.float32)
   half = len(table) // 2
   upper, lower = select(table[half:], codes), select(table[:half], codes)
   return jnp.where((codes & half) != 0, upper, lower)
+
+
+@dataclasses.dataclass(frozen=True)
+class Indices(Format):
+  """M = table[code], codes of `bits` bits one after another, the first in the highest bits.
+
+  The constant is `table`, [..., 1, 2^bits], for all of M. Eight codes fill `bits` bytes.
+
+  Attributes:
+    bits: 1 … 8.
+
+  Example:
+    >>> two = Indices(2)  # 0b00011011 0b11110000
+    >>> two.unpack(jnp.array([[0x1B, 0xF0]], jnp.uint8), jnp.array([[5.0, 6.0, 7.0, 8.0]])).tolist()
+    [[5.0, 6.0, 7.0, 8.0, 8.0, 8.0, 5.0, 5.0]]
+  """
+
+  bits: int
+  block: ClassVar[int] = 8
+  shares: ClassVar[bool] = True
+
+  @property
+  def size(self) -> int:
+    return self.bits
+
+  def pack(self, codes: Integer[Array, "... I"]) -> Integer[Array, "... N"]:
+    """uint8 [..., I · bits / 8] of codes 0 … 2^bits − 1."""
+    each = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 8, 8).astype(jnp.uint32)
+    held = []
+    for byte in range(self.bits):
+      # Code i ends `shift` bits above the end of this byte; what lies outside is cut off.
+      shifts = (8 * (byte + 1) - self.bits * (i + 1) for i in range(8))
+      parts = (_shifted(each[..., i], shift) & 255 for i, shift in enumerate(shifts))
+      held.append(sum(parts, jnp.zeros((), jnp.uint32)))
+    packed = jnp.stack(held, -1).astype(jnp.uint8)
+    return packed.reshape(*codes.shape[:-1], codes.shape[-1] // 8 * self.bits)
+
+  def codes(self, packed: Integer[Array, "... N"]) -> Integer[Array, "... I"]:
+    """The inverse of `pack`, int32."""
+    n = packed.shape[-1] // self.bits
+    held = packed.reshape(*packed.shape[:-1], n, self.bits).astype(jnp.int32)
+    held = jnp.pad(held, [(0, 0)] * (held.ndim - 1) + [(0, 1)])
+    found = []
+    for i in range(8):
+      byte, within = divmod(self.bits * i, 8)
+      pair = held[..., byte] << 8 | held[..., byte + 1]
+      found.append(pair >> (16 - within - self.bits) & (2**self.bits - 1))
+    return jnp.stack(found, -1).reshape(*packed.shape[:-1], 8 * n)
+
+  def unpack(self, codes, *constants):
+    (table,) = constants
+    found = self.codes(codes)
+    shape, found = found.shape, found.reshape(*table.shape[:-2], 1, -1)
+    return jnp.take_along_axis(table.astype(jnp.float32), found, -1).reshape(shape)
+
+
+def _shifted(x: Array, by: int) -> Array:
+  return x << by if by >= 0 else x >> -by
