@@ -192,7 +192,7 @@ def chance(problem: Structure) -> Callable[[Any, Any, Any], dict[str, float]]:
     def total(added):
       whole = added if bias is None else bias + added
       run = functools.partial(reference.attention, query, key, value, bias=whole)
-      lse = run(**where, **problem.options)[1]
+      lse = run(**(problem.options | where))[1]
       return jnp.where(jnp.isfinite(lse), lse, 0).sum()
 
     return jax.grad(total)(jnp.zeros((B, K * G, T, S))).reshape(B, K, G, T, S)
