@@ -68,8 +68,8 @@ class Dynamic8(Weight):
 
     Example:
       >>> w = Dynamic8.quantize(jnp.array([[1.0, 3.0, 2.0]]))
-      >>> w.offset.tolist(), w.coarse.tolist(), w.materialize().round(3).tolist()
-      ([[2.0]], [[1.0]], [[1.007, 3.0, 2.0]])
+      >>> w.offset.tolist(), w.coarse.tolist(), w.materialize().round(1).tolist()
+      ([[2.0]], [[1.0]], [[1.0, 3.0, 2.0]])
     """
     return cls(*_encode(w), dtype=jax.typeof(w).dtype)
 

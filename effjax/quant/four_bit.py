@@ -69,7 +69,7 @@ class FourBit(Packed):
       >>> [hex(code) for code in w.codes.ravel()], w.scale.tolist()
       (['0xfa', '0x7'], [[2.0, 1.0]])
       >>> w.materialize().round(3).ravel().tolist()
-      [2.0, 0.492, -1.0, 0.0]
+      [2.0, 0.492..., -1.0, 0.0]
     """
     if block % 2:
       raise ValueError(f"block {block}; allowed: even numbers, as two codes share a byte")
@@ -103,7 +103,7 @@ def _encode(
   tiny = jnp.finfo(jnp.float32).tiny
   shares = jnp.clip(blocks * (1 / jnp.maximum(scale, tiny))[..., None], -1, 1)
   order = np.argsort(codebook, kind="stable")
-  index = nearest(shares, [codebook[i] for i in order])
+  index = nearest(shares, np.asarray(codebook, np.float32)[order])
   codes = index if (order == np.arange(16)).all() else jnp.asarray(order)[index]
   pairs = codes.astype(jnp.uint8).reshape(*m.shape[:-1], m.shape[-1] // 2, 2)
   return pairs[..., 0] << 4 | pairs[..., 1], scale

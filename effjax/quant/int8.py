@@ -68,9 +68,9 @@ class Int8(Weight):
     return cls(q, scale, dtype=jax.typeof(w).dtype)
 
   @classmethod
-  def represent(cls, path: str, w: Num[Array | np.ndarray, "... D F"]) -> "Int8":
-    """The `Int8` of the parameter at `path`: a table named "embedding" has one scale a row."""
-    return cls.quantize(w, granularity="row" if is_table(path) else "channel")
+  def represent(cls, path: str, w: Num[Array | np.ndarray, "... D F"], **options: Any) -> "Int8":
+    """`quantize` of the parameter at `path`: a table named "embedding" has one scale a row."""
+    return cls.quantize(w, **{"granularity": "row" if is_table(path) else "channel", **options})
 
   def __post_init__(self):
     if self.dtype is None and hasattr(self.scale, "dtype"):

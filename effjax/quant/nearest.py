@@ -1,7 +1,5 @@
 """The nearest number of a table: what every codebook is quantised with."""
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,7 +9,7 @@ FEW = 16  # bounds, for which comparing with each takes no longer than a search
 
 
 def nearest(
-  values: Float[Array, "..."], table: Sequence[float] | Float[Array, "K"]
+  values: Float[Array, "..."], table: Float[Array | np.ndarray, "K"]
 ) -> Int[Array, "..."]:
   """argmin_k |v − table[k]| for a table that increases; the lower of two that are as near.
 
@@ -20,11 +18,10 @@ def nearest(
     table: K numbers.
 
   Example:
-    >>> nearest(jnp.array([0.4, 0.5, 0.6, 9.0]), [0.0, 1.0, 2.0]).tolist()
+    >>> nearest(jnp.array([0.4, 0.5, 0.6, 9.0]), jnp.arange(3.0)).tolist()
     [0, 0, 1, 2]
   """
-  known = table if hasattr(table, "dtype") else np.asarray(table, np.float32)
-  bounds = jnp.asarray((known[:-1] + known[1:]) / 2)
+  bounds = jnp.asarray((table[:-1] + table[1:]) / 2)
   if len(bounds) <= FEW:
     below = (bound < values for bound in bounds)
     return sum((b.astype(jnp.int32) for b in below), jnp.zeros(values.shape, jnp.int32))

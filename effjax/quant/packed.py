@@ -13,7 +13,7 @@ from effjax.core import numerics, weights
 from effjax.core.known import number
 from effjax.core.typing import Array, Float, Int, Num, PyTree, Size
 from effjax.core.weights import Weight
-from effjax.kernels.quantized_matmul import Format
+from effjax.kernels.quantized_matmul import Format, packed_product
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -85,7 +85,8 @@ class Packed(Weight):
     return lying if self.table else jnp.matrix_transpose(lying)
 
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-    return numerics.matmul(x, self.materialize())
+    y = packed_product(x, self.format, self.codes, *self.constants, inputs=not self.table)
+    return y.astype(x.dtype)
 
   def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
     if not self.table:
