@@ -174,7 +174,8 @@ def _term_gradients(settings, saved, cotangents):
   return terms.gradient(found)
 
 
-def _no_tangents(*_):
+def no_tangents(*_):
+  """The derivative of what has none."""
   raise NotImplementedError(
     "fused attention kernels have first derivatives in reverse mode alone; implementation='xla' "
     "has those in forward mode too, and forward mode over both; 'reference' has all"
@@ -182,5 +183,5 @@ def _no_tangents(*_):
 
 
 for _function in (_forward, _gradients):
-  _function.defjvp(_no_tangents)
+  _function.defjvp(no_tangents)
 _attention.defvjp(_attention_fwd, _attention_bwd)
