@@ -105,6 +105,8 @@ def _attention_fwd(settings, *operands):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _forward(settings, query, key, value, bias, where, terms):
   """Output, log-sum-exp, and its two parts in the unit of the scores and of log 2."""
+  if settings.kernels.few is not None:
+    return settings.kernels.few(settings, query, key, value, where, terms)
   job = Job.of(settings, settings.sizes.forward, query, key, value, bias, where, terms)
   T = query.shape[1]
   out, *lines = settings.kernels.forward(job)

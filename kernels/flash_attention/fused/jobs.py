@@ -31,6 +31,7 @@ class Kernels:
     refusal: why it cannot take these terms, or None.
     platform: "gpu" or "tpu".
     width: the width that a head of a given one is padded to.
+    few: gives the forward pass of a few queries another way, as of `few.forward`, if anything does.
   """
 
   forward: Callable[["Job"], tuple[Array, ...]]
@@ -40,6 +41,7 @@ class Kernels:
   refusal: Callable[[Terms | None], str | None]
   platform: str
   width: Callable[[int], int]
+  few: Callable[..., tuple[Array, ...]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,15 @@ class Settings:
   def unit(self, adds: bool, cap: bool) -> float:
     """Of the scores, by whether something is added to them and whether a soft cap is data."""
     return 1.0 if cap else steps.unit(self.scale, self.softcap, adds)
+
+  def result(self, shape: tuple[int, ...], dtype: Any, given: Any) -> jax.ShapeDtypeStruct:
+    """A kernel's result, which varies over the mesh axes that the arrays it is given vary over."""
+    like = 1.0 if self.interpret else jax.tree.leaves(given)[0]
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+  def run(self, call: Callable[..., Any], *operands: Any) -> Any:
+    """A kernel on its operands."""
+    return interpreted.alone(call, operands) if self.interpret else call(*operands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,15 +231,6 @@ class Job:
       shown = shown.without(added.astype(jnp.float32) == -jnp.inf)
     softcap = self.settings.softcap if cap is None else cap
     return *steps.scores(a, b, added, shown, self.settings.scale, softcap), shown
-
-  def result(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """A result that varies over the mesh axes that the arguments vary over."""
-    kind = jax.typeof(1.0 if self.settings.interpret else self.query).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
-
-  def run(self, call: Callable[..., Any], *operands: Any) -> Any:
-    """A kernel on its operands."""
-    return interpreted.alone(call, operands) if self.settings.interpret else call(*operands)
 
 
 def _plain(tree: Any, length: int, padded: int) -> tuple[Any, Callable[[Any], Any]]:
