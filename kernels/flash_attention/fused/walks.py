@@ -72,5 +72,5 @@ def _walk(lists: TileList, most: int) -> tuple[Array, Array, Array]:
   kind = jnp.where(inside & (n < counts[row]), kind, EMPTY)
   kind += jnp.where(inside & (n == 0), FIRST, 0)
   kind += jnp.where(inside & (n == lengths[row] - 1), LAST, 0)
-  tile = jnp.pad(lists.index, (0, 1))[at]
+  tile = lists.index[at]
   return row.astype(jnp.int32), tile.astype(jnp.int32), kind.astype(jnp.int32)
