@@ -106,7 +106,7 @@ def _attention_fwd(settings, *operands):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _forward(settings, query, key, value, bias, where, terms):
-  """Output, log-sum-exp, and its two parts in the unit of the scores and of log 2."""
+  """Output, log-sum-exp, and its two parts in the unit of the tops and of log 2."""
   if settings.kernels.few is not None:
     return settings.kernels.few(settings, query, key, value, where.tree, terms)
   job = Job.of(settings, settings.sizes.forward, query, key, value, bias, where, terms)
@@ -117,8 +117,9 @@ def _forward(settings, query, key, value, bias, where, terms):
   if settings.splits == 1:
     out, top, log_sum = out[0], top[0], log_sum[0]
   else:
-    out, top, log_sum = _joined(out, top, log_sum, job.log2)
-  return out.astype(query.dtype), top * job.unit + log_sum * math.log(2), top, log_sum
+    out, top, log_sum = _joined(out, top, log_sum, job.powers.outer)
+  lse = top * (job.powers.outer / steps.LOG2E) + log_sum * math.log(2)
+  return out.astype(query.dtype), lse, top, log_sum
 
 
 def _joined(out: Array, top: Array, log_sum: Array, log2: float) -> tuple[Array, Array, Array]:
@@ -147,8 +148,8 @@ def _gradients(settings, saved, cotangents):
   d_out, d_lse = cotangents
   delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_lse
   adds = bias is not None or (terms is not None and terms.structure is not None)
-  unit = settings.unit(adds, terms is not None and terms.softcap is not None)
-  lse = top * (unit * steps.LOG2E) + log_sum
+  powers = settings.powers(adds, terms is not None and terms.softcap is not None)
+  lse = top * powers.outer + log_sum
   lse = jnp.where(jnp.abs(lse) < _MOST, lse, jnp.nan)
   lines = {"top": top, "log_sum": log_sum, "lse": lse, "delta": delta}
   none = top == -jnp.inf

@@ -34,6 +34,7 @@ class Kernels:
     refusal: why it cannot take these terms, or None.
     platform: "gpu" or "tpu".
     width: the width that a head of a given one is padded to.
+    power: 2^(factor · x − y) on the device, see `steps.power`.
     few: gives the forward pass of a few queries another way, as of `few.forward`, if anything does.
   """
 
@@ -44,6 +45,7 @@ class Kernels:
   refusal: Callable[[Terms | None], str | None]
   platform: str
   width: Callable[[int], int]
+  power: Callable[[Array, float, Any], Array] = steps.power
   few: Callable[..., tuple[Array, ...]] | None = None
 
 
@@ -58,9 +60,10 @@ class Settings:
   splits: int
   interpret: bool
 
-  def unit(self, adds: bool, cap: bool) -> float:
-    """Of the scores, by whether something is added to them and whether a soft cap is data."""
-    return 1.0 if cap else steps.unit(self.scale, self.softcap, adds)
+  def powers(self, adds: bool, cap: bool) -> steps.Powers:
+    """By whether something is added to the scores and whether a soft cap is data."""
+    power = steps.power if self.interpret else self.kernels.power
+    return steps.Powers.of(self.scale, self.softcap, adds or cap, power)
 
   def result(self, shape: tuple[int, ...], dtype: Any, given: Any) -> jax.ShapeDtypeStruct:
     """A kernel's result, which varies over the mesh axes that the arrays it is given vary over."""
@@ -195,14 +198,9 @@ class Job:
     return self.any_partial or self.adds
 
   @property
-  def unit(self) -> float:
-    """Of the scores."""
-    return self.settings.unit(self.adds, self.cap is not None)
-
-  @property
-  def log2(self) -> float:
-    """A unit of the scores in units of log 2."""
-    return self.unit * steps.LOG2E
+  def powers(self) -> steps.Powers:
+    """2^(score − top)."""
+    return self.settings.powers(self.adds, self.cap is not None)
 
   def scores(
     self,

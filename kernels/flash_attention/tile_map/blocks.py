@@ -24,8 +24,9 @@ class TileList:
   """Tiles to visit for each tile of one axis, in compressed rows.
 
   Row i visits `index[offset[i] : partial[i]]`, where every pair is seen and no predicate is needed,
-  then `index[partial[i] : offset[i + 1]]`. Behind the last row `index` may go on with anything.
-  Kernels take lists with two leading axes, [b, h, …], each 1 or the whole batch or all query heads.
+  then `index[partial[i] : offset[i + 1]]`. Behind the last row `index` may go on with any tiles.
+  Kernels take lists with two leading axes, [b, h, …], each 1 or the whole batch or all query heads,
+  and one tile at least behind the last row, so that they can read ahead.
   """
 
   offset: Index
@@ -111,8 +112,8 @@ def tile_lists(sight: Sight, rows: int, columns: int, *, by_columns: bool = Fals
     if sight.ragged:
       tiles = dataclasses.replace(tiles, full=tiles.full & (tiles.column < columns - 1))
     lists.append(tiles.turned.listed(columns) if by_columns else tiles.listed(rows))
-  most = max(1, *(len(each.index) for each in lists))
-  pad = lambda x: np.pad(x.index, (0, most - len(x.index)))
+  most = max(len(each.index) for each in lists)
+  pad = lambda x: np.pad(x.index, (0, most + 1 - len(x.index)))
   lists = [dataclasses.replace(each, index=pad(each)) for each in lists]
   return jax.tree.map(lambda *x: np.stack(x).reshape(b, h, -1), *lists)
 
@@ -184,9 +185,9 @@ def _traced(sight: Sight, rows: int, columns: int, by_columns: bool) -> TileList
   place = jnp.where(
     full, offset[..., :-1, None] + jnp.cumsum(full, -1), middle[..., None] + jnp.cumsum(partial, -1)
   )
-  slots = rows * columns
-  place = jnp.where(some, place - 1, slots).reshape(*shape[:2], slots)
-  tile = jnp.broadcast_to(jnp.arange(full.shape[-1]), full.shape).reshape(*shape[:2], slots)
+  slots = rows * columns + 1
+  place = jnp.where(some, place - 1, slots).reshape(*shape[:2], -1)
+  tile = jnp.broadcast_to(jnp.arange(full.shape[-1]), full.shape).reshape(*shape[:2], -1)
   put = jax.vmap(jax.vmap(lambda at, x: jnp.zeros(slots, x.dtype).at[at].set(x, mode="drop")))
   return TileList(*(x.astype(jnp.int32) for x in (offset, middle, put(place, tile))))
 
