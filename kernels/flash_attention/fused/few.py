@@ -43,8 +43,8 @@ def forward(
   cap = None if terms is None else terms.softcap
   sight = Sight.of(where, query.shape[1], key.shape[1], query.shape[1], settings.sizes.forward.keys)
   parts = _parts(settings, query, key, value, sight, cap)
-  outer = settings.powers(False, cap is not None).outer
-  out, *lines = _joined(settings, parts, query, value.shape[-1], outer)
+  powers = settings.powers(False, cap is not None)
+  out, *lines = _joined(settings, parts, query, value.shape[-1], powers)
   return jnp.swapaxes(out, 1, 2), *(jnp.swapaxes(x, 1, 2) for x in lines)
 
 
@@ -125,7 +125,7 @@ def _parts(
 
 
 def _joined(
-  settings: Settings, parts: tuple[Array, ...], query: Array, width: int, outer: float
+  settings: Settings, parts: tuple[Array, ...], query: Array, width: int, powers: steps.Powers
 ) -> tuple[Array, ...]:
   """Output [B, K, T, Hv] and log-sum-exp, maximum, log₂ of the sum [B, K, T]."""
   B, T, K, _ = query.shape
@@ -139,14 +139,14 @@ def _joined(
     outs = _load(x.out, part, width, there)
     most = tops.max(0)
     none = most == -jnp.inf
-    sums = jnp.exp2((tops - jnp.where(none, 0.0, most)) * outer + sums)
+    sums = jnp.exp2((tops - jnp.where(none, 0.0, most)) * powers.outer + sums)
     sums = jnp.where(tops == -jnp.inf, 0.0, sums)
     total = jnp.where(none, 1.0, sums.sum(0))
     joined = (outs * (sums / total)[:, None]).sum(0)
     column = lax.iota(jnp.int32, len(joined))
     plgpu.store(out.at[column], joined.astype(out.dtype), mask=column < width)
     top[...], log_sum[...] = most, jnp.log2(total)
-    lse[...] = most * (outer / steps.LOG2E) + jnp.log2(total) * math.log(2)
+    lse[...] = most * (powers.outer / steps.LOG2E) + jnp.log2(total) * math.log(2)
 
   axes = {
     "b": (None, lambda r, m, b: b),
