@@ -8,14 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from effjax.kernels.flash_attention.fused import gpu
+from effjax.kernels.flash_attention.fused import programs
 from effjax.kernels.flash_attention.fused.jobs import Job
 from effjax.kernels.flash_attention.tile_map.blocks import TileList
 from scripts.checks.alone import MASKS, Case, program
 
 LENGTHS = (4096, 8192, 16384)
-_PLACES = {"forward": gpu._by_rows, "queries": gpu._by_rows, "keys": gpu._by_columns}
-_ROWS = {"forward": "q", "queries": "q", "keys": "k"}
+_PLACES = {
+  "forward": programs.by_rows,
+  "queries": programs.by_rows,
+  "keys": programs.by_columns,
+}
 
 
 def busy(work: Iterable[float], slots: int) -> float:
@@ -56,8 +59,13 @@ def tiles(job: Job, kernel: str, mask: Any) -> tuple[np.ndarray, np.ndarray]:
   rows = np.stack([_of_rows(side(each)) for each in lists])  # [heads, rows, 2]
   rows = np.broadcast_to(rows, (N, *rows.shape[1:])).reshape(N // per, per, -1, 2).sum(1)
   ids = np.indices(place.grid).reshape(len(place.grid), -1, order="F")
-  at = lambda kind: np.asarray(jax.vmap(place.axes[kind][1])(*ids))
-  full, partial = rows[at("m" if kernel == "keys" else "n"), at(_ROWS[kernel])].T
+  head = np.asarray(jax.vmap(place.axes["m" if kernel == "keys" else "n"][1])(*ids))
+  offsets = np.stack([side(each).offset for each in lists])[None]
+  order = programs.longest_first(TileList(offsets, None, None), per)
+  row = ids[programs.ROWS]
+  if order is not None:
+    row = order[0, head * per % order.shape[1], row]
+  full, partial = rows[head, row].T
   return full, partial
 
 
