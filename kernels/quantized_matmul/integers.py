@@ -25,11 +25,12 @@ from effjax.kernels.quantized_matmul.steps import (
   parts_of,
   sum_of,
   zero_after,
+  zeros_after,
 )
 
 FEW_ROWS = 8  # of x, for which multiplying and adding takes no longer than widening q
 TERMS = 12  # products that are added in registers before they are added in memory
-PARTS = 3  # of q, for which no loop is made
+PARTS = 4  # of q, for which no loop is made: what one row needs
 SUMS_BYTES = 1 << 17  # of a loop's sums in memory should stay in a core's cache
 SUMS_SHARE = 9  # of the bytes of q, which its sums have at most
 LEAST_SUMS_BYTES = 1 << 13  # fewer would make a loop nothing but its overhead
@@ -119,7 +120,7 @@ def _by_outputs(x, q, axis):
     found = jax.lax.dot_general(x, block, (((1,), (axis,)), ((), ())))
     return jax.lax.dynamic_update_slice_in_dim(out, found, first, 1)
 
-  return jax.lax.fori_loop(0, -(-outputs // size), put, _zeros(x, q, outputs))
+  return jax.lax.fori_loop(0, -(-outputs // size), put, zeros_after(x, (len(x), outputs)))
 
 
 def _add(x, q):
@@ -129,15 +130,21 @@ def _add(x, q):
   beside = -(-size // TERMS)
   parts = parts_of(parts_of(x, size), beside)
 
-  def add(i, after, out):
+  def add(i, after):
     def term(j):
       first = after + begin(i, size, rows) + begin(j, beside, size)
       part = jax.lax.dynamic_index_in_dim(parts, i, 1, keepdims=False)[:, j, :, None]
       return part * _slice(q, (first, 0), (beside, outputs))[None].astype(x.dtype)
 
-    return out + sum_of(pairwise([term(j) for j in range(parts.shape[2])]), 1)
+    return pairwise([term(j) for j in range(parts.shape[2])])
 
-  return _each(parts.shape[1], add, _zeros(x, q, outputs))
+  if parts.shape[1] <= PARTS:
+    out = zeros_after(x, (len(x), outputs))
+    for i in range(parts.shape[1]):
+      out += sum_of(add(i, zero_after(out)), 1)
+    return out
+  sums = zeros_after(x, (len(x), beside, outputs))
+  return sum_of(jax.lax.fori_loop(0, parts.shape[1], lambda i, sums: sums + add(i, 0), sums), 1)
 
 
 def _put(x, q):
@@ -157,7 +164,12 @@ def _put(x, q):
     found = sum_of(pairwise([term(j) for j in range(parts.shape[1])]), 2)
     return jax.lax.dynamic_update_slice_in_dim(out, found, first, 1)
 
-  return _each(-(-outputs // size), put, _zeros(x, q, outputs))
+  count, out = -(-outputs // size), zeros_after(x, (len(x), outputs))
+  if count > PARTS:
+    return jax.lax.fori_loop(0, count, lambda i, out: put(i, 0, out), out)
+  for i in range(count):
+    out = put(i, zero_after(out), out)
+  return out
 
 
 def _size(q, length, times, step_bytes):
@@ -168,21 +180,6 @@ def _size(q, length, times, step_bytes):
   return size if -(-length // size) <= PARTS else at_most(min(SUMS_BYTES, share))
 
 
-def _each(count, step, out):
-  """`step(i, 0, out)` for each part in turn, in a loop if they are many."""
-  if count > PARTS:
-    return jax.lax.fori_loop(0, count, lambda i, out: step(i, 0, out), out)
-  for i in range(count):
-    out = step(i, zero_after(out), out)
-  return out
-
-
 def _slice(q, first, shape):
   first = [jnp.asarray(i, jnp.int32) for i in first]
   return jax.lax.dynamic_slice(q, first, shape, allow_negative_indices=False)
-
-
-def _zeros(x, q, outputs):
-  """Zeros that need x: the compiler makes others at once for all layers, and holds them."""
-  zero = jnp.minimum(jnp.abs(x[:, :1]), 0) * q[0, 0].astype(x.dtype)
-  return jnp.broadcast_to(zero, (len(x), outputs))

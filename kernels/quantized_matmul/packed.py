@@ -26,6 +26,7 @@ from effjax.kernels.quantized_matmul.steps import (
   pairwise,
   parts_of,
   sum_of,
+  zeros_after,
 )
 
 TERMS = 3  # runs of blocks that are added in registers before they are added in memory
@@ -123,7 +124,7 @@ def _outputs(format, x, codes, constants):
     found = (_in_registers if few else _in_cache)(format, strands, *tile)
     return jax.lax.dynamic_update_slice_in_dim(out, found, first, 1)
 
-  return jax.lax.fori_loop(0, -(-outputs // size), put, _zeros(x, codes, (len(x), outputs)))
+  return jax.lax.fori_loop(0, -(-outputs // size), put, zeros_after(x, (len(x), outputs)))
 
 
 def _inputs(format, x, codes, constants):
@@ -139,7 +140,7 @@ def _inputs(format, x, codes, constants):
     return [s + by_rows(plane) for s, plane in zip(sums, _planes(format, *tile), strict=True)]
 
   shapes = (strand.shape for strand in format.strands(jnp.zeros((len(x), n, format.block))))
-  sums = [_zeros(x, codes, shape) for shape in shapes]
+  sums = [zeros_after(x, shape) for shape in shapes]
   return format.join(jax.lax.fori_loop(0, -(-outputs // size), add, sums)).reshape(len(x), -1)
 
 
@@ -189,9 +190,3 @@ def _tile(format, codes, constants, first, size):
   if format.shares:
     return rows(codes), list(map(weights.materialize, constants))
   return rows(codes), list(map(of, constants))
-
-
-def _zeros(x, codes, shape):
-  """Zeros that need x: the compiler makes others at once for all layers, and holds them."""
-  zero = jnp.minimum(jnp.abs(x[:, :1]), 0) * codes[0, 0].astype(x.dtype)
-  return jnp.broadcast_to(zero.reshape(-1, *(1,) * (len(shape) - 1)), shape)

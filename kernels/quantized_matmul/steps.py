@@ -53,8 +53,14 @@ def parts_of(x: Float[Array, "... D"], size: int) -> Float[Array, "... P size"]:
 
 
 def zero_after(out: Float[Array, "M F"]) -> Int[Array, ""]:
-  """0, once `out` is there: what begins at it waits for `out`."""
-  return (jnp.minimum(jnp.abs(out[0, 0]), 0) > 0).astype(jnp.int32)
+  """0, once `out` is there, NaN included: what begins at it waits for `out`."""
+  return jnp.minimum(jnp.abs(out[0, 0]), 0).astype(jnp.int32)
+
+
+def zeros_after(x: Float[Array, "M D"], shape: tuple[int, ...]) -> Float[Array, "M ..."]:
+  """Zeros [M, …] that need x: the compiler makes others at once for all layers, and holds them."""
+  zero = jnp.minimum(jnp.abs(x[:, 0]), 0)
+  return jnp.broadcast_to(zero.reshape(-1, *(1,) * (len(shape) - 1)), shape)
 
 
 def pairwise(terms: list[Array]) -> Array:
