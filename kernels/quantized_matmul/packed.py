@@ -120,8 +120,8 @@ def _outputs(format, x, codes, constants):
 
   def put(i, out):
     first = begin(i, size, outputs)
-    tile = _tile(format, codes, constants, first, size)
-    found = (_in_registers if few else _in_cache)(format, strands, *tile)
+    tile = functools.partial(_tile, format, codes, constants, first, size)
+    found = (_in_registers if few else _in_cache)(format, strands, tile, n)
     return jax.lax.dynamic_update_slice_in_dim(out, found, first, 1)
 
   return jax.lax.fori_loop(0, -(-outputs // size), put, zeros_after(x, (len(x), outputs)))
@@ -134,7 +134,7 @@ def _inputs(format, x, codes, constants):
   parts = parts_of(x, size)
 
   def add(i, sums):
-    tile = _tile(format, codes, constants, begin(i, size, outputs), size)
+    tile = _tile(format, codes, constants, begin(i, size, outputs), size, 0, n)
     part = jax.lax.dynamic_index_in_dim(parts, i, 1, keepdims=False)
     by_rows = lambda plane: jnp.tensordot(part, plane.astype(x.dtype), 1)
     return [s + by_rows(plane) for s, plane in zip(sums, _planes(format, *tile), strict=True)]
@@ -144,31 +144,27 @@ def _inputs(format, x, codes, constants):
   return format.join(jax.lax.fori_loop(0, -(-outputs // size), add, sums)).reshape(len(x), -1)
 
 
-def _in_cache(format, strands, codes, constants):
+def _in_cache(format, strands, tile, n):
   def of_plane(strand, plane):
     flat = lambda x: x.reshape(len(x), -1).astype(strand.dtype)
     return jax.lax.dot_general(flat(strand), flat(plane), (((1,), (1,)), ((), ())))
 
-  planes = _planes(format, codes, constants)
+  planes = _planes(format, *tile(0, n))
   return pairwise([of_plane(*pair) for pair in zip(strands, planes, strict=True)])
 
 
-def _in_registers(format, strands, codes, constants):
+def _in_registers(format, strands, tile, n):
   """For x of one row; a term is a run of blocks."""
-  n = codes.shape[1] // format.size
   run = -(-n // TERMS)
-  parts = [parts_of(jnp.moveaxis(strand, 1, -1), run) for strand in strands]  # [1, w, P, run]
+  wide = [(strand.reshape(1, -1), strand.shape[-1]) for strand in strands]
+  parts = [parts_of(flat, run * w).reshape(-1, run, w) for flat, w in wide]
 
   def term(j):
-    first = begin(j, run, n)
-    at = lambda x, size: x[:, first * size : (first + run) * size]
-    each = constants if format.shares else [at(c, 1) for c in constants]
-    planes = _planes(format, at(codes, format.size), each)
-    pairs = zip(parts, planes, strict=True)
-    return pairwise([part[:, :, j].mT * plane for part, plane in pairs])
+    planes = _planes(format, *tile(begin(j, run, n), run))
+    return pairwise([part[j] * plane for part, plane in zip(parts, planes, strict=True)])
 
   sums = pairwise([term(j) for j in range(-(-n // run))])
-  return sum_of(sums.reshape(len(codes), -1), 1)[None]
+  return sum_of(sums.reshape(1, len(sums), -1), 2)
 
 
 def _lanes(strands, n):
@@ -182,11 +178,17 @@ def _planes(format, codes, constants):
   return format.planes(blocks, *each)
 
 
-def _tile(format, codes, constants, first, size):
-  """The codes and constants of outputs from `first` on; some constants are expanded with them."""
-  rows = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 0)
-  indices = first + jnp.arange(size, dtype=jnp.int32)
-  of = lambda c: weights.lookup(c, indices) if isinstance(c, weights.Weight) else rows(c)
+def _tile(format, codes, constants, first, size, block, run):
+  """Codes and constants of `size` outputs and `run` blocks; some constants are expanded for it."""
+  at = lambda x, each: jax.lax.dynamic_slice(
+    x, (jnp.asarray(first, jnp.int32), jnp.int32(block * each)), (size, run * each)
+  )
   if format.shares:
-    return rows(codes), list(map(weights.materialize, constants))
-  return rows(codes), list(map(of, constants))
+    return at(codes, format.size), list(map(weights.materialize, constants))
+
+  def of(c):
+    if not isinstance(c, weights.Weight):
+      return at(c, 1)
+    return weights.lookup(c, first + jnp.arange(size, dtype=jnp.int32))[:, block : block + run]
+
+  return at(codes, format.size), list(map(of, constants))

@@ -71,7 +71,7 @@ def pairwise(terms: list[Array]) -> Array:
   return terms[0]
 
 
-def sum_of(x: Array, axis: int) -> Array:
-  """The sum over an axis as a product: XLA would have a sum take in what makes its terms."""
-  ones = jnp.ones(x.shape[axis], x.dtype)
-  return jax.lax.dot_general(x, ones, (((axis,), (0,)), ((), ())))
+def sum_of(x: Float[Array, "M A B"], axis: int) -> Float[Array, "M C"]:
+  """The sum over axis 1 or 2 as a product: XLA would have a sum take in what makes its terms."""
+  ones = jnp.ones((len(x), x.shape[axis]), x.dtype)
+  return jax.lax.dot_general(ones, x, (((1,), (axis,)), ((0,), (0,))))
