@@ -114,9 +114,8 @@ def _outputs(format, x, codes, constants):
   strands = format.strands(x.reshape(len(x), n, format.block))
   few = len(x) == 1
   held = _lanes(strands, n) * 4 if few else n * format.block * x.dtype.itemsize
-  size = (
-    even(outputs, max(1, SUMS_BYTES // held)) if few else outputs_at_once(outputs, held, TILE_BYTES)
-  )
+  at_once = max(1, min(SUMS_BYTES // held, -(-outputs // 2)))  # XLA spoils a loop of one turn
+  size = even(outputs, at_once) if few else outputs_at_once(outputs, held, TILE_BYTES)
 
   def put(i, out):
     first = begin(i, size, outputs)
