@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from effjax.core.typing import Array, Float, Integer
 from effjax.core.weights import Weight
+from effjax.kernels.quantized_matmul.batches import like
 from effjax.kernels.quantized_matmul.formats import Format, Nibbles
 
 ROWS, OUTPUTS = 64, 64  # of a tile, at most
@@ -58,7 +59,7 @@ def outputs(
     zeros = jnp.zeros((strands[0].shape[0], tile), jnp.float32)
     plgpu.store(out.at[:, here], lax.fori_loop(0, n, block, zeros))
 
-  shape = jax.ShapeDtypeStruct((len(strands[0]), len(codes)), jnp.float32)
+  shape = like(x, (len(strands[0]), len(codes)), interpret)
   grid = len(strands[0]) // _height(rows), pl.cdiv(len(codes), tile)
   run = _call(kernel, "quantized_outputs", grid, _height(rows), shape, interpret)
   return run(strands, codes, tuple(constants))[:rows]
@@ -95,7 +96,7 @@ def inputs(
     for ref, value in zip(out, found, strict=True):
       plgpu.store(ref.at[:, pl.ds(b * value.shape[1], value.shape[1])], value)
 
-  shapes = [jax.ShapeDtypeStruct((len(x), n * width), jnp.float32) for width in widths]
+  shapes = [like(x, (len(x), n * width), interpret) for width in widths]
   run = _call(
     kernel, "quantized_inputs", (len(x) // _height(rows), n), _height(rows), shapes, interpret
   )

@@ -2,7 +2,9 @@
 
 A tile of M lies in planes (`Format.planes`), and inputs are cut to fit (`Format.strands`), so that
 nothing is put in order on the way. On a CPU the tiles are some outputs each: one row x multiplies
-what is unpacked in registers, more rows a tile that is unpacked in cache.
+what is unpacked in registers, more rows a tile that is unpacked in cache. On GPUs and TPUs Pallas
+kernels unpack them, where they know the format and no mesh axis is explicit; elsewhere M is
+unpacked whole.
 """
 
 import functools
@@ -13,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core import weights
+from effjax.core import spmd, weights
 from effjax.core.linear_map import linear_map
 from effjax.core.numerics import vary_alike, wide
 from effjax.core.typing import Array, Float, Integer
+from effjax.kernels.quantized_matmul import gpu, tpu
 from effjax.kernels.quantized_matmul.batches import row_by_row
 from effjax.kernels.quantized_matmul.formats import Format
 from effjax.kernels.quantized_matmul.steps import (
@@ -29,6 +32,7 @@ from effjax.kernels.quantized_matmul.steps import (
   zeros_after,
 )
 
+FUSED = {"cuda": gpu, "tpu": tpu}
 TERMS = 3  # runs of blocks that are added in registers before they are added in memory
 SUMS_BYTES = 1 << 17  # which should stay in a core's cache, as
 TILE_BYTES = 1 << 19  # of an expanded tile, which are many for its packed ones
@@ -74,11 +78,17 @@ def _product(x, matrix, format, inputs):
   if not rows.size or not width:
     return jnp.zeros((*x.shape[:-1], width), wide(x.dtype))
   on_cpu = row_by_row(functools.partial(_outputs if inputs else _inputs, format))
+  alone = spmd.explicit_mesh((rows, matrix)) is None
+  fitting = {name: k for name, k in FUSED.items() if alone and k.fits(rows, format, *matrix)}
+  fused = {
+    name: functools.partial(_fused, kernels, format, inputs) for name, kernels in fitting.items()
+  }
   y = jax.lax.platform_dependent(
     rows,
     matrix,
     cpu=lambda rows, matrix: on_cpu(rows.astype(wide(x.dtype)), *matrix),
     default=functools.partial(_whole, format, inputs),
+    **fused,
   )
   return y.reshape(*x.shape[:-1], width)
 
@@ -99,6 +109,12 @@ def _product_jvp(format, inputs, primals, tangents):
     moved = jax.tree.map(dense, d_constants, is_leaf=zero)
     dy = dy + jax.jvp(of_constants, (constants,), (moved,))[1]
   return y, dy
+
+
+def _fused(kernels, format, inputs, x, matrix):
+  run = kernels.outputs if inputs else kernels.inputs
+  mapped = row_by_row(lambda x, codes, constants: run(x, format, codes, constants))
+  return spmd.map_rows(lambda x, matrix: mapped(x, *matrix), x, matrix)
 
 
 def _whole(format, inputs, x, matrix):
@@ -156,11 +172,13 @@ def _in_registers(format, strands, tile, n):
   """For x of one row; a term is a run of blocks."""
   run = -(-n // TERMS)
   wide = [(strand.reshape(1, -1), strand.shape[-1]) for strand in strands]
-  parts = [parts_of(flat, run * w).reshape(-1, run, w) for flat, w in wide]
+  parts = [parts_of(flat, run * w).reshape(-1, 1, run, w) for flat, w in wide]
 
   def term(j):
     planes = _planes(format, *tile(begin(j, run, n), run))
-    return pairwise([part[j] * plane for part, plane in zip(parts, planes, strict=True)])
+    return pairwise(
+      [part[j] * plane.astype(part.dtype) for part, plane in zip(parts, planes, strict=True)]
+    )
 
   sums = pairwise([term(j) for j in range(-(-n // run))])
   return sum_of(sums.reshape(1, len(sums), -1), 2)

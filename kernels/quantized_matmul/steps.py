@@ -48,8 +48,8 @@ def parts_of(x: Float[Array, "... D"], size: int) -> Float[Array, "... P size"]:
   length = x.shape[-1]
   count = -(-length // size)
   first, last = jnp.split(x, [(count - 1) * size], -1)
-  none = jnp.zeros((*x.shape[:-1], count * size - length), x.dtype)
-  return jnp.concatenate([first, none, last], -1).reshape(*x.shape[:-1], count, size)
+  last = jnp.pad(last, [(0, 0)] * (x.ndim - 1) + [(count * size - length, 0)])
+  return jnp.concatenate([first, last], -1).reshape(*x.shape[:-1], count, size)
 
 
 def zero_after(out: Float[Array, "M F"]) -> Int[Array, ""]:

@@ -7,7 +7,6 @@ of is spread over its codes by a product with zeros and ones, which is exact in 
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -15,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from effjax.core.typing import Array, Float, Integer
 from effjax.core.weights import Weight
+from effjax.kernels.quantized_matmul.batches import like
 from effjax.kernels.quantized_matmul.formats import Format, Nibbles
 
 ROWS = 256  # of a tile, at most
@@ -58,7 +58,7 @@ def outputs(
       tuple(pl.BlockSpec((tile, c.shape[1]), lambda i, j: (j, 0)) for c in constants),
     ],
     out_specs=pl.BlockSpec((rows, tile), lambda i, j: (i, j)),
-    out_shape=jax.ShapeDtypeStruct((len(x), count), jnp.float32),
+    out_shape=like(x, (len(x), count), interpret),
     name="quantized_outputs",
     compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM),
     interpret=interpret,
@@ -95,7 +95,7 @@ def inputs(
       tuple(pl.BlockSpec((tile, c.shape[1]), lambda i, j: (j, 0)) for c in constants),
     ],
     out_specs=[pl.BlockSpec((rows, length), lambda i, j: (i, 0))] * parts,
-    out_shape=[jax.ShapeDtypeStruct((len(x), length), jnp.float32)] * parts,
+    out_shape=[like(x, (len(x), length), interpret)] * parts,
     name="quantized_inputs",
     compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM),
     interpret=interpret,
@@ -111,7 +111,7 @@ def _planes(format, codes, constants):
   def spread(c):
     shape = c.shape[1], length
     block = lax.broadcasted_iota(jnp.int32, shape, 0)
-    of = lax.broadcasted_iota(jnp.int32, shape, 1) // format.size == block
+    of = lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), jnp.int32(format.size)) == block
     return _dot(c[...].astype(jnp.float32), of.astype(jnp.float32), (1, 0))
 
   return format.planes(codes[...], *map(spread, constants))
