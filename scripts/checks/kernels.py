@@ -53,9 +53,11 @@ _COLUMNS = {
 
 def jobs(target: str) -> list[str]:
   """CASE/NAME of kernels and whole programs."""
-  cases = map(Case.of, CASES)
-  wholes = launches.programs if TARGETS[target].platform == "gpu" else lambda case: ()
-  return [f"{case}/{name}" for case in cases for name in (*case.kernels, *wholes(case))]
+  platform, names = TARGETS[target].platform, []
+  for case in map(Case.of, CASES):
+    wholes = launches.programs(case) if platform == "gpu" else ()
+    names += [f"{case}/{name}" for name in (*case.kernels(platform), *wholes)]
+  return names
 
 
 def rows(target: str, names: list[str]) -> Iterator[Row]:
