@@ -36,7 +36,23 @@ class Bound:
     return x < limit if self.least else x > limit
 
 
-BOUNDS = (Bound("spill", "^(h100|a100)", 0),)
+BOUNDS = (
+  Bound("fails", "", 0),
+  Bound("spill", "^(h100|a100)", 0),
+  Bound("wait", "^(h100|a100) bfloat16.*(forward|queries|keys)$", 1, least=True),
+  Bound("rest", "^h100 bfloat16-128-(?!alibi).*forward$", 620),
+  Bound("useful", "^h100 bfloat16", 1, least=True),
+  *(
+    Bound(f"busy {length}k", f"^h100 .*-{masks}.*", 0.95, least=True)
+    for length in (4, 8, 16)
+    for masks in ("(full|causal|window|documents|alibi)", "longformer", "(bigbird|drawn)")
+  ),
+  Bound("launches", "decode$", 3),
+  Bound("launches", "attend$", 3),
+  Bound("launches", "gradients$", 8),
+  Bound("matmul", "^v5e bfloat16-128-full forward$", 0.65, least=True),
+  Bound("pair", "^v5e bfloat16-128-full keys$", 3000),
+)
 
 
 def bound_of(row: Row, figure: str) -> Bound | None:
@@ -45,17 +61,20 @@ def bound_of(row: Row, figure: str) -> Bound | None:
   return next(found, None)
 
 
+def figures(row: Row) -> Row:
+  """Those of a row, and whether it "fails" to compile."""
+  return row | {"fails": int("error" in row)}
+
+
 def broken(rows: Iterable[Row]) -> list[str]:
   """What is wrong with rows, a line each."""
   lines = []
   for row in rows:
-    if "error" in row:
-      lines.append(f"{_name(row)} does not compile: {row['error'][:2000]}")
-    for figure, x in row.items():
+    for figure, x in figures(row).items():
       bound = bound_of(row, figure)
       if bound and x is not None and bound.broken(x, bound.limit):
-        word = "least" if bound.least else "most"
-        lines.append(f"{_name(row)}: {figure} {x}, allowed at {word} {bound.limit}")
+        word, why = "least" if bound.least else "most", row.get("error", "")[:2000]
+        lines.append(f"{_name(row)}: {figure} {x}, allowed at {word} {bound.limit} {why}".strip())
   return lines
 
 
@@ -64,9 +83,9 @@ def table(rows: list[Row]) -> str:
   lines = []
   for bound in BOUNDS:
     mine = [
-      (row[bound.figure], _name(row))
+      (x, _name(row))
       for row in rows
-      if row.get(bound.figure) is not None and bound_of(row, bound.figure) is bound
+      if (x := figures(row).get(bound.figure)) is not None and bound_of(row, bound.figure) is bound
     ]
     if mine:
       worst, where = (min if bound.least else max)(mine)

@@ -9,19 +9,29 @@ from collections.abc import Callable, Iterable
 import jax
 
 from scripts.checks import bounds, plugins
+from scripts.checks.bounds import figures
 from scripts.checks.markdown import cell, table
 from scripts.checks.processes import Row
 
 FOLDER = pathlib.Path("results/check_kernels")
-_KERNELS = {  # figures of the worst case and what makes it so, by the platform's tools
-  "registers": max,
-  "spill": max,
-  "wait": min,
-  "rest": max,
-  "partial": max,
-  "useful": min,
+# Columns: which of several is the worst, of which figure, in which cases.
+_GPU = {
+  "fails": (max, "fails", ""),
+  "registers": (max, "registers", ""),
+  "spill": (max, "spill", ""),
+  "wait": (min, "wait", ""),
+  "rest": (max, "rest", "full"),
+  "partial": (max, "partial", "^(?!.*alibi)"),
+  "scored": (max, "partial", "alibi"),
+  "useful": (min, "useful", ""),
 }
-_BUNDLES = {"pair": max, "matmul": min, "spilling": max}
+_TPU = {
+  "fails": (max, "fails", ""),
+  "pair": (max, "pair", "full"),
+  "matmul": (min, "matmul", "full"),
+  "spilling": (max, "spilling", "full"),
+}
+_Columns = dict[str, tuple[Callable, str, str]]
 
 
 def runs() -> list[str]:
@@ -59,7 +69,7 @@ def write(targets: Iterable[str]) -> None:
     both = saved(first, target), saved(last, target)
     rows += [{"target": target} | row for row in both[1]]
     gpu = any("registers" in row for row in both[1])
-    parts += [f"## {target}", _worst(*both, _KERNELS if gpu else _BUNDLES)]
+    parts += [f"## {target}", _worst(*both, _GPU if gpu else _TPU)]
     if gpu:
       parts += [_busy(*both), _launches(*both)]
   parts += ["## Bounds", bounds.table(rows)]
@@ -70,32 +80,36 @@ _TEXT = """# What the compilers say of attention's kernels
 
 `scripts/check_kernels --save=NAME` makes this table: where a figure is not the same in both runs,
 that of "{first}" comes before the arrow, and of "{last}" behind it. Each is the worst of all masks,
-with fewer key heads than query heads and without; "fails" counts the cases that do not compile.
+with fewer key heads than query heads and with as many.
 
+* fails: a case does not compile; spill: bytes;
 * wait: groups of loads on their way where a loop over tiles waits for the most;
-* rest, partial: instructions of eight warps that are no product for a tile of 128 × 128, without a
-  predicate and with one; useful: what a tile must multiply, of what is multiplied;
+* rest: instructions of eight warps that are no product for a tile of 128 × 128 without a mask;
+  partial: the same with a predicate; scored: with ALiBi too;
+* useful: what a tile must multiply, of what is multiplied;
+* busy: the share of the time that an H100's or A100's multiprocessors work, simulated, for one
+  batch row of 8 heads; launches: of whole programs;
 * pair: bundles for 512 × 512 scores without a mask; matmul, spilling: the share of these with a
   product, with a spill."""
 
 
-def _worst(before: list[Row], after: list[Row], figures: dict[str, Callable]) -> str:
+def _worst(before: list[Row], after: list[Row], columns: _Columns) -> str:
   """A line for each kernel, type and width."""
-  lines: dict[str, Row] = {}
-  names = {_kind(row): None for row in after if "launches" not in row}
+  names = {_kind(row) for row in after if "launches" not in row}
+  lines = []
   for name in sorted(names, key=lambda name: (name[1], int(name[2]), name[0])):
     parts = [[row for row in rows if _kind(row) == name] for rows in (before, after)]
     line: Row = dict(zip(("kernel", "type", "head"), name, strict=True))
     line["tile"] = _arrow(*[_only(x.get("tile") for x in part) for part in parts])
-    line["fails"] = _arrow(*[sum("error" in x for x in part) if part else None for part in parts])
-    for figure, pick in figures.items():
-      plain = figure in _BUNDLES
-      chosen = [[x for x in part if not plain or "-full" in x["case"]] for part in parts]
-      line[figure] = _arrow(
-        *[pick((x[figure] for x in c if x.get(figure) is not None), default=None) for c in chosen]
-      )
-    lines[" ".join(name)] = line
-  return table(list(lines.values()))
+    for label, column in columns.items():
+      line[label] = _arrow(*[_picked(part, *column) for part in parts])
+    lines.append(line)
+  return table(lines)
+
+
+def _picked(rows: list[Row], pick: Callable, figure: str, cases: str) -> float | None:
+  found = [figures(row).get(figure) for row in rows if re.search(cases, row["case"])]
+  return pick((x for x in found if x is not None), default=None)
 
 
 def _kind(row: Row) -> tuple[str, str, str]:
