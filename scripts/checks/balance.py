@@ -1,20 +1,24 @@
 """How busy a GPU's multiprocessors are, simulated: programs start in the order of their launch."""
 
 import heapq
+import operator
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
+from effjax.kernels.flash_attention.fused import programs
 from effjax.kernels.flash_attention.fused.jobs import Job
-from effjax.kernels.flash_attention.fused.programs import by_columns, by_rows, longest_first
 from effjax.kernels.flash_attention.tile_map.blocks import TileList
 from scripts.checks.alone import MASKS, Case, program
 
 LENGTHS = (4096, 8192, 16384)
-_PLACES = {"forward": by_rows, "queries": by_rows, "keys": by_columns}
-_ROWS = {"forward": 2, "queries": 2, "keys": 1}  # the grid's axis of tiles
+_PLACES = {
+  "forward": programs.by_rows,
+  "queries": programs.by_rows,
+  "keys": programs.by_columns,
+}
 
 
 def busy(work: Iterable[float], slots: int) -> float:
@@ -46,26 +50,28 @@ def tiles(job: Job, kernel: str, mask: Any) -> tuple[np.ndarray, np.ndarray]:
   Args:
     mask: of batch one, and concrete.
   """
-  (_, T, _, _), S, place = job.query.shape, job.key.shape[1], _PLACES[kernel](job)
-  blocks = [
+  (_, T, N, _), S = job.query.shape, job.key.shape[1]
+  place, per = _PLACES[kernel](job), job.group if kernel == "keys" else 1
+  lists = [
     mask.blocks(T, S, job.size.queries, job.size.keys, head=head) for head in range(mask.heads)
   ]
-  by_head = [each.columns if kernel == "keys" else each.rows for each in blocks]
-  offset, partial = (
-    np.stack([getattr(each, name) for each in by_head])[None] for name in ("offset", "partial")
-  )
-  per = job.group if kernel == "keys" else 1
-  order = longest_first(TileList(offset, partial, offset), per)
+  side = operator.attrgetter("columns" if kernel == "keys" else "rows")
+  rows = np.stack([_of_rows(side(each)) for each in lists])  # [heads, rows, 2]
+  rows = np.broadcast_to(rows, (N, *rows.shape[1:])).reshape(N // per, per, -1, 2).sum(1)
   ids = np.indices(place.grid).reshape(len(place.grid), -1, order="F")
-  first = np.asarray(jax.vmap(place.axes["n"][1])(*ids)) * per
-  row = ids[_ROWS[kernel]]
-  found = np.zeros((2, len(row)))
-  for head in (first + g for g in range(per)):
-    h = head if mask.heads > 1 else 0 * head
-    i = row if order is None else order[0, h, row]
-    full = partial[0, h, i] - offset[0, h, i]
-    found += full, offset[0, h, i + 1] - offset[0, h, i] - full
-  return found[0], found[1]
+  head = np.asarray(jax.vmap(place.axes["m" if kernel == "keys" else "n"][1])(*ids))
+  offsets = np.stack([side(each).offset for each in lists])[None]
+  order = programs.longest_first(TileList(offsets, None, None), per)
+  row = ids[programs.ROWS]
+  if order is not None:
+    row = order[0, head * per % order.shape[1], row]
+  full, partial = rows[head, row].T
+  return full, partial
+
+
+def _of_rows(lists: TileList) -> np.ndarray:
+  full = lists.partial - lists.offset[:-1]
+  return np.stack([full, np.diff(lists.offset) - full], axis=-1)
 
 
 def simulated(case: Case, kernel: str, device: str, slots: int, weight: float) -> dict[str, float]:

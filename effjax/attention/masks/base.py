@@ -226,6 +226,14 @@ class And(_Pair):
   second: Mask
   _join = staticmethod(operator.and_)
 
+  @property
+  def band(self):
+    bands = self.first.band, self.second.band
+    if None in bands:
+      return None
+    least = lambda *widths: min((x for x in widths if x is not None), default=None)
+    return tuple(map(least, *bands))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.kernels.flash_attention.fused import steps
 from effjax.kernels.flash_attention.fused.jobs import NOTHING, Job, Kernels, Settings
 from effjax.kernels.flash_attention.fused.sizes import Sizes, choose
+from effjax.kernels.flash_attention.tile_map.partly import Partly
 from effjax.kernels.flash_attention.tile_map.sight import Where
 from effjax.kernels.flash_attention.tile_map.terms import Terms
 from effjax.kernels.flash_attention.tiled import xla
@@ -79,7 +80,8 @@ def attention(
     bias = jnp.broadcast_to(bias.astype(jnp.float32), (*bias.shape[:2], T, S))
   softcap = None if isinstance(logit_softcap, jax.Array) else logit_softcap
   settings = Settings(kernels, float(scale), softcap, sizes, splits, interpret)
-  operands = (query, key, value, bias, Where(mask, segment_ids, query_positions), terms)
+  where = Partly.of(Where(mask, segment_ids, query_positions))
+  operands = (query, key, value, bias, where, terms)
   operands = _narrow(numerics.vary_alike(operands, operands))
   with jax.enable_x64(False):
     return _attention(settings, *operands)
@@ -105,6 +107,8 @@ def _attention_fwd(settings, *operands):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _forward(settings, query, key, value, bias, where, terms):
   """Output, log-sum-exp, and its two parts in the unit of the tops and of log 2."""
+  if settings.kernels.few is not None:
+    return settings.kernels.few(settings, query, key, value, where.tree, terms)
   job = Job.of(settings, settings.sizes.forward, query, key, value, bias, where, terms)
   T = query.shape[1]
   out, *lines = settings.kernels.forward(job)
@@ -165,17 +169,18 @@ def _gradients(settings, saved, cotangents):
 
 def _term_gradients(settings, saved, cotangents):
   """Those of what trains in the terms, by tiles in XLA: sums that kernels do not share."""
-  *arguments, terms, out, lse, top, log_sum = saved
+  *arrays, where, terms, out, lse, top, log_sum = saved
   if terms is None or not terms.trained:
     return None if terms is None else terms.gradient([])
   rest = log_sum * math.log(2) - (lse - top)
   results = out, lse, jnp.where(lse == -jnp.inf, 0.0, rest)
   options = {"scale": settings.scale, "logit_softcap": settings.softcap}
-  found = xla.term_gradients(*arguments, terms, results, cotangents, **options)
+  found = xla.term_gradients(*arrays, where.tree, terms, results, cotangents, **options)
   return terms.gradient(found)
 
 
-def _no_tangents(*_):
+def no_tangents(*_):
+  """The derivative of what has none."""
   raise NotImplementedError(
     "fused attention kernels have first derivatives in reverse mode alone; implementation='xla' "
     "has those in forward mode too, and forward mode over both; 'reference' has all"
@@ -183,5 +188,5 @@ def _no_tangents(*_):
 
 
 for _function in (_forward, _gradients):
-  _function.defjvp(_no_tangents)
+  _function.defjvp(no_tangents)
 _attention.defvjp(_attention_fwd, _attention_bwd)

@@ -4,6 +4,7 @@ A program takes one tile of queries (for dK and dV one of keys), goes through it
 first those that need no mask, and keeps what it sums in registers.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from effjax.core.typing import Array, Float
 from effjax.kernels.flash_attention import row_bias
-from effjax.kernels.flash_attention.fused import folding, frame, programs, steps
+from effjax.kernels.flash_attention.fused import few, folding, frame, programs, steps
 from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
 from effjax.kernels.flash_attention.fused.places import Place
 from effjax.kernels.flash_attention.fused.sizes import Sizes
@@ -287,12 +288,12 @@ def _call(
     grid=place.grid,
     in_specs=[{name: spec(name) for name in operands}],
     out_specs=[place.spec(like.shape, kinds) for kinds, like in results],
-    out_shape=[job.result(like.shape, like.dtype) for _, like in results],
+    out_shape=[job.settings.result(like.shape, like.dtype, job.query) for _, like in results],
     name=kernel.__qualname__.split(".")[0].lstrip("_"),
     compiler_params=plgpu.CompilerParams(num_warps=job.size.warps, num_stages=job.size.stages),
     interpret=job.settings.interpret,
   )
-  return job.run(call, operands)
+  return job.settings.run(call, operands)
 
 
 _PIECE = 16  # the least side of a product
@@ -319,7 +320,7 @@ def attention(
   """Attention and its log-sum-exp; arguments and results as of `tiled.xla.attention`.
 
   A few queries against a cache would leave most of a GPU idle: the heads that share keys then count
-  as queries (`folding`), and the keys are worked on in parts, joined by their log-sum-exps.
+  as queries (`folding`), and the keys are worked on in parts (`few`).
 
   Args:
     sizes: of the tiles, powers of two from 16; from the device's table when None.
@@ -334,8 +335,9 @@ def attention(
   if splits is None:
     programs = B * (K if folded else N)
     splits = max(1, min(_PROGRAMS // programs, S // _LEAST)) if T <= _FEW else 1
+  kernels = dataclasses.replace(KERNELS, few=few.forward) if folded else KERNELS
   run: Callable[..., Any] = functools.partial(
-    frame.attention, KERNELS, sizes=sizes, splits=splits, interpret=interpret
+    frame.attention, kernels, sizes=sizes, splits=splits, interpret=interpret
   )
   if folded:
     run = functools.partial(folding.attention, run)

@@ -14,6 +14,7 @@ from effjax.kernels.flash_attention.fused.jobs import Job
 from effjax.kernels.flash_attention.fused.places import Place
 from effjax.kernels.flash_attention.tile_map.blocks import Index, TileList
 
+ROWS = -2  # the axis of a grid that counts tiles of queries or keys, the longest lists first
 _CACHE = 2**25  # bytes that a device keeps beside what is streamed: less than an A100's L2
 
 

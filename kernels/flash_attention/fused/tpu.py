@@ -321,14 +321,14 @@ def _call(
       out_specs=[route.spec(shape, kinds) for kinds, shape, _ in results],
       scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     ),
-    out_shape=[job.result(shape, dtype) for _, shape, dtype in results],
+    out_shape=[job.settings.result(shape, dtype, job.query) for _, shape, dtype in results],
     name=kernel.__qualname__.split(".")[0].lstrip("_"),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=(pltpu.PARALLEL,) * 2 + (pltpu.ARBITRARY,) * last
     ),
     interpret=job.settings.interpret,
   )
-  return job.run(call, *lists, operands)
+  return job.settings.run(call, *lists, operands)
 
 
 def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, str]]:

@@ -105,6 +105,7 @@ def tile_lists(sight: Sight, rows: int, columns: int, *, by_columns: bool = Fals
   if not isinstance(some.start, np.ndarray) or not isinstance(every.start, np.ndarray):
     return _traced(sight, rows, columns, by_columns)
   b, h = (max(n) for n in zip(some.start.shape[:2], every.start.shape[:2], strict=True))
+  sight = dataclasses.replace(sight, some=_of_rows(some, rows), every=_of_rows(every, rows))
   lists = []
   for i, n in itertools.product(range(b), range(h)):
     tiles = _Tiles.of(sight, i, n)
@@ -146,6 +147,12 @@ class _Tiles:
     offset = np.concatenate([[0], np.cumsum(np.bincount(self.row, minlength=rows))])
     partial = offset[:-1] + np.bincount(self.row[self.full], minlength=rows)
     return TileList(*(x.astype(np.int32) for x in (offset, partial, self.column[order])))
+
+
+def _of_rows(spans: Spans, rows: int) -> Spans:
+  """Of each of the rows, where one stands for all."""
+  each = lambda x: np.broadcast_to(x, (*x.shape[:2], rows, x.shape[3]))
+  return Spans(each(spans.start), each(spans.stop))
 
 
 def _of_head(spans: Spans, batch: int, head: int) -> Spans:
