@@ -28,16 +28,18 @@ _GPU = {
 _TPU = {
   "fails": (max, "fails", ""),
   "pair": (max, "pair", "full"),
+  "gradients": (max, "gradients", "full"),
   "matmul": (min, "matmul", "full"),
   "spilling": (max, "spilling", "full"),
 }
 _Columns = dict[str, tuple[Callable, str, str]]
 
 
-def runs() -> list[str]:
-  """Names of the runs that are kept, the first one first."""
-  paths = sorted(FOLDER.glob("*/*.json"), key=lambda path: json.loads(path.read_text())["date"])
-  return list(dict.fromkeys(path.parent.name for path in paths))
+def runs(target: str) -> list[str]:
+  """Names of the runs that are kept for a target, the first one first."""
+  paths = FOLDER.glob(f"*/{target}.json")
+  dated = sorted((json.loads(path.read_text())["date"], path.parent.name) for path in paths)
+  return [name for _, name in dated]
 
 
 def saved(name: str, target: str) -> list[Row]:
@@ -61,26 +63,36 @@ def save(name: str, target: str, rows: list[Row]) -> None:
 
 
 def write(targets: Iterable[str]) -> None:
-  """Writes table.md of the first and the last run."""
-  first, last = runs()[0], runs()[-1]
-  parts = [_TEXT.format(first=first, last=last)]
-  rows = []
-  for target in targets:
-    both = saved(first, target), saved(last, target)
-    rows += [{"target": target} | row for row in both[1]]
-    gpu = any("registers" in row for row in both[1])
-    parts += [f"## {target}", _worst(*both, _GPU if gpu else _TPU)]
+  """Writes table.md of the first and the last run of targets."""
+  parts, rows = [_TEXT], []
+  for target in filter(runs, targets):
+    names = runs(target)[0], runs(target)[-1]
+    first, last = (figures(saved(name, target)) for name in names)
+    rows += [{"target": target} | row for row in last]
+    gpu = any("registers" in row for row in last)
+    parts += [f"## {target}: {' → '.join(dict.fromkeys(names))}", _made(target, names)]
+    parts += [_worst(first, last, _GPU if gpu else _TPU)]
     if gpu:
-      parts += [_busy(*both), _launches(*both)]
+      parts += [_busy(first, last), _launches(first, last)]
   parts += ["## Bounds", bounds.table(rows)]
   (FOLDER / "table.md").write_text("\n\n".join(parts) + "\n")
 
 
+def _made(target: str, names: Iterable[str]) -> str:
+  """By what, and when."""
+  lines = []
+  for name in dict.fromkeys(names):
+    about = json.loads((FOLDER / name / f"{target}.json").read_text())
+    compilers = ", ".join(f"{each} {version}" for each, version in about["compilers"].items())
+    lines.append(f"{name}: {about['date']}, jax {about['jax']}, {compilers}.")
+  return "  \n".join(lines)
+
+
 _TEXT = """# What the compilers say of attention's kernels
 
-`scripts/check_kernels --save=NAME` makes this table: where a figure is not the same in both runs,
-that of "{first}" comes before the arrow, and of "{last}" behind it. Each is the worst of all masks,
-with fewer key heads than query heads and with as many.
+`scripts/check_kernels --save=NAME` makes this table of the first run that is kept and the last:
+where a figure is not the same in both, that of the first comes before the arrow. Each is the worst
+of all masks, with fewer key heads than query heads and with as many; a dash is none.
 
 * fails: a case does not compile; spill: bytes;
 * wait: groups of loads on their way where a loop over tiles waits for the most;
@@ -89,16 +101,17 @@ with fewer key heads than query heads and with as many.
 * useful: what a tile must multiply, of what is multiplied;
 * busy: the share of the time that an H100's or A100's multiprocessors work, simulated, for one
   batch row of 8 heads; launches: of whole programs;
-* pair: bundles for 512 × 512 scores without a mask; matmul, spilling: the share of these with a
+* pair: bundles for 512 × 512 scores without a mask; gradients: those of all gradients; matmul, spilling: the share of these with a
   product, with a spill."""
 
 
 def _worst(before: list[Row], after: list[Row], columns: _Columns) -> str:
   """A line for each kernel, type and width."""
-  names = {_kind(row) for row in after if "launches" not in row}
+  names = {_kind(row) for row in [*before, *after] if "launches" not in row}
   lines = []
   for name in sorted(names, key=lambda name: (name[1], int(name[2]), name[0])):
     parts = [[row for row in rows if _kind(row) == name] for rows in (before, after)]
+    parts = [part for part in parts if part]
     line: Row = dict(zip(("kernel", "type", "head"), name, strict=True))
     line["tile"] = _arrow(*[_only(x.get("tile") for x in part) for part in parts])
     for label, column in columns.items():
@@ -108,7 +121,7 @@ def _worst(before: list[Row], after: list[Row], columns: _Columns) -> str:
 
 
 def _picked(rows: list[Row], pick: Callable, figure: str, cases: str) -> float | None:
-  found = [figures(row).get(figure) for row in rows if re.search(cases, row["case"])]
+  found = [row.get(figure) for row in rows if re.search(cases, row["case"])]
   return pick((x for x in found if x is not None), default=None)
 
 
@@ -130,19 +143,18 @@ def _launches(before: list[Row], after: list[Row]) -> str:
   return _beside(before, after, r"", r"launches")
 
 
-def _beside(before: list[Row], after: list[Row], cases: str, figures: str) -> str:
+def _beside(before: list[Row], after: list[Row], cases: str, shown: str) -> str:
   """A line for each row of the cases that has one of the figures."""
-  old = {(row["case"], row["kernel"]): row for row in before}
+  old, new = ({(row["kernel"], row["case"]): row for row in rows} for rows in (before, after))
   lines = []
-  for row in after:
-    found = [figure for figure in row if re.search(figures, figure)]
-    if found and re.search(cases, row["case"]):
-      then = old.get((row["case"], row["kernel"]), {})
-      names = {"kernel": row["kernel"], "case": row["case"]}
-      lines.append(names | {each: _arrow(then.get(each), row[each]) for each in found})
-  return table(sorted(lines, key=lambda line: line["kernel"])) if lines else ""
+  for kernel, case in sorted(old | new):
+    pair = [rows[kernel, case] for rows in (old, new) if (kernel, case) in rows]
+    found = [each for each in pair[-1] if re.search(shown, each)]
+    if found and re.search(cases, case):
+      cells = {each: _arrow(*[row.get(each) for row in pair]) for each in found}
+      lines.append({"kernel": kernel, "case": case} | cells)
+  return table(lines) if lines else ""
 
 
-def _arrow(before: object, after: object) -> str:
-  cells = cell(before), cell(after)
-  return cells[1] if before is None or cells[0] == cells[1] else " → ".join(cells)
+def _arrow(*runs: object) -> str:
+  return " → ".join(dict.fromkeys(map(cell, runs)))

@@ -116,5 +116,6 @@ def estimate(
 @functools.cache
 def _reports(target: str) -> dict[tuple[str, str], Row]:
   """Of the last run of `kernels.py`."""
-  rows = kernel_table.saved(kernel_table.runs()[-1], target) if kernel_table.runs() else []
+  last = kernel_table.runs(target)[-1:]
+  rows = [row for name in last for row in kernel_table.saved(name, target)]
   return {(row["case"], row["kernel"]): row for row in rows}
