@@ -102,64 +102,6 @@ def figures(rows: Iterable[Row]) -> list[Row]:
   return [row | {"fails": int("error" in row)} | more(row) for row in rows]
 
 
-def broken(self, x: float, limit: float) -> bool:
-  """Whether a figure is past a limit."""
-  return x < limit if self.least else x > limit
-
-
-# Masks with which the work can be in balance: no row or column of pairs is much longer than others.
-_EVEN = r"\d+-(full|causal|window|documents|alibi)(-1)? "
-BOUNDS = (
-  Bound("fails", r"^v\de .*-(bigbird|drawn)", 0, now=1),
-  Bound("fails", "", 0),
-  Bound("spill", "^h100 bfloat16-64.* keys$", 0, now=600),
-  Bound("spill", "^h100 bfloat16-128.* keys$", 0, now=288),
-  Bound("spill", "^h100 bfloat16-256.* forward$", 0, now=64),
-  Bound("spill", "^h100 bfloat16-256.* queries$", 0, now=192),
-  Bound("spill", "^h100 bfloat16-256.* keys$", 0, now=384),
-  Bound("spill", "^h100 float32-128.* queries$", 0, now=912),
-  Bound("spill", "^h100 float32-128.* keys$", 0, now=1168),
-  Bound("spill", "^a100 bfloat16-64.* queries$", 0, now=620),
-  Bound("spill", "^a100 bfloat16-64.* keys$", 0, now=368),
-  Bound("spill", "^a100 bfloat16-128.* queries$", 0, now=28),
-  Bound("spill", "^a100 bfloat16-128.* keys$", 0, now=3880),
-  Bound("spill", "^(h100|a100)", 0),
-  Bound("wait", "^(h100|a100) bfloat16.* (forward|queries|keys)$", 1, now=0, least=True),
-  Bound("rest", "^h100 bfloat16-128-(?!alibi).* forward$", 620),
-  Bound("useful", "^h100 bfloat16-(64|256).* keys$", 1, now=0.67, least=True),
-  Bound("useful", "^h100 bfloat16", 1, least=True),
-  # A launch of 128 programs cannot keep 132 multiprocessors busy, whatever their order.
-  Bound("busy 4k", "^h100 bfloat16-.*-(causal|alibi) keys$", 0.95, now=0.5, least=True),
-  Bound("busy 4k", "^h100 bfloat16-.*-window", 0.95, now=0.84, least=True),
-  Bound("busy 8k", "^h100 bfloat16-.*-window", 0.95, now=0.9, least=True),
-  Bound("busy 16k", "^h100 bfloat16-.*-window", 0.95, now=0.93, least=True),
-  *(Bound(f"busy {n}k", f"^h100 bfloat16-{_EVEN}", 0.95, least=True) for n in (4, 8, 16)),
-  # What all see, or what sees all, is one long program.
-  *(Bound(f"busy {n}k", "^h100", 0.95, now=0.15, least=True) for n in (4, 8, 16)),
-  Bound("launches", "decode$", 3, now=11),
-  Bound("launches", "-drawn attend$", 3, now=37),
-  Bound("launches", "-(bigbird|documents) attend$", 3, now=13),
-  Bound("launches", "attend$", 3),
-  Bound("launches", "-drawn gradients$", 8, now=95),
-  Bound("launches", "-(bigbird|documents) gradients$", 8, now=39),
-  Bound("launches", "-alibi gradients$", 8, now=9),
-  Bound("launches", "gradients$", 8),
-  Bound("matmul", "^v5e bfloat16-128-full.* forward$", 0.65, now=0.54, least=True),
-  Bound("gradients", "^v5e bfloat16-128-full.* keys$", 3000, now=4653),
-)
-
-
-def bound_of(row: Row, figure: str) -> Bound | None:
-  """The first that binds a figure of a row."""
-  found = (each for each in BOUNDS if each.figure == figure and re.search(each.rows, _name(row)))
-  return next(found, None)
-
-
-def figures(row: Row) -> Row:
-  """Those of a row, and whether it "fails" to compile."""
-  return row | {"fails": int("error" in row)}
-
-
 def broken(rows: Iterable[Row]) -> list[str]:
   """What is wrong with rows, a line each."""
   lines = []

@@ -101,8 +101,8 @@ of all masks, with fewer key heads than query heads and with as many; a dash is 
 * useful: what a tile must multiply, of what is multiplied;
 * busy: the share of the time that an H100's or A100's multiprocessors work, simulated, for one
   batch row of 8 heads; launches: of whole programs;
-* pair: bundles for 512 × 512 scores without a mask; gradients: those of all gradients; matmul, spilling: the share of these with a
-  product, with a spill."""
+* pair: bundles for 512 × 512 scores without a mask; gradients: those of both gradients' kernels;
+  matmul, spilling: the share of bundles with a product, with a spill, without a mask."""
 
 
 def _worst(before: list[Row], after: list[Row], columns: _Columns) -> str:
