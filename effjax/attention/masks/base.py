@@ -279,6 +279,14 @@ def namespace(*arrays: Index) -> Any:
   return np if all(isinstance(x, np.ndarray | int) for x in arrays) else jnp
 
 
+def of_positions(q_positions: Index, length: Dim, function: Any) -> tuple[Index, Index]:
+  """Features of queries and of keys: a function of their positions that kernels need not compute.
+
+  Divisions by what is no power of two take many instructions, and TPUs have none.
+  """
+  return function(q_positions[:, None]), function(indices(0, length)[None, None])
+
+
 def of_queries(values: Index, positions: Index, none: Any) -> Index:
   """values [b, S] at the positions [B or 1, T] of queries; `none` at one that is no index."""
   length = values.shape[1]
