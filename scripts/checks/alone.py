@@ -172,7 +172,8 @@ def _alone(kernels: Kernels, name: str, watch: Callable[[Job], Any]) -> Kernels:
     watch(job)
     return getattr(kernels, name)(job)
 
-  others: dict[str, Any] = {
-    each: silent(getattr(kernels, each)) for each in on(kernels.platform) if each != name
+  chosen: dict[str, Any] = {
+    each: watched if each == name else silent(getattr(kernels, each))
+    for each in on(kernels.platform)
   }
-  return dataclasses.replace(kernels, **others, **{name: watched})
+  return dataclasses.replace(kernels, **chosen)

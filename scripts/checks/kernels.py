@@ -64,12 +64,12 @@ def rows(target: str, names: list[str]) -> Iterator[Row]:
   """Those of a target as they come, by processes, since jax reads its environment once."""
   tools = [plugins.tool(name) or "" for name in ("ptxas", "nvdisasm")]
   with tempfile.TemporaryDirectory() as folder:
-    workers = []
-    for n in range(len(os.sched_getaffinity(0))):
-      dump = f"{folder}/{n}"
+
+    def worker(dump: str) -> Worker:
       command = ["scripts.checks.compile_target", target, dump, *tools]
-      own = environment(target, dump, plugins.folder())
-      workers.append(Worker(lambda command=command: command, own))
+      return Worker(lambda: command, environment(target, dump, plugins.folder()))
+
+    workers = [worker(f"{folder}/{n}") for n in range(len(os.sched_getaffinity(0)))]
     for job, found in spread(workers, names):
       case, kernel = job.split("/")
       for row in found:

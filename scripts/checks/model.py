@@ -94,7 +94,7 @@ def estimate(
   if report["tile"] != f"{job.size.queries}×{job.size.keys}":
     return None
   assert isinstance(device, GPU)
-  rest = report.get("rest", report.get("partial"))
+  rest = report["rest"] if "rest" in report else report["partial"]
   weight = report.get("partial", rest) / rest
   full, partial = balance.tiles(job, kernel, mask)
   work = full + weight * partial
