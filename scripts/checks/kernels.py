@@ -85,10 +85,10 @@ def printed(row: Row) -> str:
   return names + "".join(("–" if x is None else str(x)).rjust(10) for x in shown)
 
 
-def check(jobs: dict[str, list[str]]) -> list[Row]:
-  """Prints the rows of targets as they come."""
+def check(wanted: dict[str, list[str]]) -> list[Row]:
+  """The rows of targets, printed as they come."""
   found = []
-  for target, names in jobs.items():
+  for target, names in wanted.items():
     columns = _COLUMNS[TARGETS[target].platform]
     print(f"{'':41s}{'tile':>9s}" + "".join(name.rjust(10) for name in columns))
     for row in rows(target, names):
@@ -108,9 +108,12 @@ def main(_) -> None:
   for tool in ("ptxas", "nvdisasm"):
     if plugins.tool(tool) is None:
       print(f"{tool} is on no path here: figures of GPU kernels are left out")
-  found = check({target: chosen(jobs(target)) for target in _TARGETS.value})
+  wanted = {target: chosen(jobs(target)) for target in _TARGETS.value}
+  if not any(wanted.values()):
+    raise app.UsageError("--only: in the name of no job, such as bfloat16-128-causal/keys")
+  found = check(wanted)
   if _SAVE.value:
-    for target in _TARGETS.value:
+    for target in (target for target, names in wanted.items() if names):
       new = [row for row in found if row["target"] == target]
       kernel_table.save(_SAVE.value, target, new)
     kernel_table.write(TARGETS)
