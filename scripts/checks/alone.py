@@ -33,6 +33,11 @@ SCORES = {
 _PLATFORMS = {"gpu": gpu.KERNELS, "tpu": tpu.KERNELS}
 
 
+def on(platform: str) -> tuple[str, ...]:
+  """The kernels of a platform."""
+  return tuple(name for name in KERNELS if getattr(_PLATFORMS[platform], name) is not None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
   """A type, a head width, a mask or what else there is: "bfloat16-128-causal"."""
@@ -114,7 +119,7 @@ def program(
       return attention(query, key, value, bias)
     (_, lse), backward = jax.vjp(attention, query, key, value, bias)
     d_query, d_key, d_value, d_bias = backward((query, jnp.zeros_like(lse)))
-    return {"queries": d_query, "keys": (d_key, d_value), "bias": d_bias}[kernel]
+    return {"queries": d_query, "keys": (d_query, d_key, d_value), "bias": d_bias}[kernel]
 
   return run
 
@@ -127,6 +132,6 @@ def _alone(kernels: Kernels, name: str) -> Kernels:
     return lambda job: jax.tree.map(zeros, jax.eval_shape(lambda: run(job)))
 
   others: dict[str, Any] = {
-    each: silent(getattr(kernels, each)) for each in KERNELS if each != name
+    each: silent(getattr(kernels, each)) for each in on(kernels.platform) if each != name
   }
   return dataclasses.replace(kernels, **others)

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from scripts.checks import plugins
+from scripts.checks import alone, plugins
 from scripts.checks.alone import Case
 from scripts.checks.processes import Row, Worker, spread
 from scripts.checks.targets import TARGETS, environment
@@ -59,8 +59,10 @@ def rows(target: str, cases: list[str], ptxas: str | None) -> Iterator[Row]:
   with tempfile.TemporaryDirectory() as folder:
     command = ["scripts.checks.compile_target", target, folder, ptxas or ""]
     worker = Worker(lambda: command, environment(target, folder, plugins.folder()))
+    there = alone.on(TARGETS[target].platform)
     for job, found in spread(
-      [worker], [f"{case}/{kernel}" for case in cases for kernel in Case.of(case).kernels]
+      [worker],
+      [f"{case}/{kernel}" for case in cases for kernel in Case.of(case).kernels if kernel in there],
     ):
       case, kernel = job.split("/")
       for row in found:

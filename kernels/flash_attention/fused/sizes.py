@@ -9,25 +9,34 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """Queries and keys of a tile; on GPUs the warps of a block and the stages of its pipeline."""
+  """Queries and keys of a tile, and what a platform needs to know besides.
+
+  Attributes:
+    warps, stages: on GPUs of a block and of its pipeline.
+    part: on TPUs, how many of the queries (forward) or keys (gradients) of a tile are worked on at
+      once, which divides them; all if None.
+  """
 
   queries: int
   keys: int
   warps: int = 4
   stages: int = 2
+  part: int | None = None
 
   def within(self, T: int, S: int, unit: int) -> "Size":
     """No larger than the power of two, from `unit`, that holds T or S."""
     least = lambda length: max(unit, 1 << (length - 1).bit_length())
     queries, keys = min(self.queries, least(T)), min(self.keys, least(S))
-    return dataclasses.replace(self, queries=queries, keys=keys)
+    part = self.part and min(self.part, queries, keys)
+    return dataclasses.replace(self, queries=queries, keys=keys, part=part)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
   """Those of the forward kernel and of the gradients of queries, of keys and values, of a bias.
 
-  The bias's are those of the queries where they are not given.
+  The bias's are those of the queries where they are not given. A TPU's kernel of keys and values
+  gives the gradient of the queries too.
   """
 
   forward: Size
