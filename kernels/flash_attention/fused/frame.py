@@ -53,7 +53,7 @@ def attention(
   segment_ids: tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None = None,
   query_positions: Int[Array, "#B T"] | None = None,
   sizes: Sizes | None = None,
-  interpret: bool = False,
+  interpret: Any = False,
   splits: int = 1,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
   """Attention and its log-sum-exp, differentiable once, with a platform's kernels.

@@ -51,7 +51,7 @@ class Settings:
   softcap: float | None
   sizes: Sizes
   splits: int
-  interpret: bool
+  interpret: Any
 
   def unit(self, adds: bool, cap: bool) -> float:
     """Of the scores, by whether something is added to them and whether a soft cap is data."""

@@ -19,7 +19,7 @@ from effjax.kernels.flash_attention.fused import steps, walks
 from effjax.kernels.flash_attention.fused.jobs import Job
 from effjax.kernels.flash_attention.fused.routes import Route
 
-_WHOLE = pl.BlockSpec(memory_space=pltpu.HBM)
+_WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 # Functions that put values where they are summed, and the values.
 Found = Iterable[tuple[Callable[..., None], tuple[Array, ...]]]
 
@@ -158,10 +158,13 @@ def call(
 
 
 def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, str]]:
-  """Arrays with heads before lengths, and lines laid along or across a tile; and their kinds."""
+  """Arrays with heads before lengths, features laid along or across a tile; and their kinds.
+
+  What goes with rows, the maximum, log₂ of the sum and delta, is one array [B, N, 3, T]: each array
+  costs a program the time to see to its copies.
+  """
   heads_first = dict.fromkeys(("query", "d_out"), "bgqh")
   heads_first |= dict.fromkeys(("key", "value"), "bmkh")
-  lines = ("top", "log_sum", "delta")
   along, across = np.s_[..., None], np.s_[:, :, None]
   queries, keys = (along, across) if keys_across else (across, along)
   place = lambda tree, at: jax.tree.map(lambda x: x[at], tree)
@@ -171,8 +174,9 @@ def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, st
   operands |= {
     name: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), getattr(job, name)) for name in heads_first
   }
-  operands |= {name: place(job.lines.get(name), across) for name in lines}
+  lines = [job.lines[name] for name in ("top", "log_sum", "delta") if job.lines]
+  operands["lines"] = jnp.stack(lines, 2) if lines else None
   operands |= {"queries": place(job.queries, queries), "keys": place(job.keys, keys)}
-  kinds = heads_first | dict.fromkeys(lines, "bn1q") | {"bias": "bnqk", "line": "bn1.", "cap": ".."}
+  kinds = heads_first | {"lines": "bn.q", "bias": "bnqk", "line": "bn1.", "cap": ".."}
   kinds |= {"queries": "bnq1" if keys_across else "bn1q", "keys": "bn1k" if keys_across else "bnk1"}
   return operands, kinds

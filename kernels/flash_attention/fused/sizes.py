@@ -46,6 +46,7 @@ class Sizes:
 
 
 _SM90 = "NVIDIA H"  # 100, 200, …
+_V6E = "TPU v6"
 _LARGEST = Size(128, 128, 8, 2)
 # The first row that matches: part of the device's name, bytes of an element, widest head.
 # GPU rows compile for sm_90 without spilling registers, by jax 0.10.2 and as far as was compiled:
@@ -63,8 +64,13 @@ _TABLE = {
     ("", 4, 128, Sizes(Size(32, 16, 4, 1), Size(32, 32, 8, 2), Size(32, 32, 8, 2))),
     ("", 4, 256, Sizes(Size(32, 16, 4, 1), Size(16, 16, 8, 2), Size(16, 16, 4, 1))),
   ],
+  # For TPUs those of the fewest bundles to a pair of positions of which every mask and score fits
+  # in what a program gets of VMEM, 16 MiB and on v6e 32, as libtpu of jax 0.10.2 compiles them.
   "tpu": [
-    ("", 2, 128, Sizes(Size(512, 1024), Size(512, 512), Size(512, 512))),
+    (_V6E, 2, 128, Sizes(Size(512, 2048, part=128), Size(512, 512), Size(512, 1024))),
+    (_V6E, 2, 256, Sizes(Size(512, 1024, part=256), Size(512, 512), Size(512, 512))),
+    ("", 2, 128, Sizes(Size(512, 1024, part=128), Size(512, 512), Size(512, 1024, part=512))),
+    ("", 2, 256, Sizes(Size(512, 1024, part=128), Size(512, 512), Size(512, 512, part=256))),
     ("", 4, 256, Sizes(Size(256, 256), Size(256, 256), Size(256, 256))),
   ],
 }

@@ -8,12 +8,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from effjax.core.typing import Array
 
-_LANES = 128
+LANES = 128
 
 
 def width(columns: int) -> int:
   """Of the rows of a sum, which travel as whole registers."""
-  return -(-columns // _LANES) * _LANES
+  return -(-columns // LANES) * LANES
 
 
 def scratch(rows: int, columns: int) -> list[Any]:

@@ -21,8 +21,6 @@ from effjax.kernels.flash_attention.fused.programs import Step, call
 from effjax.kernels.flash_attention.fused.sizes import Sizes
 from effjax.kernels.flash_attention.tile_map.terms import Terms
 
-_LANES = 128
-
 
 def _forward(job: Job) -> tuple[Array, ...]:
   """Rows in parts: the scores of the next are under way while this one's are summed up."""
@@ -36,7 +34,7 @@ def _forward(job: Job) -> tuple[Array, ...]:
 
     @pl.when(step.first)
     def _():
-      _put(state, steps.start(rows, Hv, _LANES))
+      _put(state, steps.start(rows, Hv, totals.LANES))
 
     def tile(how):
       def scores(start):
@@ -64,7 +62,7 @@ def _forward(job: Job) -> tuple[Array, ...]:
 
   line = ("bg1q", (B, N, 1, T), jnp.float32)
   results = ("bgqh", (B, N, T, Hv), job.query.dtype), line, line
-  scratch = [_floats(route.repeats, rows, width) for width in (_LANES, _LANES, Hv)]
+  scratch = [_floats(route.repeats, rows, width) for width in (totals.LANES, totals.LANES, Hv)]
   out, *sums = call(job, kernel, route, results, scratch)
   return jnp.swapaxes(out, 1, 2)[None], *(x[None, :, :, 0] for x in sums)
 
@@ -86,14 +84,15 @@ def _keys(job: Job) -> tuple[Array, Array, Array]:
 
     def tile(how):
       q, d_out, across = x.query[...], x.d_out[...], jnp.zeros((columns, H), jnp.float32)
+      top, log_sum, delta = _lines(x)
       for start in range(0, rows, size):
         part = slice(start, start + size)
         k = x.key[part, :]
         bias = None if x.bias is None else x.bias[:, part].astype(jnp.float32).T
         logits, slope, shown = step.scores(x, k, q, bias, how, start)
-        weights = steps.weights(logits, job.log2, x.top[...], x.log_sum[...])
+        weights = steps.weights(logits, job.log2, top, log_sum)
         d_weights = steps.dot(x.value[part, :], d_out, (1, 1))
-        gradient = steps.score_gradient(weights, d_weights, x.delta[...], slope)
+        gradient = steps.score_gradient(weights, d_weights, delta, slope)
         across += shown.dot(gradient, k, (0, 0))
         sums = [ref.at[part, :] for ref in (key_sum, value_sum)]
         found = shown.dot(gradient, q), shown.dot(weights, d_out)
@@ -142,8 +141,7 @@ def _bias(job: Job) -> Array:
     def _():
       total[...] = jnp.zeros_like(total)
 
-    lines = (_wide(_turned(ref[...]), size.keys) for ref in (x.top, x.log_sum, x.delta))
-    top, log_sum, delta = lines
+    top, log_sum, delta = (_wide(_turned(line), size.keys) for line in _lines(x))
     scored = x.query[...], x.key[...], x.bias[...]
     logits, _, shown = step.scores(x, *scored, (True, True))
     d_weights = steps.dot(x.d_out[...], x.value[...], (1, 1))
@@ -157,6 +155,11 @@ def _bias(job: Job) -> Array:
   results = (("yzqk", bias.shape, bias.dtype),)
   scratch = [_floats(size.queries, size.keys)]
   return call(job, kernel, routes.by_bias(job, bias), results, scratch)[0]
+
+
+def _lines(x: Any) -> list[Array]:
+  """Maximum, log₂ of the sum and delta of a tile's queries, [1, queries] each."""
+  return [x.lines[n : n + 1, :] for n in range(3)]
 
 
 def _floats(*shape: int) -> Any:
@@ -175,12 +178,12 @@ def _add(refs: Any, values: Any) -> None:
 
 def _wide(x: Array, columns: int) -> Array:
   """[n, LANES], the same in all lanes, as [n, columns], without a word between lanes."""
-  return jnp.tile(x, (1, -(-columns // _LANES)))[:, :columns]
+  return jnp.tile(x, (1, -(-columns // totals.LANES)))[:, :columns]
 
 
 def _turned(x: Array) -> Array:
   """[1, n] as [n, LANES], the same in all lanes, and the reverse."""
-  return jnp.broadcast_to(x, (_LANES, x.shape[1])).T if x.shape[0] == 1 else x.T[:1, :]
+  return jnp.broadcast_to(x, (totals.LANES, x.shape[1])).T if x.shape[0] == 1 else x.T[:1, :]
 
 
 def refusal(terms: Terms | None) -> str | None:
@@ -203,14 +206,14 @@ def attention(
   value: Float[Array, "B S K Hv"],
   *,
   sizes: Sizes | None = None,
-  interpret: bool = False,
+  interpret: bool | pltpu.InterpretParams = False,
   **arguments: Any,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
   """Attention and its log-sum-exp; arguments and results as of `tiled.xla.attention`.
 
   Args:
     sizes: of the tiles, multiples of 128; from the device's table when None.
-    interpret: run on any device, to check the kernels.
+    interpret: run on any device, to check the kernels, and how.
 
   Raises:
     ValueError: for heads wider than 256, or types other than float32, bfloat16 and float16.
