@@ -17,7 +17,7 @@ from effjax.core.typing import Array, Float
 from effjax.kernels.flash_attention import row_bias
 from effjax.kernels.flash_attention.fused import frame, routes, steps, totals, walks
 from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
-from effjax.kernels.flash_attention.fused.programs import Step, call
+from effjax.kernels.flash_attention.fused.mosaic import Step, call
 from effjax.kernels.flash_attention.fused.sizes import Sizes
 from effjax.kernels.flash_attention.tile_map.terms import Terms
 
