@@ -142,7 +142,7 @@ def call(
         out_specs=[spec(shape, kinds) for kinds, shape, _ in results],
         scratch_shapes=scratch,
       ),
-      out_shape=[job.result(shape, dtype) for _, shape, dtype in results],
+      out_shape=[job.settings.result(shape, dtype, job.query) for _, shape, dtype in results],
       input_output_aliases={len(lists) + i: n for i, n in enumerate(zeros)},
       name=kernel.__qualname__.split(".")[0].lstrip("_"),
       compiler_params=pltpu.CompilerParams(
@@ -154,7 +154,7 @@ def call(
   traced = tuple(n for n in route.grid if not isinstance(n, int))
   # Blocks of an array in main memory are the whole of it, which a mapped axis would cut.
   run = jax.custom_batching.sequential_vmap(run) if zeros else run
-  return job.run(run, traced, lists, zeros, operands)
+  return job.settings.run(run, traced, lists, zeros, operands)
 
 
 def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, str]]:

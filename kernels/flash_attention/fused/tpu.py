@@ -49,7 +49,7 @@ def _forward(job: Job) -> tuple[Array, ...]:
           following = scores(start + size)
         part = [ref.at[start : start + size, :] for ref in state]
         carry = tuple(ref[...] for ref in part)
-        found = steps.accumulate(carry, logits, x.value[...], shown, job.log2, _wide)
+        found = steps.accumulate(carry, logits, x.value[...], shown, job.powers, _wide)
         yield (lambda *values, part=part: _put(part, values)), found
 
     step.visit(tile)
@@ -90,7 +90,7 @@ def _keys(job: Job) -> tuple[Array, Array, Array]:
         k = x.key[part, :]
         bias = None if x.bias is None else x.bias[:, part].astype(jnp.float32).T
         logits, slope, shown = step.scores(x, k, q, bias, how, start)
-        weights = steps.weights(logits, job.log2, top, log_sum)
+        weights = steps.weights(logits, job.powers, top, log_sum)
         d_weights = steps.dot(x.value[part, :], d_out, (1, 1))
         gradient = steps.score_gradient(weights, d_weights, delta, slope)
         across += shown.dot(gradient, k, (0, 0))
@@ -145,7 +145,7 @@ def _bias(job: Job) -> Array:
     scored = x.query[...], x.key[...], x.bias[...]
     logits, _, shown = step.scores(x, *scored, (True, True))
     d_weights = steps.dot(x.d_out[...], x.value[...], (1, 1))
-    weights = steps.weights(logits, job.log2, top, log_sum)
+    weights = steps.weights(logits, job.powers, top, log_sum)
     total[...] += shown.hide(steps.score_gradient(weights, d_weights, delta, None), 0.0)
 
     @pl.when(step.last)

@@ -70,5 +70,5 @@ def _walk(lists: TileList, most: int, xp: Any) -> tuple[Index, ...]:
   kind = xp.where(inside & (n < counts[row]), kind, EMPTY)
   kind = kind + xp.where(inside & (n == 0), FIRST, 0)
   kind = kind + xp.where(inside & (n == lengths[row] - 1), LAST, 0)
-  tile = xp.pad(lists.index, (0, 1))[at]
+  tile = lists.index[at]
   return row.astype(xp.int32), tile.astype(xp.int32), kind.astype(xp.int32)
