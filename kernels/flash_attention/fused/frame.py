@@ -1,9 +1,10 @@
 """The frame of fused attention: all that is the same on every platform around its kernels.
 
-Forward, by rows of tiles: O and LSE. Backward, by rows: dQ; by columns: dK and dV; and the gradient
-of the bias, whose size is T × S in any case. The backward kernels compute P = exp(S − LSE) again
-from the inputs and LSE alone, with D = rowsum(dO∘O) − dLSE; LSE is kept as a row's greatest score
-and the logarithm of a sum, since scores near −3e38 leave no digits of that.
+Forward, by rows of tiles: O and LSE. Backward, by rows: dQ; by columns: dK and dV, and dQ too where
+a kernel can sum it up on the way; and the gradient of the bias, whose size is T × S in any case.
+The backward kernels compute P = exp(S − LSE) again from the inputs and LSE alone, with
+D = rowsum(dO∘O) − dLSE; LSE is kept as a row's greatest score and the logarithm of a sum, since
+scores near −3e38 leave no digits of that.
 
 Reference: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.
 """
@@ -53,7 +54,7 @@ def attention(
   segment_ids: tuple[Int[Array, "#B #T"], Int[Array, "#B S"]] | None = None,
   query_positions: Int[Array, "#B #T"] | None = None,
   sizes: Sizes | None = None,
-  interpret: bool = False,
+  interpret: Any = False,
   splits: int = 1,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
   """Attention and its log-sum-exp, differentiable once, with a platform's kernels.
@@ -159,13 +160,15 @@ def _gradients(settings, saved, cotangents):
   arguments = (query, key, value, bias, where, terms)
   kernels, sizes = settings.kernels, settings.sizes
   like = lambda x, whole: x[:, : whole.shape[1], :, : whole.shape[3]]
-  d_query = like(kernels.queries(job(sizes.queries, *arguments)), query)
-  d_key, d_value = kernels.keys(job(sizes.keys, *arguments, by_columns=True))
+  found = kernels.keys(job(sizes.keys, *arguments, by_columns=True))
+  if kernels.queries is not None:
+    found = *found, kernels.queries(job(sizes.queries, *arguments))
+  d_key, d_value, d_query = (like(x, y) for x, y in zip(found, (key, value, query), strict=True))
   d_bias = None
   if bias is not None:
     size = sizes.bias or sizes.queries
     d_bias = kernels.bias(job(size, *arguments))[:, :, : bias.shape[2], : bias.shape[3]]
-  return d_query, like(d_key, key), like(d_value, value), d_bias
+  return d_query, d_key, d_value, d_bias
 
 
 def _term_gradients(settings, saved, cotangents):

@@ -28,8 +28,8 @@ class Kernels:
   Attributes:
     forward: of P parts of each row's tiles out [P, B, T, N, Hv] and, [P, B, N, T], the maximum of
       the scores in their unit and log₂ of the sum of 2^(score − maximum).
-    queries: dQ [B, T, N, H].
-    keys: dK [B, S, K, H] and dV [B, S, K, Hv].
+    queries: dQ [B, T, N, H], or None where `keys` gives it.
+    keys: dK [B, S, K, H] and dV [B, S, K, Hv], then dQ if no other kernel does.
     bias: the bias's gradient, in its shape.
     refusal: why it cannot take these terms, or None.
     platform: "gpu" or "tpu".
@@ -39,8 +39,8 @@ class Kernels:
   """
 
   forward: Callable[["Job"], tuple[Array, ...]]
-  queries: Callable[["Job"], Array]
-  keys: Callable[["Job"], tuple[Array, Array]]
+  queries: Callable[["Job"], Array] | None
+  keys: Callable[["Job"], tuple[Array, ...]]
   bias: Callable[["Job"], Array]
   refusal: Callable[[Terms | None], str | None]
   platform: str
@@ -58,7 +58,7 @@ class Settings:
   softcap: float | None
   sizes: Sizes
   splits: int
-  interpret: bool
+  interpret: Any
 
   def powers(self, adds: bool, cap: bool) -> steps.Powers:
     """By whether something is added to the scores and whether a soft cap is data."""

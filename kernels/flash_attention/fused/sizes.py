@@ -9,25 +9,34 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """Queries and keys of a tile; on GPUs the warps of a block and the stages of its pipeline."""
+  """Queries and keys of a tile, and what a platform needs to know besides.
+
+  Attributes:
+    warps, stages: on GPUs of a block and of its pipeline.
+    part: on TPUs, how many of the queries (forward) or keys (gradients) of a tile are worked on at
+      once, which divides them; all if None.
+  """
 
   queries: int
   keys: int
   warps: int = 4
   stages: int = 3
+  part: int | None = None
 
   def within(self, T: int, S: int, unit: int) -> "Size":
     """No larger than the power of two, from `unit`, that holds T or S."""
     least = lambda length: max(unit, 1 << (length - 1).bit_length())
     queries, keys = min(self.queries, least(T)), min(self.keys, least(S))
-    return dataclasses.replace(self, queries=queries, keys=keys)
+    part = self.part and min(self.part, queries, keys)
+    return dataclasses.replace(self, queries=queries, keys=keys, part=part)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
   """Those of the forward kernel and of the gradients of queries, of keys and values, of a bias.
 
-  The bias's are those of the queries where they are not given.
+  The bias's are those of the queries where they are not given. A TPU's kernel of keys and values
+  gives the gradient of the queries too.
   """
 
   forward: Size
@@ -37,6 +46,7 @@ class Sizes:
 
 
 _SM90 = "NVIDIA H"  # 100, 200, …
+_V6E = "TPU v6"
 _LARGEST = Size(128, 128, 8)
 # The first row that matches: part of the device's name, bytes of an element, widest head.
 # GPU rows compile for sm_90 without spilling registers, by jax 0.10.2 and as far as was compiled:
@@ -54,8 +64,13 @@ _TABLE = {
     ("", 4, 128, Sizes(Size(32, 16, 4, 1), Size(32, 32, 8), Size(32, 32, 8))),
     ("", 4, 256, Sizes(Size(32, 16, 4, 1), Size(16, 16, 8), Size(16, 16, 4, 1))),
   ],
+  # For TPUs those of the fewest bundles to a pair of positions of which every mask and score fits
+  # in what a program gets of VMEM, 16 MiB and on v6e 32, as libtpu of jax 0.10.2 compiles them.
   "tpu": [
-    ("", 2, 128, Sizes(Size(512, 1024), Size(512, 512), Size(512, 512))),
+    (_V6E, 2, 128, Sizes(Size(512, 2048, part=128), Size(512, 512), Size(512, 1024))),
+    (_V6E, 2, 256, Sizes(Size(512, 1024, part=256), Size(512, 512), Size(512, 512))),
+    ("", 2, 128, Sizes(Size(512, 1024, part=128), Size(512, 512), Size(512, 1024, part=512))),
+    ("", 2, 256, Sizes(Size(512, 1024, part=128), Size(512, 512), Size(512, 512, part=256))),
     ("", 4, 256, Sizes(Size(256, 256), Size(256, 256), Size(256, 256))),
   ],
 }
