@@ -39,8 +39,8 @@ class Weight(abc.ABC):
   __array_ufunc__ = None  # numpy leaves x @ w to `__rmatmul__`
 
   @classmethod
-  def represent(cls, path: str, w: Float[Array, "... D F"]) -> "Weight":
-    """What stands for the parameter w at `path`; every "quantised" representation has its own."""
+  def represent(cls, path: str, w: Float[Array, "... D F"], **options: Any) -> "Weight":
+    """What stands for the parameter w at `path`: a "quantised" one that has it is a method."""
     raise NotImplementedError(f"{cls.__name__} has no represent")
 
   @property

@@ -1,6 +1,32 @@
-"""Quantised weights: integers and scales that stand where a matrix stood."""
+"""Quantised weights: integers, codes and scales that stand where a matrix stood."""
 
+from effjax.quant.dynamic import Int8Dynamic
+from effjax.quant.dynamic8 import Dynamic8
+from effjax.quant.four_bit import FP4, NF4
+from effjax.quant.gguf_blocks import GGUF
+from effjax.quant.int4 import Int4, Int4Affine
 from effjax.quant.int8 import Int8
-from effjax.quant.model import dequantize, methods, quantize
+from effjax.quant.llm_int8 import LLMInt8, LLMInt8Exact, has_outliers, outliers
+from effjax.quant.model import dequantize, fake_quantize, methods, quantize
+from effjax.quant.palette import Palette, kmeans
 
-__all__ = ["Int8", "dequantize", "methods", "quantize"]
+__all__ = [
+  "FP4",
+  "GGUF",
+  "NF4",
+  "Dynamic8",
+  "Int4",
+  "Int4Affine",
+  "Int8",
+  "Int8Dynamic",
+  "LLMInt8",
+  "LLMInt8Exact",
+  "Palette",
+  "dequantize",
+  "fake_quantize",
+  "has_outliers",
+  "kmeans",
+  "methods",
+  "outliers",
+  "quantize",
+]

@@ -17,7 +17,7 @@ import numpy as np
 
 from effjax.core.known import number
 from effjax.core.numerics import wide
-from effjax.core.typing import Array, DTypeLike, Float, Int, Integer, Num, Size
+from effjax.core.typing import Array, DTypeLike, Float, Int, Integer, Key, Num, Size
 
 GRANULARITIES = ("tensor", "row", "channel", "group")
 # Outside a program too, a large matrix is gone through once, without copies of it in between.
@@ -33,6 +33,7 @@ def symmetric(
   granularity: str = "channel",
   group: Size = 64,
   scale_dtype: DTypeLike = jnp.float32,
+  key: Key | None = None,
 ) -> tuple[Int[Array, "... D F"], Float[Array, "... M N"]]:
   """q = round(w / s), s = max|w| / (2^(bits−1) − 1) over each tile; |w − q·s| ≤ s/2.
 
@@ -45,6 +46,8 @@ def symmetric(
     scale_dtype: type of the scales. A 16-bit one costs accuracy: rounded up, s is larger by up to
       2^−7 of itself in bfloat16, and by 2^−10 of itself and 2^−24 in float16, which has no scale
       beyond 65504.
+    key: rounds at random, up with the probability of what is left over (stochastic rounding): q·s
+      is w on average, and |w − q·s| < s. None rounds to the nearest, halves to even.
 
   Returns:
     q, int8 [..., D, F], and the scales [..., M, N], one a tile.
@@ -61,7 +64,7 @@ def symmetric(
   top = 2 ** (bits - 1) - 1
   peak = _peak(tiles)
   scale = _scale(peak / top, peak, factor, scale_dtype)
-  q = jnp.clip(_steps(tiles, factor, scale), -top, top)
+  q = jnp.clip(_steps(tiles, factor, scale, key), -top, top)
   return q.astype(jnp.int8).reshape(w.shape), scale[..., 0, :, 0]
 
 
@@ -73,6 +76,7 @@ def affine(
   granularity: str = "channel",
   group: Size = 64,
   scale_dtype: DTypeLike = jnp.float32,
+  key: Key | None = None,
 ) -> tuple[Integer[Array, "... D F"], Float[Array, "... M N"], Int[Array, "... M N"]]:
   """q = round(w / s) + z, s = (max − min) / (2^bits − 1), z = −round(min / s); |w − (q−z)s| ≤ s/2.
 
@@ -95,7 +99,7 @@ def affine(
   high = tiles.max((-3, -1), keepdims=True, initial=0)
   scale = _scale((high - low) / top, jnp.maximum(high, -low), factor, scale_dtype)
   zero = _steps(-low, factor, scale)
-  q = jnp.clip(_steps(tiles, factor, scale) + zero, 0, top)
+  q = jnp.clip(_steps(tiles, factor, scale, key) + zero, 0, top)
   zero = zero[..., 0, :, 0].astype(jnp.int32)
   return q.astype(jnp.uint8).reshape(w.shape), scale[..., 0, :, 0], zero
 
@@ -122,6 +126,19 @@ def restore(
   computed = wide(scale.dtype)
   values = centred.astype(computed) * _spread(scale, q.shape).astype(computed)
   return values.astype(dtype or scale.dtype)
+
+
+def check_scales(scale: Float[Array, "..."]) -> None:
+  """Refuses scales that are not finite, where they are known.
+
+  Raises:
+    ValueError: for scales of NaN or infinity.
+  """
+  if not isinstance(scale, jax.core.Tracer) and not jnp.isfinite(scale).all():
+    raise ValueError(
+      f"w has NaN, infinity or what no scale in {scale.dtype} is for; allowed: finite numbers, "
+      "and scale_dtype=float32 for very small or large ones"
+    )
 
 
 def _spread(values: Array, shape: tuple[int, ...]) -> Array:
@@ -162,9 +179,12 @@ def _peak(tiles: Array) -> Array:
   return jnp.abs(tiles).max((-3, -1), keepdims=True, initial=0)
 
 
-def _steps(x: Array, factor: Array, scale: Array) -> Array:
-  """x, which is multiplied by `factor`, in steps of `scale`."""
-  return jnp.round(x / (scale.astype(x.dtype) * factor))
+def _steps(x: Array, factor: Array, scale: Array, key: Key | None = None) -> Array:
+  """x, which is multiplied by `factor`, in steps of `scale`, rounded to whole ones."""
+  steps = x / (scale.astype(x.dtype) * factor)
+  if key is None:
+    return jnp.round(steps)
+  return jnp.floor(steps + jax.random.uniform(key, steps.shape, steps.dtype))
 
 
 def _scale(scale: Array, peak: Array, factor: Array, dtype: DTypeLike) -> Array:

@@ -12,7 +12,8 @@ from effjax.core import numerics, weights
 from effjax.core.typing import Array, DTypeLike, Float, Int, Num, PyTree
 from effjax.core.weights import Weight, register
 from effjax.quant import basics
-from effjax.quant.product import integer_product
+from effjax.quant.packed import is_table
+from effjax.kernels.quantized_matmul import integer_product
 
 
 @register(static=("dtype", "turned"), kind="quantised")
@@ -63,18 +64,13 @@ class Int8(Weight):
     if granularity not in ("channel", "row"):
       raise ValueError(f"granularity {granularity!r}; allowed: channel, row")
     q, scale = basics.symmetric(w, granularity=granularity, scale_dtype=scale_dtype)
-    if not isinstance(scale, jax.core.Tracer) and not jnp.isfinite(scale).all():
-      raise ValueError(
-        f"w has NaN, infinity or what no scale in {scale.dtype} is for; allowed: finite numbers, "
-        "and scale_dtype=float32 for very small or large ones"
-      )
+    basics.check_scales(scale)
     return cls(q, scale, dtype=jax.typeof(w).dtype)
 
   @classmethod
-  def represent(cls, path: str, w: Num[Array | np.ndarray, "... D F"]) -> "Int8":
-    """The `Int8` of the parameter at `path`: a table named "embedding" has one scale a row."""
-    table = path.rsplit("/", 1)[-1] == "embedding"
-    return cls.quantize(w, granularity="row" if table else "channel")
+  def represent(cls, path: str, w: Num[Array | np.ndarray, "... D F"], **options: Any) -> "Int8":
+    """`quantize` of the parameter at `path`: a table named "embedding" has one scale a row."""
+    return cls.quantize(w, **{"granularity": "row" if is_table(path) else "channel", **options})
 
   def __post_init__(self):
     if self.dtype is None and hasattr(self.scale, "dtype"):

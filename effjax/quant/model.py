@@ -7,33 +7,38 @@ import jax
 from effjax.core import trees
 from effjax.core.register import REPRESENTATIONS
 from effjax.core.trees import Chooser
-from effjax.core.typing import PyTree
+from effjax.core.typing import Array, PyTree
 from effjax.core.weights import Weight, is_weight
 
 TARGETS = r"^(?!.*(router|conv)).*\b(kernel|embedding)$"
 
 
 def methods() -> dict[str, type[Weight]]:
-  """Name → representation, of everything registered as "quantised" (`core.weights`)."""
-  known = REPRESENTATIONS.values()
-  weights = (cls for cls in known if issubclass(cls, Weight))
-  return {cls.__name__.lower(): cls for cls in weights if cls.kind == "quantised"}
+  """Name → representation, of what is registered as "quantised" and has a `represent`."""
+  weights = (cls for cls in REPRESENTATIONS.values() if issubclass(cls, Weight))
+  own = (cls for cls in weights if cls.represent.__func__ is not Weight.represent.__func__)
+  return {cls.__name__.lower(): cls for cls in own if cls.kind == "quantised"}
 
 
-def quantize(params: PyTree, method: str = "int8", targets: Chooser = TARGETS) -> PyTree:
+def quantize(
+  params: PyTree, method: str = "int8", targets: Chooser = TARGETS, **options: Any
+) -> PyTree:
   """`params` with each targeted matrix in a quantised representation.
 
   What a representation makes of the parameter at a path is its `represent`.
 
   Args:
     params: a parameter tree; leading axes of a matrix (scanned layers, experts) are a batch.
-    method: one of `methods()`: "int8".
+    method: one of `methods()`: "int8", "int8dynamic", "llmint8", "llmint8exact", "int4",
+      "int4affine", "nf4", "fp4", "palette", "gguf".
     targets: pattern or predicate on paths; by default all kernels and embedding tables, but not
       norms, biases, routers and convolutions.
+    options: of the method, as its `quantize` has them: `double=True` for NF4, `group=32` for Int4.
 
   Raises:
     ValueError: for an unknown method; when no matrix matches, one is quantised already or cannot
-      be, as one of integers or, where values are known, one that holds NaN or infinity.
+      be, as one of integers, one whose inputs a block does not divide, or, where values are known,
+      one that holds NaN or infinity.
 
   Example:
     >>> import jax.numpy as jnp
@@ -41,6 +46,8 @@ def quantize(params: PyTree, method: str = "int8", targets: Chooser = TARGETS) -
     >>> small = quantize(params)
     >>> type(small["up"]["kernel"]).__name__, trees.nbytes(params), trees.nbytes(small)
     ('Int8', 160, 96)
+    >>> quantize(params, "int4", group=2)["up"]["kernel"]
+    Int4[4, 8] float32
   """
   if method not in methods():
     raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(methods())}")
@@ -51,7 +58,7 @@ def quantize(params: PyTree, method: str = "int8", targets: Chooser = TARGETS) -
 
   def represent(path: str, leaf: Any) -> Weight:
     try:
-      return methods()[method].represent(path, leaf)
+      return methods()[method].represent(path, leaf, **options)
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
 
@@ -69,3 +76,44 @@ def dequantize(params: PyTree) -> PyTree:
   quantised = lambda leaf: is_weight(leaf) and leaf.kind == "quantised"
   plain = lambda leaf: leaf.materialize() if quantised(leaf) else leaf
   return jax.tree.map(plain, params, is_leaf=quantised)
+
+
+def fake_quantize(
+  params: PyTree, method: str = "int8", targets: Chooser = TARGETS, **options: Any
+) -> PyTree:
+  """`params` with each targeted matrix rounded to what `quantize` would make of it; still arrays.
+
+  As a view of what is trained it is quantisation-aware training: the loss is that of the rounded
+  matrices, and its gradient goes straight through to the ones that are rounded (Jacob et al., arXiv
+  1712.05877; Bengio et al., arXiv 1308.3432). What it computes is what the model computes once it
+  is quantised, for methods that round weights alone.
+
+  Args:
+    params, method, targets, options: as for `quantize`.
+
+  Raises:
+    ValueError: as `quantize`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> w = {"kernel": jnp.array([[0.75, 127.0]]).T}
+    >>> fake_quantize(w)["kernel"].tolist()
+    [[1.0], [127.0]]
+    >>> jax.grad(lambda w: fake_quantize(w)["kernel"].sum())(w)["kernel"].tolist()
+    [[1.0], [1.0]]
+  """
+  found = trees.matrices(params, targets)
+  small = trees.items(quantize(jax.lax.stop_gradient(params), method, targets, **options))
+  change = lambda path, w: _straight(w, small[path].materialize())
+  return trees.update(params, lambda path, leaf: path in found, change)
+
+
+@jax.custom_jvp
+def _straight(w: Array, rounded: Array) -> Array:
+  """`rounded`, whose derivative is that of w; w + (rounded − w) would be rounded once more."""
+  return rounded
+
+
+@_straight.defjvp
+def _straight_jvp(primals, tangents):
+  return _straight(*primals), tangents[0]

@@ -72,6 +72,8 @@ TRANSFORMS = [
   Transform("int8", on_params(quant.quantize), (quant.quantize,), same=0.1),
   Transform("int8 and back", on_params(lambda p: quant.dequantize(quant.quantize(p))),
             (quant.quantize, quant.dequantize), same=0.1),
+  Transform("rounded", on_params(lambda p: quant.fake_quantize(p, "int4", group=8)),
+            (quant.fake_quantize,), same=0.5),
   Transform("lora at its start", on_params(lambda p: lora.add(p, KEY, rank=2)), (lora.add,)),
   Transform("lora on int8", on_params(lambda p: lora.add(quant.quantize(p), KEY)),
             (lora.add, quant.quantize), same=0.1),

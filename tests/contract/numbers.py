@@ -24,6 +24,8 @@ from effjax.peft import lora
 from effjax.quant import basics
 from effjax.train import LoopConfig, OptimizerConfig, make_optimizer, next_token, per_token
 from tests.contract.weights import ROWS as REPRESENTATIONS
+from tests.contract.weights import D as WIDTH
+from tests.contract.weights import V as ENTRIES
 from tests.modules import normal, random_params
 
 B, T, V = 2, 5, 7
@@ -112,8 +114,8 @@ PARAMS = random_params(MODEL, IDS)
 
 
 def of_representation(row: Any) -> IdsRow:
-  table = row.of(V, 4)
-  return IdsRow(f"rows of {row.name}", lambda ids: weights.take(table, ids), V)
+  table = row.of(ENTRIES, WIDTH)
+  return IdsRow(f"rows of {row.name}", lambda ids: weights.take(table, ids), ENTRIES)
 
 
 READERS = [of_representation(row) for row in REPRESENTATIONS] + [

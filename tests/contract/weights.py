@@ -15,16 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from effjax import quant
 from effjax.core import linear, weights
 from effjax.core.weights import Weight
 from effjax.kernels.grouped_matmul import grouped_linear
 from effjax.layers import MLP, Embed, LayerSpec, Linear, TransformerConfig, stack
 from effjax.parallel import Zero, make_mesh
 from effjax.peft import LoRA, lora
-from effjax.quant import Int8
+from effjax.quant import NF4, Int8
 from tests.modules import normal
 
-D, F, E, R, V = 16, 24, 3, 2, 32
+D, F, E, R, V = 32, 24, 3, 2, 32
 X, WIDE = normal(8, 6, D, seed=1), normal(8, 6, F, seed=2)
 IDS = jnp.asarray(np.random.default_rng(3).integers(0, V, (8, 6)), jnp.int32)
 Represent = Callable[[jax.Array, jax.Array], Any]
@@ -32,10 +33,17 @@ Represent = Callable[[jax.Array, jax.Array], Any]
 
 @dataclasses.dataclass(frozen=True)
 class WeightRow:
-  """A representation: `represent(matrix [..., D, F], key)` is the weight, or the array itself."""
+  """A representation: `represent(matrix [..., D, F], key)` is the weight, or the array itself.
+
+  Attributes:
+    name: what the table calls it.
+    represent: makes it.
+    rounding: of the largest number, what its products are off by besides.
+  """
 
   name: str
   represent: Represent
+  rounding: float = 0.0
 
   def of(self, *shape: int) -> Any:
     """The representation of a random matrix."""
@@ -58,7 +66,18 @@ BASES: dict[str, Represent] = {
   "array": lambda w, key: w,
   "Int8": lambda w, key: Int8.quantize(w),
   "Int8 by row": lambda w, key: Int8.quantize(w, granularity="row"),
+  "Int8Dynamic": lambda w, key: quant.Int8Dynamic.quantize(w),
+  "LLMInt8": lambda w, key: quant.LLMInt8.quantize(w, threshold=2.0),
+  "LLMInt8Exact": lambda w, key: quant.LLMInt8Exact.quantize(w, threshold=2.0, capacity=4),
+  "NF4": lambda w, key: NF4.quantize(w, block=8),
+  "NF4, double, of a table": lambda w, key: NF4.quantize(w, block=2, double=True, table=True),
+  "FP4": lambda w, key: quant.FP4.quantize(w, block=16),
+  "Int4": lambda w, key: quant.Int4.quantize(w, group=8),
+  "Int4Affine": lambda w, key: quant.Int4Affine.quantize(w, group=8),
+  "Palette": lambda w, key: quant.Palette.quantize(w, bits=3, steps=2),
+  "GGUF": lambda w, key: quant.GGUF.quantize(w, type="Q4_1"),
 }
+ROUNDING = {"Int8Dynamic": 0.02, "LLMInt8": 0.02, "LLMInt8Exact": 0.02}  # of activations
 WRAPPERS: dict[str, Represent] = {"LoRA": adapted}
 
 
@@ -66,9 +85,9 @@ def over(wrap: Represent, base: Represent) -> Represent:
   return lambda w, key: wrap(base(w, key), key)
 
 
-ROWS = [WeightRow(name, represent) for name, represent in BASES.items()]
+ROWS = [WeightRow(name, represent, ROUNDING.get(name, 0)) for name, represent in BASES.items()]
 ROWS += [
-  WeightRow(f"{wrapper} over {name}", over(wrap, base))
+  WeightRow(f"{wrapper} over {name}", over(wrap, base), ROUNDING.get(name, 0))
   for wrapper, wrap in WRAPPERS.items()
   for name, base in (BASES | WRAPPERS).items()
 ]

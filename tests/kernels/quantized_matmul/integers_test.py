@@ -6,7 +6,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effjax.cost.compiled import compiled
-from effjax.quant.product import integer_product
+from effjax.kernels.quantized_matmul import integer_product
 
 
 def operands(rows, columns, batch=1):

@@ -1,0 +1,141 @@
+"""Matrices whose codes stay packed in memory: what all of them have in common."""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from effjax.core import numerics, weights
+from effjax.core.known import number
+from effjax.core.typing import Array, Float, Int, Num, PyTree, Size
+from effjax.core.weights import Weight
+from effjax.kernels.quantized_matmul import Format, packed_product
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Packed(Weight):
+  """W = Mᵀ, or M as the table of an embedding, for a matrix M [..., O, I] of packed codes.
+
+  The rows of M are the outputs of a product, so that blocks run along its inputs; those of a token
+  table are its tokens, which are the outputs of the tied head. How M lies in memory is said in
+  `effjax.kernels.quantized_matmul.formats`. A subclass adds the constants as fields, and `format`.
+
+  Invariants:
+    codes: uint8 [..., O, n · size], n blocks of `format.size` bytes.
+    dtype: type of the matrix that it stands for.
+    table: whether W is M itself.
+  """
+
+  static = ("dtype", "table")
+  codes: PyTree
+  dtype: Any = dataclasses.field(default=np.dtype(np.float32), kw_only=True)
+  table: bool = dataclasses.field(default=False, kw_only=True)
+
+  @property
+  @abc.abstractmethod
+  def format(self) -> Format:
+    """What the codes stand for."""
+
+  @classmethod
+  @abc.abstractmethod
+  def quantize(cls, w: Num[Array | np.ndarray, "... D F"], *, table: bool = False) -> "Packed":
+    """The nearest one of `w`."""
+
+  @classmethod
+  def represent(cls, path: str, w: Num[Array | np.ndarray, "... D F"], **options: Any) -> "Packed":
+    """`quantize`, a parameter named "embedding" being a table."""
+    return cls.quantize(w, table=is_table(path), **options)
+
+  @property
+  def constants(self) -> tuple[Any, ...]:
+    """The constants, arrays or weights, as `format.unpack` takes them."""
+    names = (field.name for field in dataclasses.fields(self))
+    return tuple(getattr(self, name) for name in names if name not in ("codes", *self.static))
+
+  def check(self) -> None:
+    *batch, outputs, size = self.codes.shape
+    n, rest = divmod(size, self.format.size)
+    if rest or self.codes.dtype != jnp.uint8:
+      raise ValueError(
+        f"{type(self).__name__}: codes are {self.codes.dtype}{list(self.codes.shape)}; allowed: "
+        f"uint8, blocks of {self.format.size} bytes"
+      )
+    for constant in self.constants:
+      given = tuple(constant.shape)
+      allowed = (*batch, 1, *given[-1:]) if self.format.shares else (*batch, outputs, n)
+      if given != allowed:
+        raise ValueError(
+          f"{type(self).__name__}: a constant has shape {given}; allowed: {allowed}, as the codes "
+          f"are {tuple(self.codes.shape)}"
+        )
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    *batch, outputs, size = self.codes.shape
+    inputs = size // self.format.size * self.format.block
+    return (*batch, outputs, inputs) if self.table else (*batch, inputs, outputs)
+
+  def materialize(self) -> Array:
+    constants = (weights.materialize(constant) for constant in self.constants)
+    lying = self.format.unpack(self.codes, *constants).astype(self.dtype)
+    return lying if self.table else jnp.matrix_transpose(lying)
+
+  def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+    y = packed_product(x, self.format, self.codes, *self.constants, inputs=not self.table)
+    return y.astype(x.dtype)
+
+  def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
+    if not self.table:
+      return super().lookup(indices)
+    flat = indices.reshape(-1)
+    rows = lambda w: weights.lookup(w, flat)
+    constants = self.constants if self.format.shares else map(rows, self.constants)
+    found = self.format.unpack(rows(self.codes), *constants).astype(self.dtype)
+    return found.reshape(*indices.shape, self.shape[-1])
+
+  @property
+  def T(self) -> "Packed":
+    return dataclasses.replace(self, table=not self.table)
+
+  def specs(self, axes: Sequence[Any]) -> "Packed":
+    """As `Weight.specs`; a mesh axis that splits the inputs splits whole blocks of them."""
+    *batch, first, last = axes
+    outputs, inputs = (first, last) if self.table else (last, first)
+    whole = (*batch, None, None)
+    each = whole if self.format.shares else (*batch, outputs, inputs)
+    constants = [weights.specs(constant, each) for constant in self.constants]
+    names = [f.name for f in dataclasses.fields(self) if f.name not in ("codes", *self.static)]
+    codes = PartitionSpec(*batch, outputs, inputs)
+    return dataclasses.replace(self, codes=codes, **dict(zip(names, constants, strict=True)))
+
+
+def is_table(path: str) -> bool:
+  """Whether the parameter at `path` is a table of rows: it is named "embedding"."""
+  return path.rsplit("/", 1)[-1] == "embedding"
+
+
+def lying(
+  w: Num[Array | np.ndarray, "... D F"], table: bool, name: str, block: Size
+) -> Float[Array, "... O I"]:
+  """M of W, in float32 at least; its rows are to be cut into blocks.
+
+  Raises:
+    ValueError: when W is no matrix of floating-point numbers, or a block, which `name` calls it,
+      does not divide the inputs.
+  """
+  if len(w.shape) < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+    raise ValueError(
+      f"w is {w.dtype}{list(w.shape)}; allowed: matrices [..., D, F] of floating point"
+    )
+  inputs = w.shape[-1 if table else -2]
+  if number(name, block, integer=True) < 1 or inputs % block:
+    raise ValueError(
+      f"{name} {block} does not divide the {inputs} inputs of w {tuple(w.shape)}; allowed: "
+      f"{', '.join(str(size) for size in range(1, 257) if inputs % size == 0)}"
+    )
+  w = jnp.asarray(w).astype(numerics.wide(w.dtype))
+  return w if table else jnp.matrix_transpose(w)

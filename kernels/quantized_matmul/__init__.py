@@ -1,0 +1,16 @@
+"""Products with matrices that stay packed in memory."""
+
+from effjax.kernels.quantized_matmul.formats import FLOATS, NORMAL, Format, Indices, Nibbles
+from effjax.kernels.quantized_matmul.integers import integer_matmul, integer_product
+from effjax.kernels.quantized_matmul.packed import packed_product
+
+__all__ = [
+  "FLOATS",
+  "NORMAL",
+  "Format",
+  "Indices",
+  "Nibbles",
+  "integer_matmul",
+  "integer_product",
+  "packed_product",
+]

@@ -1,0 +1,193 @@
+"""x Mᵀ and x M for a packed matrix M, whose numbers are made tile by tile as they are multiplied.
+
+A tile of M lies in planes (`Format.planes`), and inputs are cut to fit (`Format.strands`), so that
+nothing is put in order on the way. On a CPU the tiles are some outputs each: one row x multiplies
+what is unpacked in registers, more rows a tile that is unpacked in cache.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.core import weights
+from effjax.core.linear_map import linear_map
+from effjax.core.numerics import vary_alike, wide
+from effjax.core.typing import Array, Float, Integer
+from effjax.kernels.quantized_matmul.batches import row_by_row
+from effjax.kernels.quantized_matmul.formats import Format
+from effjax.kernels.quantized_matmul.steps import (
+  begin,
+  even,
+  outputs_at_once,
+  pairwise,
+  parts_of,
+  sum_of,
+)
+
+TERMS = 3  # runs of blocks that are added in registers before they are added in memory
+SUMS_BYTES = 1 << 17  # which should stay in a core's cache
+
+
+def packed_product(
+  x: Float[Array, "... D"],
+  format: Format,
+  codes: Integer[Array, "O N"],
+  *constants: Any,
+  inputs: bool = True,
+) -> Float[Array, "... F"]:
+  """x Mᵀ, or x M where `inputs` is False, in float32 or in the type of x where that is wider.
+
+  Backward keeps the codes and nothing wider. Where the constants are differentiated, M is unpacked
+  whole.
+
+  Args:
+    x: [..., I], or [..., O] for x M.
+    format: what the codes stand for.
+    codes: uint8 [O, n · format.size].
+    constants: as `format.unpack` takes them, arrays or weights.
+    inputs: whether x holds inputs of M, and the product its outputs.
+
+  Example:
+    >>> from effjax.kernels.quantized_matmul import Nibbles
+    >>> halves, codes, scale = Nibbles(tuple(range(16)), 2), jnp.uint8([[0x12]]), jnp.ones((1, 1))
+    >>> packed_product(jnp.array([1.0, 10.0]), halves, codes, scale).tolist()
+    [21.0]
+    >>> packed_product(jnp.array([3.0]), halves, codes, scale, inputs=False).tolist()
+    [3.0, 6.0]
+  """
+  matrix = codes, constants
+  return _product(vary_alike(x, matrix), matrix, format, inputs)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _product(x, matrix, format, inputs):
+  outputs, size = matrix[0].shape
+  length = outputs if not inputs else size // format.size * format.block
+  rows = x.reshape(math.prod(x.shape[:-1]), length)
+  width = outputs if inputs else size // format.size * format.block
+  if not rows.size or not width:
+    return jnp.zeros((*x.shape[:-1], width), wide(x.dtype))
+  on_cpu = row_by_row(functools.partial(_outputs if inputs else _inputs, format))
+  y = jax.lax.platform_dependent(
+    rows,
+    matrix,
+    cpu=lambda rows, matrix: on_cpu(rows.astype(wide(x.dtype)), *matrix),
+    default=functools.partial(_whole, format, inputs),
+  )
+  return y.reshape(*x.shape[:-1], width)
+
+
+@functools.partial(_product.defjvp, symbolic_zeros=True)
+def _product_jvp(format, inputs, primals, tangents):
+  (x, matrix), (dx, (_, d_constants)) = primals, tangents
+  y = _product(x, matrix, format, inputs)
+  forward = lambda matrix, dx: _product(dx, matrix, format, inputs)
+  backward = lambda matrix, dy: _product(dy, matrix, format, not inputs).astype(x.dtype)
+  zero = lambda x: isinstance(x, jax.custom_derivatives.SymbolicZero)
+  dense = lambda x: np.zeros(x.shape, x.dtype) if zero(x) else x
+  dy = linear_map(forward, backward, matrix, dense(dx), y)
+  if not all(map(zero, jax.tree.leaves(d_constants, is_leaf=zero))):
+    codes, constants = matrix
+    of_constants = lambda constants: _whole(format, inputs, x, (codes, constants))
+    moved = jax.tree.map(dense, d_constants, is_leaf=zero)
+    dy = dy + jax.jvp(of_constants, (constants,), (moved,))[1]
+  return y, dy
+
+
+def _whole(format, inputs, x, matrix):
+  codes, constants = matrix
+  m = format.unpack(codes, *map(weights.materialize, constants)).astype(x.dtype)
+  axes = (((1,), (int(inputs),)), ((), ()))
+  return jax.lax.dot_general(x, m, axes, preferred_element_type=wide(x.dtype))
+
+
+def _outputs(format, x, codes, constants):
+  """x Mᵀ by tiles of outputs."""
+  outputs, n = len(codes), codes.shape[1] // format.size
+  strands = format.strands(x.reshape(len(x), n, format.block))
+  few = len(x) == 1
+  held = _lanes(strands, n) * 4 if few else n * format.block * x.dtype.itemsize
+  size = even(outputs, max(1, SUMS_BYTES // held)) if few else outputs_at_once(outputs, held)
+
+  def put(i, out):
+    first = begin(i, size, outputs)
+    tile = _tile(format, codes, constants, first, size)
+    found = (_in_registers if few else _in_cache)(format, strands, *tile)
+    return jax.lax.dynamic_update_slice_in_dim(out, found, first, 1)
+
+  return jax.lax.fori_loop(0, -(-outputs // size), put, _zeros(x, codes, (len(x), outputs)))
+
+
+def _inputs(format, x, codes, constants):
+  """x M by tiles of outputs, over which it is summed."""
+  outputs, n = len(codes), codes.shape[1] // format.size
+  size = outputs_at_once(outputs, n * format.block * x.dtype.itemsize)
+  parts = parts_of(x, size)
+
+  def add(i, sums):
+    tile = _tile(format, codes, constants, begin(i, size, outputs), size)
+    part = jax.lax.dynamic_index_in_dim(parts, i, 1, keepdims=False)
+    by_rows = lambda plane: jnp.tensordot(part, plane.astype(x.dtype), 1)
+    return [s + by_rows(plane) for s, plane in zip(sums, _planes(format, *tile), strict=True)]
+
+  shapes = (strand.shape for strand in format.strands(jnp.zeros((len(x), n, format.block))))
+  sums = [_zeros(x, codes, shape) for shape in shapes]
+  return format.join(jax.lax.fori_loop(0, -(-outputs // size), add, sums)).reshape(len(x), -1)
+
+
+def _in_cache(format, strands, codes, constants):
+  def of_plane(strand, plane):
+    flat = lambda x: x.reshape(len(x), -1).astype(strand.dtype)
+    return jax.lax.dot_general(flat(strand), flat(plane), (((1,), (1,)), ((), ())))
+
+  planes = _planes(format, codes, constants)
+  return pairwise([of_plane(*pair) for pair in zip(strands, planes, strict=True)])
+
+
+def _in_registers(format, strands, codes, constants):
+  """For x of one row; a term is a run of blocks."""
+  n = codes.shape[1] // format.size
+  run = -(-n // TERMS)
+  parts = [parts_of(jnp.moveaxis(strand, 1, -1), run) for strand in strands]  # [1, w, P, run]
+
+  def term(j):
+    first = begin(j, run, n)
+    at = lambda x, size: x[:, first * size : (first + run) * size]
+    each = constants if format.shares else [at(c, 1) for c in constants]
+    planes = _planes(format, at(codes, format.size), each)
+    pairs = zip(parts, planes, strict=True)
+    return pairwise([part[:, :, j].mT * plane for part, plane in pairs])
+
+  sums = pairwise([term(j) for j in range(-(-n // run))])
+  return sum_of(sums.reshape(len(codes), -1), 1)[None]
+
+
+def _lanes(strands, n):
+  return strands[0].shape[-1] * -(-n // TERMS)
+
+
+def _planes(format, codes, constants):
+  """[O, n, w] each, in float32."""
+  blocks = codes.reshape(len(codes), -1, format.size)
+  each = constants if format.shares else [c[..., None] for c in constants]
+  return format.planes(blocks, *each)
+
+
+def _tile(format, codes, constants, first, size):
+  """The codes and constants of outputs from `first` on; some constants are expanded with them."""
+  rows = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 0)
+  indices = first + jnp.arange(size, dtype=jnp.int32)
+  of = lambda c: weights.lookup(c, indices) if isinstance(c, weights.Weight) else rows(c)
+  if format.shares:
+    return rows(codes), list(map(weights.materialize, constants))
+  return rows(codes), list(map(of, constants))
+
+
+def _zeros(x, codes, shape):
+  """Zeros that need x: the compiler makes others at once for all layers, and holds them."""
+  zero = jnp.minimum(jnp.abs(x[:, :1]), 0) * codes[0, 0].astype(x.dtype)
+  return jnp.broadcast_to(zero.reshape(-1, *(1,) * (len(shape) - 1)), shape)

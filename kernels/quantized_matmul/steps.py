@@ -1,0 +1,69 @@
+"""What products on a CPU go through matrices with."""
+
+import jax
+import jax.numpy as jnp
+
+from effjax.core.typing import Array, Float, Int
+
+BLOCK_BYTES = 1 << 20  # of an expanded block, which should stay in a core's cache
+LEAST_OUTPUTS = 128  # of a block; fewer make a product of matrices slow
+
+
+def outputs_at_once(outputs: int, output_bytes: int) -> int:
+  """Outputs of a block, and so parts of a matrix, that takes `output_bytes` for each.
+
+  Example:
+    >>> outputs_at_once(4096, 16_384), outputs_at_once(100, 256)
+    (128, 50)
+  """
+  most = max(LEAST_OUTPUTS, BLOCK_BYTES // output_bytes)
+  return even(outputs, min(most, -(-outputs // 2)))
+
+
+def even(length: int, most: int) -> int:
+  """The size of the fewest parts of at most `most` that `length` is cut into.
+
+  Example:
+    >>> even(10, 4)
+    4
+  """
+  return -(-length // -(-length // most))
+
+
+def begin(i, size: int, length: int):
+  """Where part i begins; the last ends at `length`, and may overlap the one before."""
+  least = min if isinstance(i, int) else jnp.minimum
+  return least(i * size, length - size)
+
+
+def parts_of(x: Float[Array, "... D"], size: int) -> Float[Array, "... P size"]:
+  """x in those parts, 0 where the last overlaps the one before.
+
+  Example:
+    >>> parts_of(jnp.array([1.0, 2.0, 3.0]), 2).tolist()
+    [[1.0, 2.0], [0.0, 3.0]]
+  """
+  length = x.shape[-1]
+  count = -(-length // size)
+  first, last = jnp.split(x, [(count - 1) * size], -1)
+  none = jnp.zeros((*x.shape[:-1], count * size - length), x.dtype)
+  return jnp.concatenate([first, none, last], -1).reshape(*x.shape[:-1], count, size)
+
+
+def zero_after(out: Float[Array, "M F"]) -> Int[Array, ""]:
+  """0, once `out` is there: what begins at it waits for `out`."""
+  return (jnp.minimum(jnp.abs(out[0, 0]), 0) > 0).astype(jnp.int32)
+
+
+def pairwise(terms: list[Array]) -> Array:
+  """Their sum, for which one loop over memory multiplies, converts and adds."""
+  while len(terms) > 1:
+    odd = terms[-1:] if len(terms) % 2 else []
+    terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)] + odd
+  return terms[0]
+
+
+def sum_of(x: Array, axis: int) -> Array:
+  """The sum over an axis as a product: XLA would have a sum take in what makes its terms."""
+  ones = jnp.ones(x.shape[axis], x.dtype)
+  return jax.lax.dot_general(x, ones, (((axis,), (0,)), ((), ())))
