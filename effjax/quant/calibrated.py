@@ -15,7 +15,7 @@ they have in the model as given, not on those that quantised layers before them 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,7 +82,7 @@ def gptq(
       raise ValueError(f"H is not positive definite with damping={damping}; allowed: more of it")
     return dataclasses.replace(made, codes=codes)
 
-  return _calibrated(params, change, grams, axes=2)
+  return _calibrated(params, change, grams, axes=(2,))
 
 
 def awq(
@@ -114,7 +114,7 @@ def awq(
     search = functools.partial(_searched, quantise=quantise)
     return _scaled(quantise, w, _each_matrix(search, w.ndim - 2, w, gram, magnitude))
 
-  return _calibrated(params, change, grams, magnitudes, axes=2)
+  return _calibrated(params, change, grams, magnitudes, axes=(2, 1))
 
 
 def smoothquant(
@@ -155,11 +155,16 @@ def smoothquant(
     scale = jnp.where(known, peak, 1) ** alpha / jnp.where(known, largest, 1) ** (1 - alpha)
     return _scaled(functools.partial(representation(method).represent, path, **options), w, scale)
 
-  return _calibrated(params, change, peaks, axes=1)
+  return _calibrated(params, change, peaks, axes=(1,))
 
 
-def _calibrated(params: PyTree, change: Callable, *statistics: Statistics, axes: int) -> PyTree:
-  """`params` with change(path, matrix, *its statistics) where a layer has them."""
+def _calibrated(
+  params: PyTree, change: Callable, *statistics: Statistics, axes: Sequence[int]
+) -> PyTree:
+  """`params` with change(path, matrix, *its statistics) where a layer has them.
+
+  A statistic has `axes`: one, of the inputs, or two of them.
+  """
   names = set(statistics[0])
   if not names or any(set(each) != names for each in statistics):
     given = " and ".join(", ".join(sorted(each)) or "none" for each in statistics)
@@ -176,12 +181,15 @@ def _calibrated(params: PyTree, change: Callable, *statistics: Statistics, axes:
   def visit(path: str, w: Any) -> Weight:
     if is_weight(w):
       raise ValueError(f"{path} is {type(w).__name__} already; allowed: plain arrays")
-    own = [each[layer(path)] for each in statistics]
-    wanted = (*w.shape[:-1],) if axes == 1 else (*w.shape[:-1], w.shape[-2])
-    if tuple(own[0].shape) != wanted:
-      raise ValueError(f"{path}: its statistic has shape {own[0].shape}; allowed: {wanted}")
+    own = [jnp.asarray(each[layer(path)]) for each in statistics]
+    by_input = tuple(w.shape[:-1])
+    allowed = (by_input, (*by_input, w.shape[-2]))
+    for statistic, axis in zip(own, axes, strict=True):
+      if statistic.shape != allowed[axis - 1]:
+        given = f"{path}: a statistic has shape {statistic.shape}"
+        raise ValueError(f"{given}; allowed: {allowed[axis - 1]}")
     try:
-      return change(path, w, *own)
+      return change(path, jnp.asarray(w), *own)
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
 
@@ -229,7 +237,7 @@ def _searched(
 def _mean_diagonal(gram: Float[Array, "... D D"]) -> Float[Array, "... D D"]:
   """The identity times the mean of the diagonal, or times 1 where that is 0."""
   mean = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / gram.shape[-1]
-  return jnp.where(mean == 0, 1, mean) * jnp.eye(gram.shape[-1])
+  return jnp.where(mean == 0, 1, mean) * jnp.broadcast_to(jnp.eye(gram.shape[-1]), gram.shape)
 
 
 @jax.jit
@@ -289,7 +297,7 @@ def _rounded(
       s, z, u = scale[i], zero[i], within[i]
       index = nearest(own[i] / jnp.where(s == 0, 1, s) + z, table)
       error = (own[i] - (table[index] - z) * s) / u[i]
-      return own - u[:, None] * error, (index, error)
+      return own - jnp.outer(u, error), (index, error)
 
     _, (index, errors) = jax.lax.scan(one, cut(rows), jnp.arange(BLOCK))
     return rows - jnp.matmul(cut(upper).T, errors), index

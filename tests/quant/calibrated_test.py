@@ -7,6 +7,7 @@ import pytest
 
 from effjax import quant
 from effjax.quant import awq, gptq, smoothquant
+from effjax.quant.model import representation
 
 D, F, GROUP = 160, 6, 32  # more inputs than one block of GPTQ, which they do not divide
 METHODS = {
@@ -50,7 +51,7 @@ def surgeon(w, h, values):
 def test_gptq_is_the_optimal_surgeon(method):
   (w, x), options = problem(), METHODS[method]
   h = gram(x)
-  made = quant.representation(method).quantize(w, **options)
+  made = representation(method).quantize(w, **options)
   spread = lambda c: np.repeat(np.asarray(c, np.float64).T, GROUP, 0)
   scale, *zero = map(spread, made.constants)
   table = np.asarray(made.format.table)
@@ -139,9 +140,11 @@ def test_bad_input_is_named():
     "of none": lambda: gptq(params, {}),
     "of the same layers": lambda: awq(params, {"up": h}, {"down": peak}),
     "statistics of down have no kernel; allowed: up": lambda: gptq(params, {"down": h}),
-    "up/kernel: its statistic has shape": lambda: smoothquant(params, {"up": h}),
+    "up/kernel: a statistic has shape": lambda: smoothquant(params, {"up": h}),
     "up/kernel: group 7": lambda: gptq(params, {"up": h}, group=7),
-    "up/kernel: H is not positive": lambda: gptq(params, {"up": jnp.ones((D, D))}, damping=0),
+    "up/kernel: H is not positive": lambda: gptq(
+      params, {"up": jnp.ones((D, D))}, damping=0, group=GROUP
+    ),
     "up/kernel is Int8 already": lambda: gptq(quant.quantize(params), {"up": h}),
   }.items():
     with pytest.raises(ValueError, match=message):
