@@ -26,6 +26,7 @@ That Linformer's is did NOT hold: at these lengths it has hardly begun to grow, 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -211,13 +212,15 @@ def series(points: list[harness.Row], name: str, column: str, factor: float) -> 
 def exponent(line: dict[int, float]) -> float | None:
   """a of y ∝ N^a over the three greatest N, by least squares on logarithms; None for one or none.
 
+  Only what is finite and above 0 counts.
+
   Example:
     >>> round(exponent({512: 9.0, 1024: 3.0, 2048: 12.0, 4096: 48.0}), 3)
     2.0
   """
-  if len(line) < 2:
+  lengths = [n for n in sorted(line) if 0 < line[n] < math.inf][-LAST:]
+  if len(lengths) < 2:
     return None
-  lengths = sorted(line)[-LAST:]
   return float(np.polyfit(np.log(lengths), np.log([line[n] for n in lengths]), 1)[0])
 
 

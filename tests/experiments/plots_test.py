@@ -106,7 +106,7 @@ def memory_rows():
 
 def step_rows():
   rows = [{"step": i, "nll": 7 - i / 50} for i in range(1, 101)]
-  return rows + [{"step": 101, "nll": 5.0, "validation_loss": 5.1}]
+  return [*rows, {"step": 101, "nll": 5.0, "validation_loss": 5.1}]
 
 
 # Rows, what makes panels of them, the column that is damaged, and what the lines beneath say.
@@ -144,11 +144,10 @@ def damaged(rows, column, value):
   return rows
 
 
-def beneath(made):
-  texts = [
-    t.get_text() for axes in made.axes for t in axes.get_legend().get_texts() if axes.get_legend()
-  ]
-  return " | ".join(" ".join(text.split()) for text in texts)
+def beneath(axes):
+  """What stands beneath a panel."""
+  legend = axes.get_legend()
+  return [" ".join(text.get_text().split()) for text in legend.get_texts()] if legend else []
 
 
 def inside(made):
@@ -167,15 +166,12 @@ def legends(made):
 @pytest.mark.parametrize("name", CASES)
 def test_quantities_have_words_and_verdicts_their_lines(name):
   rows, panels, _, lines = CASES[name]
-  made = plots.figure(panels(rows()))
-  said = " | ".join(line.words for panel in panels(rows()) for line in panel.lines)
-  for words in lines:
-    assert words in said
-  for panel, axes in zip(panels(rows()), made.axes, strict=True):
+  found = panels(rows())
+  made = plots.figure(found)
+  said = " | ".join(text for axes in made.axes for text in beneath(axes))
+  assert [words for words in lines if words not in said] == []
+  for panel in found:
     assert all(re.search(r"[a-z]{4}", axis.words) for axis in (panel.x, panel.y))
-    assert len({line.words for line in panel.lines}) <= len(
-      axes.get_legend().get_texts() if panel.lines else []
-    )
   assert inside(made)
   assert len(set(legends(made))) == len(legends(made))
 
@@ -189,11 +185,7 @@ def test_one_value_that_nobody_hoped_for(name, value):
   if math.isnan(value):
     made = plots.figure(found)
     assert inside(made)
-    assert "not finite: " in " ".join(
-      text.get_text()
-      for axes in made.axes
-      for text in (axes.get_legend().get_texts() if axes.get_legend() else [])
-    )
+    assert any(text.startswith("not finite: ") for axes in made.axes for text in beneath(axes))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +203,7 @@ def test_one_seed_has_no_spread(rows, panels):
   for panel in barred:
     assert all(spread is None for series in panel.series for spread in series.spread)
   made = plots.figure(barred[:1])
-  assert "no bars: one seed" in [text.get_text() for text in made.axes[0].get_legend().get_texts()]
+  assert "no bars: one seed" in beneath(made.axes[0])
 
 
 def test_a_new_kind_of_technique_has_a_colour_of_its_own():
