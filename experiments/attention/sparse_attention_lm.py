@@ -205,7 +205,9 @@ def panels(rows: list[harness.Row]) -> list[Panel]:
   if FULL in lines:
     bounds.append(Line(f"{FULL} at the length of training", y=trained[FULL]))
   if "window" in lines:
-    bounds.append(Line("1 % above the window at it", y=1.01 * trained["window"]))
+    bounds.append(
+      Line("1 % above the window at the length of training", y=1.01 * trained["window"])
+    )
   edges = rows[0]["edges"] if rows else [0, 1]
   middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
   positions = []
