@@ -7,6 +7,7 @@ of freedom and s the standard deviation of the differences.
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -91,8 +92,7 @@ def deviation(values: Sequence[float]) -> float | None:
   """
   if len(values) < 2:
     return None
-  x = np.asarray(values, np.float64)
-  return float(x.std(ddof=1)) if np.isfinite(x).all() else math.nan
+  return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Interval:

@@ -52,10 +52,11 @@ def _name(panel: Panel, series: Series, index: int) -> str:
   """What a point is called: by its own name, by what stands at the axis, or by its place."""
   if series.names:
     return series.names[index]
-  for axis, value in ((panel.y, series.y[index]), (panel.x, series.x[index])):
+  x, y, _ = series.points()[:, index].tolist()
+  for axis, value in ((panel.y, y), (panel.x, x)):
     if axis.scale == LINEAR and axis.ticks and value in axis.ticks:
       return f"{axis.ticks[value]}, {series.name}"
-  return f"{series.name} at {plain(series.x[index])}"
+  return f"{series.name} at {plain(x)}"
 
 
 def plain(value: float) -> str:
