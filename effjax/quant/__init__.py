@@ -1,5 +1,6 @@
 """Quantised weights: integers, codes and scales that stand where a matrix stood."""
 
+from effjax.quant.calibrated import awq, gptq, smoothquant
 from effjax.quant.dynamic import Int8Dynamic
 from effjax.quant.dynamic8 import Dynamic8
 from effjax.quant.four_bit import FP4, NF4
@@ -9,6 +10,7 @@ from effjax.quant.int8 import Int8
 from effjax.quant.llm_int8 import LLMInt8, LLMInt8Exact, has_outliers, outliers
 from effjax.quant.model import dequantize, fake_quantize, methods, quantize
 from effjax.quant.palette import Palette, kmeans
+from effjax.quant.scaled import Scaled
 
 __all__ = [
   "FP4",
@@ -22,11 +24,15 @@ __all__ = [
   "LLMInt8",
   "LLMInt8Exact",
   "Palette",
+  "Scaled",
+  "awq",
   "dequantize",
   "fake_quantize",
+  "gptq",
   "has_outliers",
   "kmeans",
   "methods",
   "outliers",
   "quantize",
+  "smoothquant",
 ]

@@ -20,6 +20,21 @@ def methods() -> dict[str, type[Weight]]:
   return {cls.__name__.lower(): cls for cls in own if cls.kind == "quantised"}
 
 
+def representation(method: str) -> type[Weight]:
+  """The one of `methods()` that is called so.
+
+  Raises:
+    ValueError: for an unknown method.
+
+  Example:
+    >>> representation("int8").__name__
+    'Int8'
+  """
+  if method not in methods():
+    raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(methods())}")
+  return methods()[method]
+
+
 def quantize(
   params: PyTree, method: str = "int8", targets: Chooser = TARGETS, **options: Any
 ) -> PyTree:
@@ -49,8 +64,7 @@ def quantize(
     >>> quantize(params, "int4", group=2)["up"]["kernel"]
     Int4[4, 8] float32
   """
-  if method not in methods():
-    raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(methods())}")
+  chosen = representation(method)
   found = trees.matrices(params, targets)
   for path, leaf in found.items():
     if is_weight(leaf):
@@ -58,7 +72,7 @@ def quantize(
 
   def represent(path: str, leaf: Any) -> Weight:
     try:
-      return methods()[method].represent(path, leaf, **options)
+      return chosen.represent(path, leaf, **options)
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
 
