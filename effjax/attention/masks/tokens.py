@@ -177,7 +177,7 @@ class Prefix(_Given):
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["segment_ids"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, eq=False)
-class Documents(Mask):
+class Documents(ByValue, Mask):
   """Tokens of equal segment id see one another; a negative id is padding: it sees nothing.
 
   Args:
@@ -190,7 +190,6 @@ class Documents(Mask):
   """
 
   segment_ids: Any  # not checked here: jax rebuilds trees with leaves of other types
-  __hash__ = None  # type: ignore[assignment]  # how Python says that there is none
 
   def features(self, q_positions, length):
     if isinstance(self.segment_ids, tuple):
