@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
 from effjax.core.typing import Array, PyTree
@@ -68,7 +68,7 @@ def _transpose(cotangents, *flat, backward, count, **_):
   return [None] * count + backward(*known, *map(ad.instantiate_zeros, cotangents))
 
 
-def _batch(flat, axes, *, forward, backward, count, **_):
+def _batch(flat, axes, *, forward, backward, count, types):
   size = next(x.shape[a] for x, a in zip(flat, axes, strict=True) if a is not None)
   front = lambda x, a: jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0)
   # What all share stays one array; cotangents of the arguments are not shared.
@@ -80,7 +80,7 @@ def _batch(flat, axes, *, forward, backward, count, **_):
     lambda *flat: jax.vmap(function, (*known, *[0] * (len(flat) - count)))(*flat)
   )
   forward, backward = over(forward), over(backward)
-  types = jax.make_jaxpr(forward)(*flat).out_avals
+  types = [unmapped_aval(size, 0, each) for each in types]
   results = _bind(flat, types, forward=forward, backward=backward, count=count)
   return results, [0] * len(results)
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import numerics
+from effjax.core.linear_map import linear_map
 from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.kernels.flash_attention.fused import steps
 from effjax.kernels.flash_attention.fused.jobs import NOTHING, Job, Kernels, Settings
@@ -95,15 +96,19 @@ def _narrow(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda x: x.astype(kinds.get(jnp.dtype(x.dtype), x.dtype)), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attention(settings, *operands):
   return _forward(settings, *operands)[:2]
 
 
-def _attention_fwd(settings, *operands):
+@_attention.defjvp
+def _attention_jvp(settings, operands, tangents):
   with jax.enable_x64(False):
     out, lse, *parts = _forward(settings, *operands)
-  return (out, lse), (*operands, out, lse, *parts)
+    moves = *tangents[:4], [] if tangents[5] is None else tangents[5].trained
+    back = functools.partial(_backward, settings)
+    saved = (*operands, out, lse, *parts)
+    return (out, lse), linear_map(no_tangents, back, saved, moves, (out, lse))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -134,13 +139,10 @@ def _joined(out: Array, top: Array, log_sum: Array, log2: float) -> tuple[Array,
   return jnp.sum(out * (sums / safe[None])[..., None], axis=0), most, jnp.log2(safe)
 
 
-def _attention_bwd(settings, saved, cotangents):
+def _backward(settings, saved, cotangents):
   with jax.enable_x64(False):
-    return (
-      *_gradients(settings, saved, cotangents),
-      None,
-      _term_gradients(settings, saved, cotangents),
-    )
+    terms = _term_gradients(settings, saved, cotangents)
+    return *_gradients(settings, saved, cotangents), terms
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -175,12 +177,11 @@ def _term_gradients(settings, saved, cotangents):
   """Those of what trains in the terms, by tiles in XLA: sums that kernels do not share."""
   *arrays, where, terms, out, lse, top, log_sum = saved
   if terms is None or not terms.trained:
-    return None if terms is None else terms.gradient([])
+    return []
   rest = log_sum * math.log(2) - (lse - top)
   results = out, lse, jnp.where(lse == -jnp.inf, 0.0, rest)
   options = {"scale": settings.scale, "logit_softcap": settings.softcap}
-  found = xla.term_gradients(*arrays, where.tree, terms, results, cotangents, **options)
-  return terms.gradient(found)
+  return xla.term_gradients(*arrays, where.tree, terms, results, cotangents, **options)
 
 
 def no_tangents(*_):
@@ -193,4 +194,3 @@ def no_tangents(*_):
 
 for _function in (_forward, _gradients):
   _function.defjvp(no_tangents)
-_attention.defvjp(_attention_fwd, _attention_bwd)
