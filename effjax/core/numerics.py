@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from effjax.core.known import check_ids, is_id, known
-from effjax.core.typing import Array, Bool, DTypeLike, Float, Integer, PyTree, Shaped
+from effjax.core.typing import Array, Bool, Dim, DTypeLike, Float, Integer, PyTree, Shaped
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
@@ -102,7 +102,7 @@ def weighted_mean(
   return (shares * zero_unless(weights != 0, values)).sum() / jnp.where(total == 0, 1, total)
 
 
-def check_weights(weights: Shaped[Array | np.ndarray, "..."], shape: tuple[int, ...]) -> None:
+def check_weights(weights: Shaped[Array | np.ndarray, "..."], shape: tuple[Dim, ...]) -> None:
   """Refuses what are no weights of positions [...], one of each, finite and from 0.
 
   Raises:
