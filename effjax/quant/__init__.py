@@ -5,18 +5,19 @@ from effjax.quant.dynamic import Int8Dynamic
 from effjax.quant.dynamic8 import Dynamic8
 from effjax.quant.four_bit import FP4, NF4
 from effjax.quant.gguf_blocks import GGUF
+from effjax.quant.input_scaled import InputScaled
 from effjax.quant.int4 import Int4, Int4Affine
 from effjax.quant.int8 import Int8
 from effjax.quant.llm_int8 import LLMInt8, LLMInt8Exact, has_outliers, outliers
 from effjax.quant.model import dequantize, fake_quantize, methods, quantize
 from effjax.quant.palette import Palette, kmeans
-from effjax.quant.scaled import Scaled
 
 __all__ = [
   "FP4",
   "GGUF",
   "NF4",
   "Dynamic8",
+  "InputScaled",
   "Int4",
   "Int4Affine",
   "Int8",
@@ -24,7 +25,6 @@ __all__ = [
   "LLMInt8",
   "LLMInt8Exact",
   "Palette",
-  "Scaled",
   "awq",
   "dequantize",
   "fake_quantize",

@@ -27,10 +27,10 @@ from effjax.core.known import number
 from effjax.core.typing import Array, Bool, Float, Integer, PyTree, Scalar
 from effjax.core.weights import Weight, is_weight
 from effjax.kernels.quantized_matmul import Nibbles
+from effjax.quant.input_scaled import InputScaled
 from effjax.quant.model import representation
 from effjax.quant.nearest import nearest
 from effjax.quant.packed import Packed
-from effjax.quant.scaled import Scaled
 
 BLOCK = 128  # inputs whose errors are moved one by one, before all others are moved at once
 RATIOS = tuple(i / 20 for i in range(20))  # exponents that AWQ tries
@@ -94,8 +94,8 @@ def awq(
 ) -> PyTree:
   """`params` with quantised matrices whose inputs are scaled so that ‖X (W − Ŵ)‖² is small.
 
-  Ŵ = diag(s)⁻¹ Q(diag(s) W), a `Scaled`, with sᵢ = mean|xᵢ|^ρ divided by √(max s · min s), and of
-  ρ = 0, 0.05 … 0.95 the one of the least error, for each matrix.
+  Ŵ = diag(s)⁻¹ Q(diag(s) W), an `InputScaled`, with sᵢ = mean|xᵢ|^ρ divided by √(max s · min s),
+  and of ρ = 0, 0.05 … 0.95 the one of the least error, for each matrix.
 
   Args:
     params: a parameter tree.
@@ -127,7 +127,7 @@ def smoothquant(
 ) -> PyTree:
   """`params` with quantised matrices that take over a part of the range of their inputs.
 
-  x W = (x / s) (diag(s) W), a `Scaled`, with sᵢ = max|xᵢ|^α / max|Wᵢ|^(1−α).
+  x W = (x / s) (diag(s) W), an `InputScaled`, with sᵢ = max|xᵢ|^α / max|Wᵢ|^(1−α).
 
   Args:
     params: a parameter tree.
@@ -207,10 +207,12 @@ def _mapped(function: Callable) -> Callable:
   return lambda *arguments: jax.lax.map(lambda each: function(*each), arguments)
 
 
-def _scaled(quantise: Callable, w: Float[Array, "... D F"], scale: Float[Array, "... D"]) -> Scaled:
+def _scaled(
+  quantise: Callable, w: Float[Array, "... D F"], scale: Float[Array, "... D"]
+) -> InputScaled:
   """diag(s)⁻¹ Q(diag(s) W)."""
   s = scale[..., None].astype(jnp.float32)
-  return Scaled(quantise((w * s).astype(w.dtype)), 1 / s)
+  return InputScaled(quantise((w * s).astype(w.dtype)), 1 / s)
 
 
 def _searched(

@@ -9,7 +9,7 @@ from jax import lax
 
 from effjax.core import numerics, spmd, trees
 from effjax.core.known import is_size, known
-from effjax.core.typing import Array, Float, Int, PyTree
+from effjax.core.typing import Array, Dim, Float, Int, PyTree
 from effjax.core.weights import Weight, product
 from effjax.kernels.grouped_matmul import reference, tiles
 
@@ -171,7 +171,7 @@ def _check(x, w, group_sizes, bias, implementation) -> None:
     raise ValueError(f"grouped_linear: implementation={implementation!r}; allowed: {allowed}")
 
 
-def _check_sizes(group_sizes, rows: int) -> None:
+def _check_sizes(group_sizes, rows: Dim) -> None:
   if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
     raise ValueError(f"grouped_linear: group_sizes of {group_sizes.dtype}; allowed: integers")
   sizes = known(group_sizes)

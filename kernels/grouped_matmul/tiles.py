@@ -103,7 +103,7 @@ class _Tile:
   all its rows belong.
   """
 
-  def __init__(self, start: Array, end: Array, height: int, rows: int, exact: bool):
+  def __init__(self, start: Array, end: Array, height: int, rows: Dim, exact: bool):
     self.first = start if exact else jnp.minimum(start, rows - height)
     self.height = height
     row = self.first + jnp.arange(height)
@@ -124,7 +124,7 @@ class _Tile:
 class _Span:
   """The rows `start` … `end` of one group."""
 
-  def __init__(self, start: Array, end: Array, rows: int, heights: tuple[int, ...]):
+  def __init__(self, start: Array, end: Array, rows: Dim, heights: tuple[int, ...]):
     self.start, self.end, self.rows, self.heights = start, end, rows, heights
 
   def each_tile(self, step: Callable[[_Tile, PyTree], PyTree], carry: PyTree) -> PyTree:

@@ -62,10 +62,10 @@ def adapted(base: Any, key: jax.Array) -> LoRA:
   return dataclasses.replace(w, b=jax.random.normal(key, w.b.shape) / 10)
 
 
-def scaled(base: Any, key: jax.Array) -> quant.Scaled:
+def scaled(base: Any, key: jax.Array) -> quant.InputScaled:
   """Inputs scaled by up to 2 either way."""
   exponents = jax.random.uniform(key, (*base.shape[:-1], 1), minval=-1, maxval=1)
-  return quant.Scaled(base, 2**exponents)
+  return quant.InputScaled(base, 2**exponents)
 
 
 BASES: dict[str, Represent] = {
@@ -84,7 +84,7 @@ BASES: dict[str, Represent] = {
   "GGUF": lambda w, key: quant.GGUF.quantize(w, type="Q4_1"),
 }
 ROUNDING = {"Int8Dynamic": 0.02, "LLMInt8": 0.02, "LLMInt8Exact": 0.02}  # of activations
-WRAPPERS: dict[str, Represent] = {"LoRA": adapted, "Scaled": scaled}
+WRAPPERS: dict[str, Represent] = {"LoRA": adapted, "InputScaled": scaled}
 
 
 def over(wrap: Represent, base: Represent) -> Represent:

@@ -12,7 +12,7 @@ from effjax.core.weights import Weight
 
 
 @register(kind="quantised")
-class Scaled(Weight):
+class InputScaled(Weight):
   """W = diag(scale) B: x W = (x · scale) B.
 
   With B a quantised form of diag(scale)⁻¹ W it stands for W, each input having a share of its own
@@ -30,7 +30,9 @@ class Scaled(Weight):
     super().check()
     allowed = (*self.base.shape[:-1], 1)
     if tuple(self.scale.shape) != allowed:
-      raise ValueError(f"Scaled: scale has shape {tuple(self.scale.shape)}; allowed: {allowed}")
+      raise ValueError(
+        f"InputScaled: scale has shape {tuple(self.scale.shape)}; allowed: {allowed}"
+      )
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -62,5 +64,7 @@ class Scaled(Weight):
     rows = weights.lookup(self.base, indices)
     return (rows * weights.lookup(self.scale, indices)).astype(self.dtype)
 
-  def specs(self, axes: Sequence[Any]) -> "Scaled":
-    return Scaled(weights.specs(self.base, axes), weights.specs(self.scale, (*axes[:-1], None)))
+  def specs(self, axes: Sequence[Any]) -> "InputScaled":
+    return InputScaled(
+      weights.specs(self.base, axes), weights.specs(self.scale, (*axes[:-1], None))
+    )
