@@ -6,6 +6,6 @@ In this order: `steps.py`, the arithmetic of one tile; `jobs.py`, what a kernel 
 grid goes through the tiles, `mosaic.py` what a program has and how it is called, and `totals.py`
 sums in main memory. `places.py` says where the blocks of operands lie, `sizes.py` how large tiles
 are; `folding.py` makes heads queries for decoding, which `few.py` works on; `interpreted.py` runs
-kernels without their devices; `cudnn.py` asks cuDNN first. The gradients of the arrays that scores hold,
-which no kernel sums, come from `tiled`.
+kernels without their devices; `cudnn.py` asks cuDNN first. The gradients of the arrays that
+scores hold, which no kernel sums, come from `tiled`.
 """
