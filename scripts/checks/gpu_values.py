@@ -35,6 +35,8 @@ def problems(length: int, widths: tuple[int, ...]) -> dict[str, cases.Structure]
   return found | {
     "full": of(64, mask=masks.Full()),
     "window": of(64, mask=masks.SlidingWindow(length // 4, 3)),
+    "window to the left": of(64, mask=masks.SlidingWindow(length // 4, 0)),
+    "fewer queries of all": of(64, mask=masks.Full(), queries=half),
     "longformer": of(64, mask=longformer),
     "bigbird": dataclasses.replace(of(64), mask=bigbird),
     "softcap": dataclasses.replace(of(64), softcap=1.5),
@@ -45,6 +47,7 @@ def problems(length: int, widths: tuple[int, ...]) -> dict[str, cases.Structure]
     "segments": dataclasses.replace(of(64), segments=True),
     "positions": dataclasses.replace(of(64, queries=half), positions=True),
     "fewer queries": of(64, queries=half),
+    "one token": dataclasses.replace(of(64, queries=1), positions=True, cache=True),
   }
 
 

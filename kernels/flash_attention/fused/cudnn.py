@@ -34,11 +34,11 @@ def attention(
   Each reason why it is not by cuDNN is logged once.
   """
   refused = refusal(query, key, value, return_lse=return_lse, **arguments)
-  if refused:
-    _tell(refused)
+  band = _band(arguments["mask"], query.shape[1], key.shape[1])
+  if band is None or refused:
+    _tell(str(refused))
     return gpu.attention(query, key, value, **arguments)
-  mask, (left, right) = arguments["mask"], _band(arguments["mask"], query.shape[1], key.shape[1])
-  call = _Call(mask, arguments["scale"], left, right)
+  call = _Call(arguments["mask"], arguments["scale"], *band)
   arrays = query, key, value, arguments["bias"]
   return _attention(call, *numerics.vary_alike(arrays, arrays)), None
 

@@ -50,8 +50,8 @@ def attention(
   logit_softcap: float | Float[Array, ""] | None = None,
   bias: Float[Array, "#B #N #T #S"] | None = None,
   scores: Any = None,
-  segment_ids: tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None = None,
-  query_positions: Int[Array, "#B T"] | None = None,
+  segment_ids: tuple[Int[Array, "#B #T"], Int[Array, "#B S"]] | None = None,
+  query_positions: Int[Array, "#B #T"] | None = None,
   sizes: Sizes | None = None,
   interpret: bool = False,
   splits: int = 1,
@@ -59,6 +59,7 @@ def attention(
   """Attention and its log-sum-exp, differentiable once, with a platform's kernels.
 
   Args:
+    segment_ids, query_positions: of each query, or one for all.
     splits: parts in which the tiles of a row are worked on at the same time.
 
   Raises:
