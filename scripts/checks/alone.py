@@ -100,7 +100,8 @@ class Case:
 
   def sizes(self, platform: str, length: int = LENGTH, device: str | None = None) -> Sizes:
     """The table's, for a device of that name or the one that is here."""
-    return choose(platform, self.dtype, self.width, length, length, device)
+    mask = MASKS[self.mask](np.zeros((1, length), np.int32))
+    return choose(platform, self.dtype, self.width, length, length, device, mask)
 
   def arguments(self, kernel: str, length: int = LENGTH, batch: int = BATCH) -> tuple[Any, ...]:
     """Shapes and types of query, key, value, ids, a table and, where it is used, a bias."""

@@ -65,8 +65,8 @@ class RandomBlocks(ByValue, Mask):
     return tuple(rows[..., i] for i in range(r)), (indices(0, length) // self.block)[None, None]
 
   def predicate(self, q, k, q_features, k_features):
-    seen = (q < 0) & (k < 0)
-    return functools.reduce(operator.or_, (chosen == k_features for chosen in q_features), seen)
+    seen = [chosen == k_features for chosen in q_features] or [k_features < 0]
+    return functools.reduce(operator.or_, seen)
 
   def spans(self, grid, q_features, k_features):
     if not grid.contiguous:

@@ -76,7 +76,7 @@ def attention(
   if refused:
     raise ValueError(refused)
   sizes = sizes or choose(
-    kernels.platform, query.dtype, max(query.shape[-1], value.shape[-1]), T, S
+    kernels.platform, query.dtype, max(query.shape[-1], value.shape[-1]), T, S, mask=mask
   )
   if bias is not None and bias.shape[2:] != (T, S):
     # In float32, so that the gradient of what is shared is not rounded before it is summed.

@@ -13,10 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from effjax.attention.masks import (
   Causal,
+  Documents,
   Full,
   Global,
   RandomBlocks,
   SlidingWindow,
+  bigbird,
   longformer,
 )
 from effjax.kernels.flash_attention import cases
@@ -193,3 +195,10 @@ def test_a_device_has_its_own_sizes():
   assert choose("gpu", jnp.float32, 64, 999, 999, "NVIDIA H200") == choose(
     "gpu", jnp.float32, 64, 999, 999
   )
+
+
+def test_a_predicate_that_reads_much_has_smaller_tiles():
+  of = lambda mask: choose("gpu", jnp.bfloat16, 128, 4096, 4096, "NVIDIA H100", mask).forward.keys
+  few = Causal(), Documents(jnp.zeros((2, 4096), jnp.int32)), longformer(9, (0, 33))
+  assert [of(mask) for mask in few] == [128] * 3
+  assert of(bigbird(jax.random.key(0), 4096)) == 64
