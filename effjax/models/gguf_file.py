@@ -14,7 +14,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from effjax.models.sources import MappedFile, check_apart, missing_tensor
+from effjax.kernels.quantized_matmul.gguf_blocks import SIZES
+from effjax.models.sources import MappedFile, check_apart, missing_tensor, not_finite
 
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY = 8, 9
@@ -71,6 +72,26 @@ class GGUFFile:
         f"{self.path}: tensor {name!r} is {info.kind.name}; allowed: {allowed}"
       ) from error
     return out
+
+  def block_type(self, name: str) -> str | None:
+    """The type of the blocks of a matrix, where `quant.GGUF` has it; else None."""
+    info = self._info(name)
+    return info.kind.name if len(info.shape) == 2 and info.kind.name in SIZES else None
+
+  def read_blocks(self, name: str, out: np.ndarray) -> None:
+    """Fills `out`, uint8 [rows, bytes of a row], with the blocks of a matrix as they are.
+
+    Raises:
+      ValueError: for an unknown name, and for blocks of values that are not finite.
+    """
+    info = self._info(name)
+
+    def kept(raw: np.ndarray) -> np.ndarray:
+      if not np.isfinite(gguf.quants.dequantize(raw, info.kind)).all():
+        raise not_finite(self.path, name)
+      return raw
+
+    self._file.decode(name, info.start, out.shape[-1], out, kept)
 
   def _info(self, name: str) -> TensorInfo:
     if name not in self._tensors:

@@ -14,7 +14,7 @@ from effjax.core import trees
 from effjax.core.typing import DTypeLike, PyTree
 from effjax.layers.spec import TransformerConfig
 from effjax.layers.stack import places
-from effjax.models import families, gguf_tokenizers, packages, tokenizers
+from effjax.models import blocks, families, gguf_tokenizers, packages, tokenizers
 from effjax.models.families import gguf_names
 from effjax.models.families.fields import Fields
 from effjax.models.families.table import Entry, Family, Span
@@ -27,7 +27,6 @@ from effjax.models.tokenizers import PretrainedTokenizer
 from effjax.models.transformer import Transformer
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | PyTree
-ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,11 @@ class Piece:
 
 
 def load(
-  name_or_path: str | Path, dtype: DTypeLike = jnp.float32, sharding: Sharding | None = None
+  name_or_path: str | Path,
+  dtype: DTypeLike = jnp.float32,
+  sharding: Sharding | None = None,
+  *,
+  packed: bool = False,
 ) -> Model:
   """A pretrained model, read tensor by tensor.
 
@@ -69,16 +72,23 @@ def load(
       (Gemma) stay in float32, so that saving gives back what was stored.
     sharding: where each parameter goes: a function of its path and shape, or a tree of
       `jax.sharding.Sharding` like the parameters; None is the default device.
+    packed: whether the matrices of a GGUF file stay in their blocks, as `quant.GGUF` weights, where
+      the file has them so; layers whose blocks are of different types are not scanned together.
 
   Raises:
     ModuleNotFoundError: when a named model's package is missing; says how to install it.
     FileNotFoundError: for a folder without config.json or weights, and for a missing shard.
     ValueError: for an unknown name, a damaged file, an unsupported model, and tensors that are
-      missing, unexpected, or of another shape than the configuration says.
+      missing, unexpected, or of another shape than the configuration says; for `packed` and
+      anything but a GGUF file.
   """
   checkpoint = open_checkpoint(packages.locate(name_or_path))
+  if packed:
+    names = canonical_names(checkpoint.family, checkpoint.source)
+    config = blocks.tagged(checkpoint.config, checkpoint.family, checkpoint.source, names)
+    checkpoint = dataclasses.replace(checkpoint, config=config)
   module = Transformer(checkpoint.config, dtype=dtype)
-  params = read_params(checkpoint, module, dtype, sharding)
+  params = read_params(checkpoint, module, dtype, sharding, packed=packed)
   return Model(checkpoint.config, module, params, checkpoint.tokenizer, checkpoint.ids)
 
 
@@ -168,6 +178,8 @@ def read_params(
   module: Transformer,
   dtype: DTypeLike = jnp.float32,
   sharding: Sharding | None = None,
+  *,
+  packed: bool = False,
 ) -> dict[str, Any]:
   """The parameters of `checkpoint`, laid out for `module`; arguments and errors as in `load`."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -179,12 +191,18 @@ def read_params(
     names[table] = names.pop(head)
   _check(checkpoint, plan, trees.items(shapes), names)
   where = _placement(sharding, shapes)
-  arrays = {}
+  arrays: dict[str, Any] = {}
   largest_first = sorted(trees.items(shapes).items(), key=lambda item: -np.prod(item[1].shape))
   for path, leaf in largest_first:
     kind = plan[path][0].entry.dtype(np.dtype(dtype))
-    value = _filled(checkpoint.source, names, plan[path], leaf.shape, kind)
-    arrays[path] = jax.block_until_ready(jax.device_put(value, where(path, leaf.shape)))
+    there, stored = where(path, leaf.shape), [(names[p.tensor], p.index) for p in plan[path]]
+    value: Any = None
+    if packed:
+      value = blocks.read(checkpoint.source, stored, plan[path][0].entry, leaf.shape, kind)
+      there = blocks.of_fields(there, value)
+    if value is None:
+      value = _filled(checkpoint.source, names, plan[path], leaf.shape, kind)
+    arrays[path] = jax.block_until_ready(jax.device_put(value, there))
   return jax.tree_util.tree_map_with_path(lambda path, _: arrays[trees.path_string(path)], shapes)
 
 
@@ -248,19 +266,11 @@ def _check(checkpoint: Checkpoint, plan: Mapping, shapes: Mapping, stored: Mappi
 
 
 def _filled(source: TensorSource, names: Mapping, pieces: list[Piece], shape: tuple, dtype):
-  out = _aligned(shape, dtype)
+  out = blocks.aligned(shape, dtype)
   for piece in pieces:
     part = out if piece.index is None else out[piece.index]
     piece.entry.load(source, names[piece.tensor], part, piece.span)
   return out
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  # JAX on CPU takes an aligned array over without copying it.
-  size = int(np.prod(shape)) * dtype.itemsize
-  raw = np.empty(size + ALIGNMENT, np.uint8)
-  start = -raw.ctypes.data % ALIGNMENT
-  return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _placement(sharding: Sharding | None, shapes: PyTree) -> Callable:

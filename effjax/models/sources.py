@@ -30,6 +30,17 @@ class TensorSource(Protocol):
     """A tensor, written to `out` (any strides, converted to its type) where that is given."""
 
 
+@runtime_checkable
+class PackedSource(TensorSource, Protocol):
+  """A source of which some matrices can stay in the blocks that the file holds them in."""
+
+  def block_type(self, name: str) -> str | None:
+    """The type of the blocks of a matrix, as `quant.GGUF` has it, or None for another tensor."""
+
+  def read_blocks(self, name: str, out: np.ndarray) -> None:
+    """Fills `out`, uint8 [rows, bytes of a row], with the blocks of a matrix."""
+
+
 class MappedFile:
   """A memory-mapped file whose pages are given back once they have been read.
 
@@ -77,7 +88,7 @@ class MappedFile:
       raw = np.frombuffer(self._bytes, np.uint8, count, begin).reshape(len(rows), row_bytes)
       decoded = values(raw)
       if not np.isfinite(decoded).all():
-        raise ValueError(f"{self.path}: tensor {name!r} holds values that are not finite: damaged")
+        raise not_finite(self.path, name)
       rows[...] = decoded.reshape(rows.shape)
       self._release(begin, count)
 
@@ -94,6 +105,11 @@ def check_apart(path: Path, spans: Mapping[str, tuple[int, int]]) -> None:
     if start < end and stop > start:
       raise ValueError(f"{path}: damaged: tensor {name!r} overlaps tensor {before!r}")
     end, before = max(end, stop), name
+
+
+def not_finite(path: Path, name: str) -> ValueError:
+  """The error for a tensor of NaN or infinity."""
+  return ValueError(f"{path}: tensor {name!r} holds values that are not finite: damaged")
 
 
 def missing_tensor(path: Path, name: str, names: Iterable[str]) -> ValueError:

@@ -38,8 +38,9 @@ class Int8Dynamic(Int8):
   """`Int8` whose products are of integers: activations are rounded too, one scale a row of x.
 
   x W ≈ (Q(x) q) · s_x · scale, where Q(x) q is summed in int32 (`rounded`). Its derivative is that
-  of x W. With one scale a row of W, as the table of an embedding has, it multiplies as `Int8`; the
-  tied head is its transpose, and multiplies integers.
+  of x W. Weights alone are rounded, as by `Int8`, in products with one scale a row of W, as the
+  table of an embedding has (the tied head is its transpose, and multiplies integers), and in those
+  of the experts of a mixture, which are not with a single matrix.
   """
 
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import shutil
@@ -15,11 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax import models
 from effjax.core import trees
-from effjax.layers import Rope
+from effjax.layers import Rope, stack
 from effjax.layers.rope_scaling import Yarn
 from effjax.models import packages, presets
 from effjax.models.families import gguf_names
 from effjax.models.safetensors_files import INDEX, SINGLE
+from effjax.parallel import make_mesh
+from effjax.quant import GGUF, dequantize
 from tests.modules import random_params
 
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 13)).astype(np.int32)
@@ -259,20 +262,56 @@ def test_gguf_computes_as_transformers(case, tiny_folder, reference, tmp_path):
   np.testing.assert_allclose(got, reference(theirs, TOKENS), atol=2e-5)
 
 
-def write_llama(path, folder, more=(), **fields):
-  """The saved Llama as a GGUF file, with other metadata and more tensors."""
+def write_llama(path, folder, more=(), stored=lambda *tensor: tensor, **fields):
+  """The saved Llama as a GGUF file, with other metadata and more tensors, as `stored` has them."""
 
   def rename(name, value):
     heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
     if name.startswith("model.") or name in gguf_names.TOP_NAMES.values():
       name = gguf_name("llama", name)
-    return name, interleaved(value, heads) if heads else value
+    return stored(name, interleaved(value, heads) if heads else value)
 
   described = {"block_count": 3, "attention.head_count_kv": 2, "rope.freq_base": 10_000.0}
   described["attention.layer_norm_rms_epsilon"] = 1e-5
   tensors = safetensors.numpy.load_file(folder / SINGLE) | dict(more)
   write_gguf(path, "llama", tensors, GGUF_FIELDS | described | fields, rename)
   return path
+
+
+def mixed_blocks(name, value):
+  """A matrix in blocks, where they fit; those of the first layer's values are of another type."""
+  if value.ndim < 2 or value.shape[-1] % 32:
+    return name, value
+  kind = gguf.GGMLQuantizationType["Q8_0" if name == "blk.0.attn_v.weight" else "Q4_1"]
+  return name, gguf.quants.quantize(value, kind), None, kind
+
+
+def test_blocks_of_a_gguf_file_stay_as_they_are(folder, tmp_path):
+  path = tmp_path / "x.gguf"
+  write_llama(path, folder, stored=mixed_blocks)
+  plain, packed = models.load(path), models.load(path, packed=True)
+  kept = [p for p, x in trees.items(packed.params).items() if isinstance(x, GGUF)]
+  assert len(kept) == 2 + 2 * 6 and not any("down" in path for path in kept)
+  assert len(packed.params) == len(plain.params) + 1  # the first layer is on its own
+  full = dequantize(packed.params)
+  as_plain = stack.join(plain.config, *stack.split(packed.config, full))
+  chex.assert_trees_all_equal(as_plain, plain.params)
+  np.testing.assert_allclose(packed(TOKENS), plain(TOKENS), atol=1e-5)
+  models.save(dataclasses.replace(packed, params=full), tmp_path / "saved")
+  np.testing.assert_allclose(models.load(tmp_path / "saved")(TOKENS), plain(TOKENS), atol=1e-5)
+  with pytest.raises(ValueError, match=r"packed: .* has no blocks; allowed: GGUF files"):
+    models.load(folder, packed=True)
+
+
+def test_blocks_go_straight_into_their_sharding(folder, tmp_path):
+  path, mesh = tmp_path / "x.gguf", make_mesh(data=2)
+  write_llama(path, folder, stored=mixed_blocks)
+  columns = lambda path, shape: NamedSharding(
+    mesh, PartitionSpec(*[None] * (len(shape) - 1), *["data"] * (len(shape) > 1))
+  )
+  found = models.load(path, sharding=columns, packed=True)
+  w = trees.select(found.params, "ffn/up/kernel").popitem()[1]
+  assert w.codes.sharding.spec[-2:] == ("data", None)
 
 
 def test_divisors_of_rotary_frequencies_in_a_tensor(folder, tmp_path):
@@ -396,7 +435,7 @@ MEMORY = """
 import re, sys, jax, jax.numpy as jnp
 from effjax import models
 from effjax.core import trees
-from effjax.layers import Rope
+from effjax.layers import Rope, stack
 from effjax.layers.rope_scaling import Yarn
 jnp.ones(3).block_until_ready()
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])

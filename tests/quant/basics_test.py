@@ -53,6 +53,21 @@ def test_affine_error_is_at_most_half_a_scale_and_zero_exact(
   assert np.asarray(q).max() <= 2**bits - 1
 
 
+@pytest.mark.parametrize("function", [basics.symmetric, basics.affine])
+def test_rounding_at_random_is_right_on_average(function):
+  w = np.tile(matrix(0, 1.0, 0.5)[:1], (500, 1, 1))
+  q, scale, *zero = function(jnp.asarray(w), bits=3, key=jax.random.key(0))
+  restored = np.asarray(basics.restore(q, scale, *zero))
+  step = spread(scale, w.shape)
+  assert (np.abs(restored - w) <= step * (1 + 1e-4)).all()
+  assert np.abs(restored.mean(0) - w[0]).max() < 5 * step.max() / np.sqrt(4 * 500)
+  whole = function(jnp.asarray(restored), bits=3, key=jax.random.key(1))
+  np.testing.assert_allclose(basics.restore(*whole), restored, atol=1e-5)
+  # To the nearest, many are off on average.
+  nearest = np.asarray(basics.restore(*function(jnp.asarray(w), bits=3)))
+  assert np.abs(nearest.mean(0) - w[0]).max() > 0.2 * step.max()
+
+
 def test_finer_granularity_is_no_worse():
   w = matrix(0, 1.0, 0.0) * np.geomspace(0.01, 1, 6, dtype=np.float32)
 

@@ -9,7 +9,7 @@ from effjax.core import trees
 from effjax.layers import MLP
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.models.transformer import Transformer
-from effjax.quant import Int8, dequantize, quantize
+from effjax.quant import Int8, dequantize, fake_quantize, quantize
 from tests.modules import apply, random_params
 
 TOKENS = np.arange(12).reshape(2, 6)
@@ -58,6 +58,29 @@ def test_dequantize_undoes_the_base_of_another_weight(model):
   quantised = quantize(model[1], targets="query")
   assert not isinstance(trees.items(quantised)["embed/embedding"], Int8)
   chex.assert_trees_all_equal_shapes_and_dtypes(dequantize(quantised), model[1])
+
+
+@pytest.mark.parametrize("method", ["int4", "nf4"])
+def test_rounding_for_training_is_what_quantising_gives(model, method):
+  options = {"group": 8} if method == "int4" else {"block": 8}
+  rounded = fake_quantize(model[1], method, "mlp|ffn", **options)
+  chex.assert_trees_all_equal(rounded, dequantize(quantize(model[1], method, "mlp|ffn", **options)))
+  loss = lambda params: sum(
+    jnp.sin(x).sum() for x in jax.tree.leaves(fake_quantize(params, method, "ffn", **options))
+  )
+  found = jax.jit(jax.grad(loss))(model[1])
+  chex.assert_trees_all_close(found, jax.tree.map(jnp.cos, rounded), rtol=1e-5)
+
+
+def test_rounding_leaves_other_weights_alone(model):
+  mixed = quantize(model[1], targets="query")
+  found = fake_quantize(mixed, targets="ffn/up")
+  assert isinstance(trees.select(found, "query/kernel").popitem()[1], Int8)
+
+
+def test_what_a_method_does_not_take_is_named(model):
+  with pytest.raises(TypeError, match="bits"):
+    quantize(model[1], "int4", bits=3)
 
 
 @pytest.mark.parametrize(

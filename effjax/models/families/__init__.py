@@ -94,7 +94,8 @@ def _comparable(config: TransformerConfig) -> Mapping[str, Any]:
 
 
 def _resolved(spec: LayerSpec, width: int) -> LayerSpec:
-  # Defaults spelled out, so that None and the value it stands for are equal.
+  # Defaults spelled out, so that None and the value it stands for are equal; a tag, as `scan`, says
+  # how parameters lie and not what is computed.
   mixer: Any = spec.mixer
   head_width = mixer.head_width or width // mixer.heads
   mixer = mixer.copy(
@@ -103,7 +104,7 @@ def _resolved(spec: LayerSpec, width: int) -> LayerSpec:
     scale=head_width**-0.5 if mixer.scale is None else mixer.scale,
     implementation=None,
   )
-  return dataclasses.replace(spec, mixer=mixer)
+  return dataclasses.replace(spec, mixer=mixer, tag=None)
 
 
 def _differences(name: str, wanted: Any, got: Any) -> list[str]:

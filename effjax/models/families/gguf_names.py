@@ -77,10 +77,23 @@ class RenamedGGUF:
     out[...] = value
     return out
 
+  def block_type(self, name: str) -> str | None:
+    return self._file.block_type(self._names.get(name, name))
+
+  def read_blocks(self, name: str, out: np.ndarray) -> None:
+    stored = self._names.get(name, name)
+    self._file.read_blocks(stored, out)
+    if fix := self._rows(stored):
+      out[...] = fix(out)
+
   def _fix(self, stored: str) -> Fix | None:
-    kind = self._config["model_type"]
-    if kind.startswith("gemma"):
+    if self._config["model_type"].startswith("gemma"):
       return (lambda x: x - np.float32(1)) if stored.endswith("norm.weight") else None
+    return self._rows(stored)
+
+  def _rows(self, stored: str) -> Fix | None:
+    """How the rows of a tensor are put in the order of a folder; None where they are in it."""
+    kind = self._config["model_type"]
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
     role = stored.split(".")[-2]
     if kind != "llama" or role not in heads:
