@@ -51,8 +51,8 @@ _FEW, _ANY = 4, 1 << 30
 _BIAS, _WIDE = Size(128, 64, 8), Size(64, 32, 8)
 # The first row that matches: part of the device's name, bytes of an element, widest head, most
 # arrays that the mask's predicate reads, which take registers of a GPU.
-# On GPUs of two bytes the largest that compile for sm_90 and sm_80 by jax 0.10.2 without spilling
-# registers, on Hopper the fastest of them where tiles were timed on an H200.
+# On GPUs of two bytes the largest found that compile for sm_90 and sm_80 by jax 0.10.2 without
+# spilling registers in a loop, on Hopper the fastest of them where tiles were timed on an H200.
 _TABLE = {
   "gpu": [
     (_SM90, 2, 64, _ANY, Sizes(Size(64, 128, 4), Size(64, 64, 4), Size(64, 64, 4), _BIAS)),
