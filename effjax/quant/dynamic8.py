@@ -108,7 +108,9 @@ def _encode(
 ) -> tuple[Integer[Array, "... D F"], Float[Array, "... 1 K"], Float[Array, "... 1 1"]]:
   *batch, D, F = w.shape
   w = w.astype(jnp.float32)
-  offset = w.mean((-2, -1), keepdims=True) if D * F else jnp.zeros((*batch, 1, 1))
+  # By a number that is known, XLA would multiply with its reciprocal, which is rounded.
+  count = jax.lax.optimization_barrier(jnp.float32(max(1, D * F)))
+  offset = w.sum((-2, -1), keepdims=True) / count
   n = math.ceil(D * F / BLOCK)
   flat = (w - offset).reshape(*batch, D * F)
   flat = jnp.pad(flat, [(0, 0)] * len(batch) + [(0, n * BLOCK - D * F)])

@@ -39,7 +39,7 @@ class LLMInt8(Int8):
     capacity: features that the outlier product has room for.
   """
 
-  threshold: float = dataclasses.field(default=THRESHOLD, kw_only=True)
+  threshold: Number = dataclasses.field(default=THRESHOLD, kw_only=True)
   capacity: int = dataclasses.field(default=64, kw_only=True)
 
   @classmethod

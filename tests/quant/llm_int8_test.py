@@ -108,13 +108,14 @@ def test_rows_of_zeros_and_of_nan_stay_among_themselves(cls):
 
 
 def test_the_share_of_outliers_is_reported_through_taps():
-  module = nn.Sequential((Embed(3, 4), Linear(2)))
-  table = jnp.array([[1.0, -6.0, 0, 0], [9.0, 0, 0, 0], [9.0, 9.0, 9.0, 9.0]])
+  table = jnp.array([[1.0, -6.0, 0, 0], [9.0, 0, 0, 0]])
+  module = nn.Sequential((Embed(2, 4), Linear(2)))
   params = {"layers_0": {"embedding": table}, "layers_1": {"kernel": jnp.ones((4, 2))}}
-  batches = [{"tokens": jnp.array([[0, 0, 2]]), "segment_ids": jnp.array([[0, 0, -1]])},
-             {"tokens": jnp.array([[0, 1, 1]]), "segment_ids": jnp.array([[0, 0, 0]])}]  # fmt: skip
+  batches = [{"tokens": jnp.array([ids])} for ids in ([0, 0], [0, 1])]
   found = taps.capture(module, params, batches, reduce=outliers(6.0))
   assert {path: float(x) for path, x in found.items()} == {"layers_1": (0.25 + 0.5) / 2}
+  padded = outliers(6.0).measure(table[None], jnp.array([[True, False]]))
+  assert padded.tolist() == [0.25, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,7 @@ def test_bad_arguments_are_named(w, options, message):
 
 
 def test_points_that_are_none_are_refused():
-  for points in (jnp.ones(3), jnp.ones((0, 3))):
-    with pytest.raises(ValueError, match="points has shape"):
-      kmeans(points, 2)
+  with pytest.raises(ValueError, match="points has shape"):
+    kmeans(jnp.ones((0, 3)), 2)
   with pytest.raises(ValueError, match="colours"):
     kmeans(jnp.ones((2, 3)), 0)
