@@ -3,8 +3,9 @@
     python -m scripts.benchmarks.decode --rounds=5
 
 One row: 64 tokens of prompt, 128 new ones, caches on both sides. Contenders take turns in one
-process and times are medians, so that a busy machine slows all of them. Ours: float32 weights
-stacked for the layer scan, and, one array a layer (`decode.unrolled`), float32, bfloat16 and int8.
+process and times are medians, so that a busy machine slows all of them. Ours: float32, bfloat16 and
+any of `quant.methods()`, one array a layer (`decode.unrolled`) or, where "stacked" or "stacked-"
+comes before the name, stacked for the layer scan.
 Each token reads every parameter once, so bytes of the parameters over memory bandwidth bounds its
 time; the bandwidth is that of summing a large array, measured in turn with the rest. The last line
 is one JSON object.
@@ -25,7 +26,7 @@ from effjax.cost.timing import interleaved, medians
 from effjax.decode import generate, unrolled
 from effjax.models import load
 from effjax.models.model import Model
-from effjax.quant import quantize
+from effjax.quant import methods, quantize
 
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "Name or path of the model.")
 PROMPT = flags.DEFINE_integer("prompt", 64, "Tokens of prompt.")
@@ -33,7 +34,9 @@ NEW = flags.DEFINE_integer("new", 128, "Tokens to generate.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of interleaved timings.")
 THREADS = flags.DEFINE_integer("threads", 2, "Threads of torch; XLA takes all cores it may use.")
 VARIANTS = flags.DEFINE_list(
-  "variants", ["float32", "stacked", "bfloat16", "int8"], "Which of ours to time."
+  "variants",
+  ["float32", "stacked", "bfloat16", "int8", "stacked-int8dynamic", "stacked-nf4"],
+  "Which of ours to time.",
 )
 PEER = flags.DEFINE_boolean("peer", True, "Time transformers on torch too, where it is installed.")
 
@@ -44,13 +47,14 @@ Contenders = dict[str, Callable[[], list[int] | None]]
 def ours(model: Model, variant: str, prompt: np.ndarray) -> tuple[Callable, int]:
   """A call that generates greedily with that variant, and the bytes of its parameters."""
   module, params = model.module, model.params
-  if variant != "stacked":
+  form = variant.removeprefix("stacked").lstrip("-")
+  if not variant.startswith("stacked"):
     module, params = unrolled(module, params)
-  if variant == "bfloat16":
+  if form == "bfloat16":
     module = module.clone(dtype=jnp.bfloat16)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  if variant == "int8":
-    params = quantize(params, method="int8")
+  if form in methods():
+    params = quantize(params, method=form)
 
   def call():
     out = generate(module, params, prompt, max_new_tokens=NEW.value)
