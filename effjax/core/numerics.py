@@ -76,7 +76,7 @@ def softcap(x: Array, cap: float | Array | None) -> Array:
 def weighted_mean(
   values: Float[Array, "..."], weights: Shaped[Array | np.ndarray, "..."] | None
 ) -> Float[Array, ""]:
-  """Σ w·v / Σ w in float32; the plain mean when `weights` is None; 0 when all weights are 0.
+  """Σ w·v / Σ w in float32; the plain mean when `weights` is None; 0 of nothing, or of weights 0.
 
   What a value of weight 0 is has no influence, NaN and inf included. The sums may be of any size.
 
@@ -93,7 +93,7 @@ def weighted_mean(
   """
   values = values.astype(jnp.float32)
   if weights is None:
-    return values.mean()
+    return values.sum() / jnp.maximum(values.size, 1.0)
   check_weights(weights, values.shape)
   weights = jnp.asarray(weights, jnp.float32)
   most = jax.lax.stop_gradient(weights.max(initial=0))

@@ -110,6 +110,11 @@ def test_masks_compare_by_value_and_hash():
   assert len({Causal(), Causal(), SlidingWindow(1, 2), SlidingWindow(1, 2)}) == 2
 
 
+def test_numbers_of_numpy_are_numbers():
+  assert Prefix(np.int64(2)) == Prefix(2) and Global(np.int32(2)) == Global(2)
+  assert not jax.tree.leaves((Prefix(np.int64(2)), Global((np.int64(1),))))
+
+
 HOLDING = {
   "documents": Documents,
   "a pair": lambda ids: Documents((ids, ids)),

@@ -25,6 +25,11 @@ from effjax.kernels.flash_attention.tile_map.spans import Grid, Spans, equal_ids
 class _Given(ByValue, Mask):
   """A mask of one field, part of the program when it is an int or a tuple, and else data."""
 
+  def __post_init__(self):
+    for name, value in vars(self).items():
+      if isinstance(value, np.integer):
+        object.__setattr__(self, name, int(value))
+
   def __init_subclass__(cls):
     (field,) = cls.__annotations__
 
@@ -62,6 +67,7 @@ class Global(_Given):
     return isinstance(self.positions, int)
 
   def __post_init__(self):
+    super().__post_init__()
     given = self.positions
     if isinstance(given, int | tuple):
       for x in given if isinstance(given, tuple) else (given,):
@@ -150,6 +156,7 @@ class Prefix(_Given):
   exact = True
 
   def __post_init__(self):
+    super().__post_init__()
     if isinstance(self.length, int):
       at_least("Prefix: length", self.length, 0)
     else:
