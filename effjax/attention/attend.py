@@ -24,8 +24,9 @@ _EVERYWHERE: dict[str, Callable] = {
   "xla": xla.attention,
   "interpret": functools.partial(gpu.attention, interpret=True),
 }
+# Beside them those of a device, the best first.
 _DEVICES: dict[str, dict[str, Callable]] = {
-  "gpu": {"gpu": gpu.attention, "hopper": gpu.attention, "cudnn": cudnn.attention},
+  "gpu": {"cudnn": cudnn.attention, "gpu": gpu.attention},
   "tpu": {"tpu": tpu.attention},
 }
 _KNOWN = (*_EVERYWHERE, *(name for ready in _DEVICES.values() for name in ready))
@@ -70,12 +71,12 @@ def attend(
     sinks: for each query head the score of one more key, which all see and whose value is zero. A
       query that may see nothing then has a log-sum-exp of the sink.
     return_lse: also return the log-sum-exp of each query's scores, [B, T, N], differentiable.
-    implementation: "reference" (holds T × S scores), "xla" (tiles; linear memory), "gpu" (or
-      "hopper") or "tpu" (fused kernels), "cudnn" (the GPU kernel instead, with a logged reason,
-      where cuDNN cannot honour an argument), "interpret" (the GPU kernel, run slowly on any
-      device), or None to pick. XLA cannot split a fused kernel over devices: on several, None picks
-      it in a `shard_map` only. Of sizes that `jax.export` has a symbol for, "xla" takes the batch's
-      and "reference" all.
+    implementation: "reference" (holds T × S scores), "xla" (tiles; linear memory), "gpu" or "tpu"
+      (fused kernels), "cudnn" (the GPU kernel instead, with a reason that is logged once, where
+      cuDNN cannot honour an argument), "interpret" (the GPU kernel, run slowly on any device), or
+      None to pick: "cudnn" on a GPU. XLA cannot split a fused kernel over devices: on several, None
+      picks one in a `shard_map` only. Of sizes that `jax.export` has a symbol for, "xla" takes the
+      batch's and "reference" all.
 
   Raises:
     ValueError: shapes that do not fit, or an implementation that is not available here.
@@ -133,7 +134,8 @@ def _pick(
     return reference.attention
   shared = jax.device_count() > 1 and not jax.typeof(query).manual_axis_type.varying
   refused = frame.refusal(query, value) or (looks_up and backend == "tpu")
-  return xla.attention if shared or refused else ready.get(backend, xla.attention)
+  best = next(iter(_DEVICES.get(backend, {})), "xla")
+  return xla.attention if shared or refused else ready[best]
 
 
 def _ready(backend: str, batch: Dim, lengths: tuple[Dim, ...]) -> tuple[dict[str, Callable], str]:

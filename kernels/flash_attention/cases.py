@@ -7,7 +7,7 @@ cases: they differ in every array, among them segment ids, positions, global tok
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from effjax.kernels.flash_attention.tiled.tiles import Tiles
 Draw = Callable[[np.random.Generator], Any]
 NAMES = ("out", "lse", "d_query", "d_key", "d_value", "d_bias")
 LEAST = 0.1
+SIGNS = 8
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
 
 
@@ -173,43 +174,73 @@ def exact(**options: Any) -> Callable:
   return wide
 
 
-def chance(problem: Structure) -> Callable[[Any], list[float]]:
-  """Gives, for what `evaluate` differentiates in `where`, what random parts of 1 a pair sum up to.
+def chance(problem: Structure) -> Callable[[Any, Any, Any], dict[str, float]]:
+  """Gives what the terms of the gradients of scores' arrays, a bias and a cap add up to by chance.
 
-  A slope's gradient sums distances, a table's the pairs of a bucket: with r of random signs ‖Jᵀr‖
-  is as large as the Jacobian J of all pairs' scores by the array makes it.
+  A pair's score has the gradient P (dO·V − dO·O + d_lse), whose terms may cancel: with one key only
+  d_lse is left, and the rounding of the others. Here each of them, and each product in them, has a
+  random sign, so that none cancel, and the Jacobian of the scores by their arrays takes the pairs'
+  gradients to these; a cap's is at most 1 a pair. The root mean square of `SIGNS` draws.
   """
   B, T, S, K, G, *_ = problem.shape
+  row = lambda x: jnp.moveaxis(x.reshape(B, T, K, G, -1), 1, 3)
+
+  def weights(arrays, where):
+    """P, the gradient of the sum of all log-sum-exps by what is added to the scores."""
+    query, key, value, bias, *_ = (None if x is None else x.astype(jnp.float32) for x in arrays)
+
+    def total(added):
+      whole = added if bias is None else bias + added
+      run = functools.partial(reference.attention, query, key, value, bias=whole)
+      lse = run(**(problem.options | where))[1]
+      return jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+    return jax.grad(total)(jnp.zeros((B, K * G, T, S))).reshape(B, K, G, T, S)
+
+  def pairs(arrays, where, out, key):
+    """The gradients [B, N, T, S] of the scores, with random signs."""
+    keys = iter(jax.random.split(key, 4))
+    signed = lambda x: x * jax.random.rademacher(next(keys), x.shape, jnp.float32)
+    _, _, value, _, d_out, d_lse = arrays
+    value = jnp.where(jnp.isfinite(value), value, 0)
+    products = jnp.einsum("bkgth,bskh->bkgts", signed(row(d_out)), value)
+    rows = signed(row(d_out * out)).sum(-1, keepdims=True) + signed(row(d_lse))
+    return (weights(arrays, where) * (signed(products) + rows)).reshape(B, K * G, T, S)
 
   @jax.jit
-  def sums(scores, positions, signs):
-    whole = lambda scores: jnp.broadcast_to(scores.dense(T, S, positions), signs.shape)
-    return jax.vjp(whole, scores)[1](signs)[0]
+  def squares(arrays, where, out, key):
+    of_pairs = pairs(arrays, where, out, key)
 
-  def found(where: Any) -> list[float]:
-    cap = [float(B * T * S * K * G) ** 0.5] * problem.learned_cap
-    if "scores" not in where:
-      return cap
-    signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (B, K * G, T, S))
-    parts = sums(where["scores"], where["query_positions"], signs)
-    return cap + [float(np.linalg.norm(x)) for x in jax.tree.leaves(parts)]
+    def added(bias, scores):
+      total = jnp.zeros_like(of_pairs)
+      if scores is not None:
+        total += scores.dense(T, S, where["query_positions"])
+      return total if bias is None else total + bias
+
+    bias = None if arrays[3] is None else arrays[3].astype(jnp.float32)
+    of_bias, of_scores = jax.vjp(added, bias, where.get("scores"))[1](of_pairs)
+    learned = [of_pairs] * problem.learned_cap + jax.tree.leaves(of_scores)
+    named = {"d_bias": of_bias} | {f"d_scores_{n}": x for n, x in enumerate(learned)}
+    return {name: (x**2).sum() for name, x in named.items() if x is not None}
+
+  def found(arrays: Any, where: Any, out: Any) -> dict[str, float]:
+    keys = jax.random.split(jax.random.key(0), SIGNS)
+    draws = [squares(arrays, where, out, key) for key in keys]
+    return jax.tree.map(lambda *x: float(np.mean(x)) ** 0.5, *draws)
 
   return found
 
 
 def errors(
-  got: tuple[Any, ...], want: tuple[Any, ...], sums: Sequence[float] = ()
+  got: tuple[Any, ...], want: tuple[Any, ...], least: Mapping[str, float] | None = None
 ) -> dict[str, float]:
   """‖got − want‖ / ‖want‖ of each result; infinite where one of the two alone is not finite.
 
-  The elements of `want` count as at least `LEAST` on average, for gradients that cancel to nothing;
-  those of a shared bias, which are sums over pairs, or along keys over what all its queries'
-  log-sum-exps ask for, as at least what so many terms of `LEAST` add up to by chance; those of a
-  score's arrays and of a cap as `LEAST` times `sums`, what `chance` gives.
+  ‖want‖ counts as at least what `least` gives for it, as `chance` does for sums over pairs; else
+  its elements as at least `LEAST` on average, for gradients that cancel to nothing.
   """
   found = {}
   names = itertools.chain(NAMES, (f"d_scores_{n}" for n in itertools.count()))
-  least = {f"d_scores_{n}": LEAST * x for n, x in enumerate(sums)}
   for name, x, y in zip(names, got, want, strict=False):
     if y is None:
       continue
@@ -217,10 +248,7 @@ def errors(
     if (np.isfinite(x) != finite).any() or (x[~finite] != y[~finite]).any():
       found[name] = np.inf
       continue
-    terms = 1.0
-    if name == "d_bias":
-      terms = np.size(want[1]) * (want[3].shape[1] if y.shape[3] > 1 else 1) / y.size
     x, y = x[finite], y[finite]
-    size = max(np.linalg.norm(y), least.get(name, LEAST * (x.size * terms) ** 0.5))
+    size = max(np.linalg.norm(y), (least or {}).get(name, LEAST * x.size**0.5))
     found[name] = float(np.linalg.norm(x - y) / size) if x.size else 0.0
   return found

@@ -1,41 +1,73 @@
-"""Compiles kernels for one target: a process that answers CASE/KERNEL; `kernels.py` starts it.
+"""Compiles programs for one target: a process that answers CASE/NAME with a row.
 
-    python -m scripts.checks.compile_target TARGET DUMP PTXAS
+    python -m scripts.checks.compile_target TARGET DUMP PTXAS NVDISASM
 
-Its environment is that of `targets.environment`; PTXAS may be empty.
+NAME is that of a kernel, which is compiled alone, or of a whole program of `launches`. Its
+environment is that of `targets.environment`; paths of NVIDIA's tools may be empty.
 """
 
 import pathlib
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
+from effjax.kernels.flash_attention.fused.jobs import Job
+from scripts.checks import balance, launches, reports
 from scripts.checks.alone import Case, program
 from scripts.checks.processes import Row, answer
-from scripts.checks.targets import TARGETS
+from scripts.checks.targets import GPU, TARGETS, TPU, present
 
 
-def compiled(target: str, case: Case, kernel: str, dump: pathlib.Path, ptxas: str | None) -> Row:
+def kernel(
+  device: GPU | TPU, case: Case, name: str, dump: pathlib.Path, tools: reports.Tools
+) -> Row:
   """The row of one kernel; `error` in it says why it does not compile."""
-  device = TARGETS[target]
   sizes = case.sizes(device.platform, device=device.name)
-  size = getattr(sizes, kernel) or sizes.queries
+  size = getattr(sizes, name) or sizes.queries
   row: Row = {"tile": f"{size.queries}×{size.keys}"}
+  jobs: list[Job] = []
+  run = program(case, name, device.platform, sizes, watch=jobs.append)
+  row |= _compiled(device, run, case.arguments(name), dump)
+  if "error" in row:
+    return row
+  row |= device.report(dump, name, jobs[-1], size, tools)
+  if isinstance(device, GPU) and name != "bias" and case.dtype == "bfloat16":
+    weight = row["partial"] / row["rest"] if {"partial", "rest"} <= row.keys() else 1.0
+    row |= balance.simulated(case, name, device.name, device.cores, weight)
+  return row
+
+
+def whole(device: GPU | TPU, case: Case, name: str, dump: pathlib.Path) -> Row:
+  """The row of a whole program."""
+  with present(device):
+    row = _compiled(device, launches.program(case, name), launches.arguments(case, name), dump)
+  return row if "error" in row else row | {"launches": reports.launches(dump)}
+
+
+def _compiled(
+  device: GPU | TPU, function: Callable[..., Any], arguments: Any, dump: pathlib.Path
+) -> Row:
   shutil.rmtree(dump, ignore_errors=True)
   dump.mkdir(parents=True)
   start = time.perf_counter()
   try:
-    device.compile(program(case, kernel, device.platform, sizes), case.arguments(kernel))
+    device.compile(function, arguments)
   except Exception as error:  # whatever a compiler raises is the finding
-    return row | {"error": f"{type(error).__name__}: {error}"}
-  row["seconds"] = round(time.perf_counter() - start, 2)
-  return row | device.report(dump, kernel, ptxas)
+    return {"error": f"{type(error).__name__}: {error}"}
+  return {"seconds": round(time.perf_counter() - start, 2)}
 
 
-def main(target: str, dump: str, ptxas: str) -> None:
+def main(target: str, dump: str, *tools: str) -> None:
+  device, folder = TARGETS[target], pathlib.Path(dump)
+
   def rows(job: str) -> list[Row]:
-    case, kernel = job.split("/")
-    return [compiled(target, Case.of(case), kernel, pathlib.Path(dump), ptxas or None)]
+    name, what = job.split("/")
+    case = Case.of(name)
+    if what in launches.PROGRAMS:
+      return [whole(device, case, what, folder)]
+    return [kernel(device, case, what, folder, reports.Tools(*(path or None for path in tools)))]
 
   answer(rows)
 

@@ -9,8 +9,14 @@ attention; how much sparse patterns save beside how many tiles they leave out; t
 kernel alone; and of one decoded token, the share of the memory's speed.
 
 Values are checked by several processes at once, while another compiles what will be timed, alone.
-Everything goes, as it comes, to results/gpu_DEVICE_DATE.json and .md: `--only` does some of the
-jobs, and the others' rows stay. Fails if an error is out of its tolerance or a job failed.
+Beside what is measured stands what `model.estimate` makes of the compilers' reports: between the
+two times it gives, what was assumed of overlap is wrong, below the first, a rate, above the second,
+that nothing waits.
+
+It ends within `--minutes`: the values may take half of them, the quick ones come first, and what is
+left out is said. Everything goes, as it comes, to results/gpu_DEVICE_DATE.json and .md: `--only`
+does some of the jobs, and the others' rows stay. Fails if an error is out of its tolerance or a job
+failed.
 
 `--interpret` checks the values of small problems on any machine and writes nothing.
 """
@@ -21,34 +27,23 @@ import os
 import pathlib
 import re
 import sys
+import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from absl import app, flags
 
 from scripts.checks import gpu_jobs, gpu_values
 from scripts.checks.interpret import INTERPRET
-from scripts.checks.processes import Row, Worker, spread
+from scripts.checks.markdown import cell, table
+from scripts.checks.only import chosen
+from scripts.checks.processes import LEFT_OUT, Row, Worker, spread
 
 LENGTHS = flags.DEFINE_list("lengths", ["1024", "2048", "4096", "8192", "16384"], "To time.")
-ONLY = flags.DEFINE_string("only", "", "Expression in the names of jobs, as in dense/128|values.")
+MINUTES = flags.DEFINE_float("minutes", 8.0, "After which it has ended.")
 _CORES = 2  # for each process that checks values
+_LAST = 20.0  # seconds to start and to end in
 _UNTUNED = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"}
-
-
-def table(rows: list[Row]) -> str:
-  """Markdown of rows that have the first one's columns."""
-  lines = [
-    list(rows[0]),
-    ["---"] * len(rows[0]),
-    *([_cell(row.get(name, "–")) for name in rows[0]] for row in rows),
-  ]
-  return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _cell(x: Any) -> str:
-  return f"{x:.3g}" if isinstance(x, float) else str(x)
 
 
 class Results:
@@ -92,14 +87,20 @@ class Results:
 
 def shown(job: str, row: Row) -> str:
   """A line of the log."""
+  if row == LEFT_OUT:
+    return f"{job} left out, time is up"
   if "error" in row:
     return f"{job} FAILED: {row['error']}"
   errors = "" if row.get("good", True) else f"  FAILED {row['errors']}"
-  return "  ".join(f"{name} {_cell(x)}" for name, x in row.items() if name != "errors") + errors
+  return "  ".join(f"{name} {cell(x)}" for name, x in row.items() if name != "errors") + errors
 
 
-def answered(values: list[str], times: list[str]) -> Iterator[tuple[str, list[Row]]]:
-  """Each job and its rows: first the values, by many processes, then the times, by one alone."""
+def answered(values: list[str], times: list[str], end: float) -> Iterator[tuple[str, list[Row]]]:
+  """Each job and its rows: first the values, by many processes, then the times, by one alone.
+
+  Args:
+    end: on the clock of `time.monotonic`; the values may take half of the time until then.
+  """
   left = list(times)
   timer = Worker(lambda: ["scripts.checks.gpu_times", ",".join(LENGTHS.value), *left], {})
   command = ["scripts.checks.gpu_values", f"--interpret={INTERPRET.value}"]
@@ -107,13 +108,15 @@ def answered(values: list[str], times: list[str]) -> Iterator[tuple[str, list[Ro
   checkers = [Worker(lambda: command, _UNTUNED) for _ in values[:number]]
   if times:
     timer.start()  # it compiles while values are checked
-  yield from spread(checkers, values)
-  for job, rows in spread([timer], times):
+  half = (time.monotonic() + end) / 2 if times else end
+  yield from spread(checkers, values, half)
+  for job, rows in spread([timer], times, end):
     left.remove(job)
     yield job, rows
 
 
 def main(_) -> None:
+  end = time.monotonic() + 60 * MINUTES.value - _LAST
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share it
   if not INTERPRET.value and jax.default_backend() != "gpu":
     sys.exit(f"error: no NVIDIA GPU here, jax runs on {jax.default_backend()}; see --interpret")
@@ -122,13 +125,17 @@ def main(_) -> None:
   about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
   about |= {"date": datetime.date.today().isoformat()}
   results = Results(about, [*values, *times], pathlib.Path("results"))
-  wanted = lambda jobs: [job for job in jobs if re.search(ONLY.value, job)]
-  good = True
-  for job, rows in answered(wanted(values), wanted(times)):
+  good, left = True, []
+  for job, rows in answered(chosen(values), chosen(times), end):
     print(*(shown(job, row) for row in rows), sep="\n", flush=True)
+    if LEFT_OUT in rows:
+      left.append(job)
+      continue
     good &= all(row.get("good", "error" not in row) for row in rows)
     if not INTERPRET.value:
       results.add(job, rows)
+  if left:
+    print(f"left out of {MINUTES.value:g} minutes: {', '.join(left)}")
   sys.exit(not good)
 
 

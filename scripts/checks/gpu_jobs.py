@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from effjax.attention import attend, masks
 from effjax.attention.scores import ALiBi
 from effjax.kernels.flash_attention.fused.sizes import choose
-from scripts.checks import gpu_torch
-from scripts.checks.alone import Case, program
+from scripts.checks import gpu_torch, model
+from scripts.checks.alone import HEADS, KERNELS, MASKS, Case, program
 from scripts.checks.processes import Row
+from scripts.checks.sass import PRODUCTS
 
 TOKENS, MODEL = 16384, 2048  # tokens of a batch and heads × width, whatever the length
 WIDTHS = (64, 128)
-PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}  # of matrices, in a tile of each kernel
+
 Arrays = tuple[Any, ...]
 
 
@@ -71,12 +72,16 @@ class Dense(Job):
   causal: bool
   backward: bool
 
+  @property
+  def mask(self) -> masks.Mask:
+    """Of the programs."""
+    return masks.Causal() if self.causal else masks.Full()
+
   def arguments(self):
     return _arrays(self.length, self.width)
 
   def programs(self):
-    mask = masks.Causal() if self.causal else masks.Full()
-    return {by: _program(mask, by, self.backward) for by in ("gpu", "cudnn")}
+    return {by: _program(self.mask, by, self.backward) for by in ("gpu", "cudnn")}
 
   def peers(self, arguments):
     make = functools.partial(gpu_torch.contender, arguments, self.causal, self.backward)
@@ -87,6 +92,7 @@ class Dense(Job):
       own = seconds["gpu"]
       rate = work(self.length, self.causal, self.backward) / own / 1e12
       figures = {"ms": own * 1e3, "TFLOP/s": rate, "of matmul": rate / device["matmul TFLOP/s"]}
+      figures |= _model(self, "causal" if self.causal else "full", self.mask, device)
       peers = {f"× {by}": x / own for by, x in seconds.items() if by != "gpu"}
       yield dataclasses.asdict(self) | figures | peers
 
@@ -115,6 +121,7 @@ class Sparse(Varied):
       if {name, "full"} <= seconds.keys():
         times = {"ms": seconds[name] * 1e3, "faster": seconds["full"] / seconds[name]}
         times["tiles"] = fewer(mask, self.length, self.width)
+        times |= _model(self, name, mask, device)
         yield {"mask": name} | dataclasses.asdict(self) | times
 
 
@@ -134,7 +141,8 @@ class Scores(Varied):
     if "scores" in seconds:
       own = seconds["scores"]
       peers = {f"× {by}": x / own for by, x in seconds.items() if by != "scores"}
-      yield dataclasses.asdict(self) | {"ms": own * 1e3} | peers
+      figures = {"ms": own * 1e3} | _model(self, "alibi", masks.Causal(), device)
+      yield dataclasses.asdict(self) | figures | peers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +156,7 @@ class Kernels(Job):
     return self.case.draw("forward", self.length)
 
   def programs(self):
-    return {name: program(self.case, name, "gpu") for name in PRODUCTS}
+    return {name: program(self.case, name, "gpu") for name in KERNELS[:3]}
 
   def rows(self, seconds, device):
     B, T, N, H = self.case.arguments("forward", self.length)[0].shape
@@ -158,7 +166,9 @@ class Kernels(Job):
       size, rate = getattr(sizes, name), PRODUCTS[name] * product / x
       names = {"kernel": name, "case": str(self.case), "length": T}
       names |= {"tile": f"{size.queries}×{size.keys}"}
-      yield names | {"ms": x * 1e3, "TFLOP/s": rate, "of matmul": rate / device["matmul TFLOP/s"]}
+      figures = {"ms": x * 1e3, "TFLOP/s": rate, "of matmul": rate / device["matmul TFLOP/s"]}
+      mask = MASKS[self.case.mask](None)
+      yield names | figures | model.columns(self.case, [name], mask, T, B, device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +199,10 @@ class Decode(Job):
   def rows(self, seconds, device):
     if "gpu" in seconds:
       own = seconds["gpu"]
-      rate = 2 * 2 * self.batch * self.keys * self.groups * self.width / own / 1e12
-      figures = {"µs": own * 1e6, "TB/s": rate, "of copy": rate / device["copy TB/s"]}
+      terabytes = 2 * 2 * self.batch * self.keys * self.groups * self.width / 1e12
+      rate, copy = terabytes / own, device["copy TB/s"]
+      figures = {"µs": own * 1e6, "model µs": terabytes / copy * 1e6}
+      figures |= {"TB/s": rate, "of copy": rate / copy}
       peers = {f"× {by}": x / own for by, x in seconds.items() if by != "gpu"}
       yield dataclasses.asdict(self) | figures | peers
 
@@ -217,7 +229,8 @@ def jobs(lengths: list[int]) -> dict[str, Job]:
     if 4096 <= T <= 8192
   }
   kernels = {f"kernels/{kind}": Kernels(Case.of(kind), longest) for kind in kinds}
-  return {"device": Device(), **dense, **sparse, **scores, **kernels, "decode": Decode(longest)}
+  last = {"decode": Decode(longest)}
+  return {"device": Device(), **kernels, **dense, **sparse, **scores, **last}
 
 
 def work(length: int, causal: bool, backward: bool) -> float:
@@ -243,6 +256,14 @@ def fewer(mask: masks.Mask, length: int, width: int) -> float:
   size = choose("gpu", jnp.bfloat16, width, length, length).forward
   tiles = mask.blocks(length, length, size.queries, size.keys).rows
   return -(-length // size.queries) * -(-length // size.keys) / tiles.visited
+
+
+def _model(job: Any, name: str, mask: masks.Mask, device: Row) -> Row:
+  """Of all heads and batch rows of a job, by the reports of the mask of that name."""
+  case = Case("bfloat16", job.width, name, group=1)
+  kernels = KERNELS[:3] if job.backward else KERNELS[:1]
+  batch = TOKENS * MODEL // (job.length * job.width * HEADS)
+  return model.columns(case, kernels, mask, job.length, batch, device)
 
 
 def _arrays(length: int, width: int) -> Arrays:

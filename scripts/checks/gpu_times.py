@@ -49,13 +49,13 @@ def _seconds(contender: Contender, calls: int) -> float:
 
 
 def compiled(programs: dict[Name, tuple[Callable, Any]]) -> dict[Name, Future]:
-  """Programs of arguments, or of their shapes, compiled side by side; some may hold exceptions."""
+  """Programs of arguments, or of their shapes, as they are compiled; some may hold exceptions."""
 
   def one(program: Callable, arguments: Any) -> Any:
     return jax.jit(program).lower(*arguments).compile()
 
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    return {name: pool.submit(one, *each) for name, each in programs.items()}
+  pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+  return {name: pool.submit(one, *each) for name, each in programs.items()}
 
 
 def timed(job: gpu_jobs.Job, programs: dict[str, Future], device: Row) -> Iterator[Row]:

@@ -1,67 +1,74 @@
-"""Compiles the fused attention kernels for TPUs and NVIDIA GPUs on a machine that has neither.
+"""Compiles fused attention for TPUs and NVIDIA GPUs on a machine that has neither.
 
-    python -m scripts.checks.kernels --targets=h100,v5e --kinds=bfloat16-128-causal
+    python -m scripts.checks.kernels --targets=h100,v5e --only=bfloat16-128-causal/
 
-One row for each kernel: seconds to compile (with tracing and the reports); on GPUs registers of a
-thread, bytes it spills, shared memory of a block; on TPUs bundles of the static schedule, the share
-of them with a matrix operation ("MATMUL"), VMEM and the part of it that is spilled registers. The
-tiles are those of `effjax.kernels.flash_attention.fused.sizes`. The last line is one JSON object.
+Every mask with heads of 64, 128 and 256, with as many key heads as query heads and with half as
+many, in bfloat16 and float32: each kernel alone, in the tiles of
+`effjax.kernels.flash_attention.fused.sizes`, and what whole programs launch. A row for each:
 
-Fails if a kernel does not compile; if one spills on an H100; and if fewer than 55 % of the forward
-kernel's bundles on a v5e hold a matrix operation at heads of 128 without a mask.
+  * GPUs: registers of a thread and bytes it spills; shared memory of a block; of the loops over
+    tiles what `sass.figures` says; `balance.simulated`; launches of a whole program.
+  * TPUs: bundles of the static schedule, also for 512 × 512 pairs; the share of them with a matrix
+    operation and with a spill; VMEM and the part of it that is spilled registers.
+
+The last lines are the table of `bounds` and what breaks it, which fails the check; `--save=NAME`
+writes the rows to results/check_kernels/NAME, where other rows stay, and all runs' to table.md
+beside it.
 """
 
-import json
+import itertools
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import Any
 
-import jax
 from absl import app, flags
 
-from scripts.checks import plugins
+from scripts.checks import bounds, kernel_table, launches, plugins
 from scripts.checks.alone import Case
+from scripts.checks.only import chosen
 from scripts.checks.processes import Row, Worker, spread
 from scripts.checks.targets import TARGETS, environment
 
+MASKS = ("full", "causal", "window", "longformer", "bigbird", "documents", "alibi")
 CASES = (
   *(
-    f"{dtype}-{width}-{mask}"
-    for dtype in ("bfloat16", "float32")
-    for width in (64, 128)
-    for mask in ("causal", "documents")
+    f"{dtype}-{width}-{mask}{group}"
+    for dtype, width, mask, group in itertools.product(
+      ("bfloat16", "float32"), (64, 128, 256), MASKS, ("", "-1")
+    )
   ),
-  *("bfloat16-128-full", "bfloat16-256-causal", "float32-256-causal"),
+  "bfloat16-128-drawn",
 )
 _TARGETS = flags.DEFINE_list("targets", list(TARGETS), "Devices to compile for.")
-_KINDS = flags.DEFINE_list(
-  "kinds", list(CASES), "Type, head width and mask, as in bfloat16-64-causal."
-)
-LEAST_MATMUL = 0.55
-_COLUMNS = ("seconds", "registers", "spill", "shared", "bundles", "matmul", "vmem")
+_SAVE = flags.DEFINE_string("save", None, f"Name of a folder in {kernel_table.FOLDER}.")
+_COLUMNS = {
+  "gpu": (
+    *("seconds", "registers", "spill", "shared", "wait", "rest", "partial", "useful"),
+    *("busy 4k", "busy 8k", "busy 16k", "launches"),
+  ),
+  "tpu": ("seconds", "bundles", "pair", "matmul", "spilling", "vmem", "spill"),
+}
 
 
-def fault(row: Row) -> str | None:
-  """What is wrong with a kernel, or None."""
-  if "error" in row:
-    return f"does not compile: {row['error'][:2000]}"
-  if row["target"] == "h100" and row.get("spill"):
-    return f"spills {row['spill']} bytes of registers"
-  busiest = (row["target"], row["kernel"], row["case"]) == ("v5e", "forward", "bfloat16-128-full")
-  if busiest and row["matmul"] < LEAST_MATMUL:
-    return f"{row['matmul']:.0%} of the bundles hold a matrix operation, under {LEAST_MATMUL:.0%}"
-  return None
+def jobs(target: str) -> list[str]:
+  """CASE/NAME of kernels and whole programs."""
+  cases = map(Case.of, CASES)
+  wholes = launches.programs if TARGETS[target].platform == "gpu" else lambda case: ()
+  return [f"{case}/{name}" for case in cases for name in (*case.kernels, *wholes(case))]
 
 
-def rows(target: str, cases: list[str], ptxas: str | None) -> Iterator[Row]:
-  """Those of a target as they come, by a process, since jax reads its environment once."""
+def rows(target: str, names: list[str]) -> Iterator[Row]:
+  """Those of a target as they come, by processes, since jax reads its environment once."""
+  tools = [plugins.tool(name) or "" for name in ("ptxas", "nvdisasm")]
   with tempfile.TemporaryDirectory() as folder:
-    command = ["scripts.checks.compile_target", target, folder, ptxas or ""]
-    worker = Worker(lambda: command, environment(target, folder, plugins.folder()))
-    for job, found in spread(
-      [worker], [f"{case}/{kernel}" for case in cases for kernel in Case.of(case).kernels]
-    ):
+    workers = []
+    for n in range(len(os.sched_getaffinity(0))):
+      dump = f"{folder}/{n}"
+      command = ["scripts.checks.compile_target", target, dump, *tools]
+      own = environment(target, dump, plugins.folder())
+      workers.append(Worker(lambda command=command: command, own))
+    for job, found in spread(workers, names):
       case, kernel = job.split("/")
       for row in found:
         yield {"target": target, "case": case, "kernel": kernel} | row
@@ -69,26 +76,23 @@ def rows(target: str, cases: list[str], ptxas: str | None) -> Iterator[Row]:
 
 def printed(row: Row) -> str:
   """A line of the table."""
-  cells = (str(row.get(name, "–")).rjust(10) for name in _COLUMNS)
-  names = f"{row['target']:6s}{row['case']:24s}{row['kernel']:9s}{row.get('tile', '–'):>9s}"
-  return names + "".join(cells)
+  names = f"{row['target']:6s}{row['case']:25s}{row['kernel']:10s}{row.get('tile', '–'):>9s}"
+  if "error" in row:
+    return f"{names}  {row['error'][:2000]}"
+  shown = (row.get(name) for name in _COLUMNS[TARGETS[row["target"]].platform])
+  return names + "".join(("–" if x is None else str(x)).rjust(10) for x in shown)
 
 
-def check(targets: list[str], cases: list[str]) -> dict[str, Any]:
-  """Prints the table; the rows and what is wrong in them."""
-  ptxas = plugins.ptxas()
-  if ptxas is None:
-    print("ptxas is on no path here: no registers and spills of GPU kernels")
-  print(f"{'':39s}{'tile':>9s}" + "".join(name.rjust(10) for name in _COLUMNS))
-  found, faults = [], []
-  for target in targets:
-    for row in rows(target, cases, ptxas):
+def check(jobs: dict[str, list[str]]) -> list[Row]:
+  """Prints the rows of targets as they come."""
+  found = []
+  for target, names in jobs.items():
+    columns = _COLUMNS[TARGETS[target].platform]
+    print(f"{'':41s}{'tile':>9s}" + "".join(name.rjust(10) for name in columns))
+    for row in rows(target, names):
       print(printed(row), flush=True)
       found.append(row)
-      wrong = fault(row)
-      if wrong:
-        faults.append(f"{row['target']} {row['case']} {row['kernel']} {wrong}")
-  return {"jax": jax.__version__, "faults": faults, "kernels": found}
+  return found
 
 
 def main(_) -> None:
@@ -99,10 +103,19 @@ def main(_) -> None:
     plugins.install()
   except RuntimeError as error:
     raise SystemExit(f"error: {error}") from None
-  result = check(_TARGETS.value, [str(Case.of(name)) for name in _KINDS.value])
-  print(*result["faults"], sep="\n", end="\n" * bool(result["faults"]), file=sys.stderr)
-  print(json.dumps(result, ensure_ascii=False))
-  sys.exit(bool(result["faults"]))
+  for tool in ("ptxas", "nvdisasm"):
+    if plugins.tool(tool) is None:
+      print(f"{tool} is on no path here: figures of GPU kernels are left out")
+  found = check({target: chosen(jobs(target)) for target in _TARGETS.value})
+  if _SAVE.value:
+    for target in _TARGETS.value:
+      new = [row for row in found if row["target"] == target]
+      kernel_table.save(_SAVE.value, target, new)
+    kernel_table.write(TARGETS)
+  print(bounds.table(found))
+  faults = bounds.broken(found)
+  print(*faults, sep="\n", end="\n" * bool(faults), file=sys.stderr)
+  sys.exit(bool(faults))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ import shutil
 import subprocess
 import sys
 
+# The assembler tells registers and spills; the disassembler, what is in a loop.
+_TOOLS = {"ptxas": "nvidia-cuda-nvcc", "nvdisasm": "nvidia-cuda-nvdisasm"}
+
 
 def folder() -> pathlib.Path:
   """Where they are, for this version of Python."""
@@ -27,28 +30,39 @@ def requirements() -> list[str]:
 
 
 def install() -> pathlib.Path:
-  """The folder, filled; NVIDIA's assembler is in it where there was none.
+  """The folder, filled; NVIDIA's tools are in it where they were nowhere.
 
   Raises:
     RuntimeError: with what pip said, when it cannot install them.
   """
   home, wanted = folder(), requirements()
   stamp = home / ".installed"
-  if stamp.exists() and stamp.read_text().split() == wanted:
-    return home
-  shutil.rmtree(home, ignore_errors=True)
-  assembler = [] if ptxas() else ["nvidia-cuda-nvcc"]
-  _pip("--target", str(home), *wanted, *assembler)
-  stamp.write_text("\n".join(wanted))
+  if not stamp.exists() or stamp.read_text().split() != wanted:
+    shutil.rmtree(home, ignore_errors=True)
+    _pip("--target", str(home), *wanted)
+    stamp.write_text("\n".join(wanted))
+  for name, package in _TOOLS.items():
+    if tool(name) is None:
+      _pip("--target", str(home / package), package)
   return home
 
 
-def ptxas() -> str | None:
-  """The assembler that tells registers: on PATH, in CUDA's folder, or of NVIDIA's wheels."""
-  places = [*sys.path, str(folder())]
-  wheels = (path for each in places for path in pathlib.Path(each).glob("nvidia/*/bin/ptxas"))
-  found = (shutil.which("ptxas"), shutil.which("/usr/local/cuda/bin/ptxas"), next(wheels, None))
+def tool(name: str) -> str | None:
+  """One of NVIDIA's: on PATH, in CUDA's folder, or of its wheels."""
+  places = [*map(pathlib.Path, sys.path), folder() / _TOOLS[name]]
+  wheels = (path for each in places for path in each.glob(f"nvidia/*/bin/{name}"))
+  found = (shutil.which(name), shutil.which(f"/usr/local/cuda/bin/{name}"), next(wheels, None))
   return next((str(path) for path in found if path), None)
+
+
+def versions() -> dict[str, str]:
+  """Of what compiles, by name."""
+  found = {
+    each.name: each.version for each in importlib.metadata.distributions(path=[str(folder())])
+  }
+  said = subprocess.run([tool("ptxas") or "true", "--version"], capture_output=True, text=True)
+  release = re.search(r"release ([\d.]+)", said.stdout)
+  return found | ({"ptxas": release[1]} if release else {})
 
 
 def _pip(*arguments: str) -> None:

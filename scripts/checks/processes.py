@@ -8,16 +8,20 @@ than `PATIENCE` seconds.
 import concurrent.futures
 import faulthandler
 import json
+import math
 import os
 import queue
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 Row = dict[str, Any]
 PATIENCE = 180.0
+LEFT_OUT = {"left out": "no time"}
 
 
 def answer(run: Callable[[str], Iterable[Row]]) -> None:
@@ -71,6 +75,11 @@ class Worker:
       yield {"error": f"exit {process.returncode}: {self._last_words()}"}
       self.stop()
 
+  def kill(self) -> None:
+    """Ends what it does; `rows` then says so."""
+    if self._process:
+      self._process.kill()
+
   def stop(self) -> None:
     """Ends the process, if there is one."""
     if self._process:
@@ -84,8 +93,14 @@ class Worker:
     return self._words.read().strip()[-1500:]
 
 
-def spread(workers: list[Worker], jobs: Iterable[str]) -> Iterator[tuple[str, list[Row]]]:
-  """Each job and its rows, by whichever worker is idle, as they are done; stops the workers."""
+def spread(
+  workers: list[Worker], jobs: Iterable[str], end: float = math.inf
+) -> Iterator[tuple[str, list[Row]]]:
+  """Each job and its rows, by whichever worker is idle, as they are done; stops the workers.
+
+  Args:
+    end: on the clock of `time.monotonic`: jobs not done by then have `LEFT_OUT` as their last row.
+  """
   idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
   for worker in workers:
     idle.put(worker)
@@ -93,14 +108,20 @@ def spread(workers: list[Worker], jobs: Iterable[str]) -> Iterator[tuple[str, li
   def run(job: str) -> tuple[str, list[Row]]:
     worker = idle.get()
     try:
-      return job, list(worker.rows(job))
+      rows = list(worker.rows(job)) if time.monotonic() < end else [LEFT_OUT]
+      late = time.monotonic() >= end and rows and "error" in rows[-1]
+      return job, [*rows[:-1], LEFT_OUT] if late else rows
     finally:
       idle.put(worker)
 
+  alarm = threading.Timer(end - time.monotonic(), lambda: [each.kill() for each in workers])
   try:
+    if end < math.inf:
+      alarm.start()
     with concurrent.futures.ThreadPoolExecutor(max(1, len(workers))) as pool:
       for done in concurrent.futures.as_completed([pool.submit(run, job) for job in jobs]):
         yield done.result()
   finally:
+    alarm.cancel()
     for worker in workers:
       worker.stop()

@@ -1,9 +1,13 @@
 """Accelerators that programs are compiled for on a machine that has none."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -11,7 +15,9 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from scripts.checks import reports
+from effjax.kernels.flash_attention.fused.jobs import Job
+from effjax.kernels.flash_attention.fused.sizes import Size
+from scripts.checks import reports, sass
 
 _GPU = """
 platform_name: "CUDA" device_description_str: "{name}" dnn_version_info {{ major: 9 minor: 8 }}
@@ -65,12 +71,16 @@ class GPU:
     )
     mesh = Mesh(np.array(described.devices), ("x",), axis_types=(AxisType.Explicit,))
     shapes = _placed(arguments, NamedSharding(mesh, P()))
+    traced = jax.jit(function).trace(*shapes)
     with jax.sharding.use_abstract_mesh(self._abstract(mesh)):
-      jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+      traced.lower(lowering_platforms=("cuda",)).compile()
 
-  def report(self, dump: pathlib.Path, kernel: str, ptxas: str | None) -> reports.Figures:
-    """What the compiler, and ptxas where it is given, say of a kernel."""
-    return reports.gpu(dump, kernel, ptxas, self.architecture)
+  def report(
+    self, dump: pathlib.Path, kernel: str, job: Job, size: Size, tools: reports.Tools
+  ) -> reports.Figures:
+    """What the compiler, and NVIDIA's tools where they are given, say of a kernel."""
+    figures, code = reports.gpu(dump, kernel, tools, self.architecture)
+    return figures | sass.figures(code, kernel, job, size)
 
   def _abstract(self, mesh: Mesh) -> AbstractMesh:
     """The mesh; from jax 0.11 on it says for what device kernels are lowered."""
@@ -109,9 +119,13 @@ class TPU:
     shapes = _placed(arguments, SingleDeviceSharding(described.devices[0]))
     jax.jit(function).lower(*shapes).compile()
 
-  def report(self, dump: pathlib.Path, kernel: str, ptxas: str | None) -> reports.Figures:
+  def report(
+    self, dump: pathlib.Path, kernel: str, job: Job, size: Size, tools: reports.Tools
+  ) -> reports.Figures:
     """What the compiler says of a kernel."""
-    return reports.tpu(dump, kernel)
+    figures = reports.tpu(dump, kernel)
+    pair = figures["bundles"] * 512 * 512 / (size.queries * size.keys)
+    return figures | {"pair": round(pair)}
 
 
 TARGETS: dict[str, GPU | TPU] = {
@@ -124,6 +138,15 @@ TARGETS: dict[str, GPU | TPU] = {
   "v5e": TPU("TPU v5 lite", "v5e:2x2", "v5litepod-4"),
   "v6e": TPU("TPU v6 lite", "v6e:2x2", "v6e-4"),
 }
+
+
+@contextlib.contextmanager
+def present(device: GPU | TPU) -> Iterator[None]:
+  """What picks by the default device, picks as if it were this one."""
+  devices = mock.patch.object(jax, "devices", lambda: [SimpleNamespace(device_kind=device.name)])
+  backend = mock.patch.object(jax, "default_backend", lambda: device.platform)
+  with devices, backend:
+    yield
 
 
 def environment(target: str, dump: str, plugins: pathlib.Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ out. The last line is a row for the table of `flash_attention.fused.sizes`. `--i
 small size on any machine.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -44,6 +45,7 @@ def timed(case: Case, kernel: str, platform: str, interpret: bool) -> Iterator[t
 
   sizes = candidates(platform, interpret)
   ready = compiled({size: (functools.partial(run, size), arguments) for size in sizes})
+  concurrent.futures.wait(ready.values())
   for size, future in ready.items():
     try:
       call = functools.partial(future.result(), *arguments)

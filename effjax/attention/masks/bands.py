@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.attention.masks.base import FAR, Mask, at_least, namespace
+from effjax.attention.masks.base import FAR, Mask, at_least, namespace, of_positions
 
 
 class _Band(Mask):
@@ -99,8 +99,11 @@ class Dilated(Mask):
   def _band(self) -> SlidingWindow:
     return SlidingWindow(self.window * self.dilation, self.window * self.dilation)
 
+  def features(self, q_positions, length):
+    return of_positions(q_positions, length, lambda x: x % min(self.dilation, FAR))
+
   def predicate(self, q, k, q_features, k_features):
-    return self._band.predicate(q, k, (), ()) & ((q - k) % min(self.dilation, FAR) == 0)
+    return self._band.predicate(q, k, (), ()) & (q_features == k_features)
 
   def spans(self, grid, q_features, k_features):
     some, every = self._band.spans(grid, (), ())
@@ -124,9 +127,12 @@ class BlockWindow(Mask):
     for name, least in (("left", 0), ("right", 0), ("block", 1)):
       at_least(f"BlockWindow: {name}", getattr(self, name), least)
 
+  def features(self, q_positions, length):
+    return of_positions(q_positions, length, lambda x: x // self._sizes[2])
+
   def predicate(self, q, k, q_features, k_features):
-    left, right, size = self._sizes
-    return SlidingWindow(left, right).predicate(q // size, k // size, (), ())
+    left, right, _ = self._sizes
+    return SlidingWindow(left, right).predicate(q_features, k_features, (), ())
 
   def spans(self, grid, q_features, k_features):
     left, right, size = self._sizes

@@ -226,6 +226,14 @@ class And(_Pair):
   second: Mask
   _join = staticmethod(operator.and_)
 
+  @property
+  def band(self):
+    bands = self.first.band, self.second.band
+    if None in bands:
+      return None
+    least = lambda *widths: min((x for x in widths if x is not None), default=None)
+    return tuple(map(least, *bands))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +277,14 @@ class Not(Mask):
 def namespace(*arrays: Index) -> Any:
   """numpy where all is known when tracing, else jax.numpy."""
   return np if all(isinstance(x, np.ndarray | int) for x in arrays) else jnp
+
+
+def of_positions(q_positions: Index, length: Dim, function: Any) -> tuple[Index, Index]:
+  """Features of queries and of keys: a function of their positions that kernels need not compute.
+
+  Divisions by what is no power of two take many instructions, and TPUs have none.
+  """
+  return function(q_positions[:, None]), function(indices(0, length)[None, None])
 
 
 def of_queries(values: Index, positions: Index, none: Any) -> Index:

@@ -58,14 +58,18 @@ class Predicate(ByValue, Mask):
     return self.arrays.most_heads
 
   def features(self, q_positions, length):
-    return self.arrays.features()
+    parts = self.arrays.features(), self.visited.features(q_positions, length)
+    return tuple(zip(*parts, strict=True))
 
   def predicate(self, q, k, q_features, k_features):
-    seen = self.function(q, k, **q_features, **k_features)
-    return seen & self.visited.predicate(q, k, (), ())
+    (q_own, q_visited), (k_own, k_visited) = q_features, k_features
+    return self.function(q, k, **q_own, **k_own) & self.visited.predicate(
+      q, k, q_visited, k_visited
+    )
 
   def spans(self, grid, q_features, k_features):
-    return self.visited.spans(grid, (), ())[0], Mask.spans(self, grid, (), ())[1]
+    some, _ = self.visited.spans(grid, q_features[1], k_features[1])
+    return some, Mask.spans(self, grid, (), ())[1]
 
   def check(self, batch, T, S, positions=False):
     self.visited.check(batch, T, S, positions)

@@ -62,12 +62,11 @@ class RandomBlocks(ByValue, Mask):
     xp = namespace(self.table, at)
     rows = xp.asarray(self.table)[batch, np.arange(N)[:, None], at.clip(0, blocks - 1)]
     rows = xp.where(((at >= 0) & (at < blocks))[..., None], rows, -1)
-    return tuple(rows[..., i] for i in range(r)), ()
+    return tuple(rows[..., i] for i in range(r)), (indices(0, length) // self.block)[None, None]
 
   def predicate(self, q, k, q_features, k_features):
-    block = k // self.block
     seen = (q < 0) & (k < 0)
-    return functools.reduce(operator.or_, (chosen == block for chosen in q_features), seen)
+    return functools.reduce(operator.or_, (chosen == k_features for chosen in q_features), seen)
 
   def spans(self, grid, q_features, k_features):
     if not grid.contiguous:

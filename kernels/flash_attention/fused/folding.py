@@ -20,7 +20,7 @@ def fits(
   """Whether the queries have positions, are few, and nothing tells the heads of a group apart."""
   group = query.shape[2] // key.shape[2]
   alike = mask.heads == 1 and bias is None and scores is None and query_positions is not None
-  return alike and group > 1 and query.shape[1] * group <= _ROWS
+  return alike and query.shape[1] * group <= _ROWS
 
 
 def attention(
@@ -36,7 +36,7 @@ def attention(
   """`run`, an attention, with [B, T, K · G, H] queries as [B, T · G, K, H]."""
   B, T, N, _ = query.shape
   K = key.shape[2]
-  again = lambda x: jnp.repeat(x, N // K, axis=1)
+  again = lambda x: x if T == 1 else jnp.repeat(x, N // K, axis=1)  # one position is that of all
   results = run(
     query.reshape(B, T, K, N // K, -1).swapaxes(2, 3).reshape(B, T * N // K, K, -1),
     key,

@@ -21,6 +21,7 @@ from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.kernels.flash_attention.fused import steps
 from effjax.kernels.flash_attention.fused.jobs import NOTHING, Job, Kernels, Settings
 from effjax.kernels.flash_attention.fused.sizes import Sizes, choose
+from effjax.kernels.flash_attention.tile_map.partly import Partly
 from effjax.kernels.flash_attention.tile_map.sight import Where
 from effjax.kernels.flash_attention.tile_map.terms import Terms
 from effjax.kernels.flash_attention.tiled import xla
@@ -50,8 +51,8 @@ def attention(
   logit_softcap: float | Float[Array, ""] | None = None,
   bias: Float[Array, "#B #N #T #S"] | None = None,
   scores: Any = None,
-  segment_ids: tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None = None,
-  query_positions: Int[Array, "#B T"] | None = None,
+  segment_ids: tuple[Int[Array, "#B #T"], Int[Array, "#B S"]] | None = None,
+  query_positions: Int[Array, "#B #T"] | None = None,
   sizes: Sizes | None = None,
   interpret: bool = False,
   splits: int = 1,
@@ -59,6 +60,7 @@ def attention(
   """Attention and its log-sum-exp, differentiable once, with a platform's kernels.
 
   Args:
+    segment_ids, query_positions: of each query, or one for all.
     splits: parts in which the tiles of a row are worked on at the same time.
 
   Raises:
@@ -80,7 +82,8 @@ def attention(
     bias = jnp.broadcast_to(bias.astype(jnp.float32), (*bias.shape[:2], T, S))
   softcap = None if isinstance(logit_softcap, jax.Array) else logit_softcap
   settings = Settings(kernels, float(scale), softcap, sizes, splits, interpret)
-  operands = (query, key, value, bias, Where(mask, segment_ids, query_positions), terms)
+  where = Partly.of(Where(mask, segment_ids, query_positions))
+  operands = (query, key, value, bias, where, terms)
   operands = _narrow(numerics.vary_alike(operands, operands))
   with jax.enable_x64(False):
     return _attention(settings, *operands)
@@ -104,12 +107,14 @@ def _attention_jvp(settings, operands, tangents):
     moves = *tangents[:4], [] if tangents[5] is None else tangents[5].trained
     back = functools.partial(_backward, settings)
     saved = (*operands, out, lse, *parts)
-    return (out, lse), linear_map(_no_tangents, back, saved, moves, (out, lse))
+    return (out, lse), linear_map(no_tangents, back, saved, moves, (out, lse))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _forward(settings, query, key, value, bias, where, terms):
-  """Output, log-sum-exp, and its two parts in the unit of the scores and of log 2."""
+  """Output, log-sum-exp, and its two parts in the unit of the tops and of log 2."""
+  if settings.kernels.few is not None:
+    return settings.kernels.few(settings, query, key, value, where.tree, terms)
   job = Job.of(settings, settings.sizes.forward, query, key, value, bias, where, terms)
   T = query.shape[1]
   out, *lines = settings.kernels.forward(job)
@@ -118,8 +123,9 @@ def _forward(settings, query, key, value, bias, where, terms):
   if settings.splits == 1:
     out, top, log_sum = out[0], top[0], log_sum[0]
   else:
-    out, top, log_sum = _joined(out, top, log_sum, job.log2)
-  return out.astype(query.dtype), top * job.unit + log_sum * math.log(2), top, log_sum
+    out, top, log_sum = _joined(out, top, log_sum, job.powers.outer)
+  lse = top * (job.powers.outer / steps.LOG2E) + log_sum * math.log(2)
+  return out.astype(query.dtype), lse, top, log_sum
 
 
 def _joined(out: Array, top: Array, log_sum: Array, log2: float) -> tuple[Array, Array, Array]:
@@ -145,8 +151,8 @@ def _gradients(settings, saved, cotangents):
   d_out, d_lse = cotangents
   delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_lse
   adds = bias is not None or (terms is not None and terms.structure is not None)
-  unit = settings.unit(adds, terms is not None and terms.softcap is not None)
-  lse = top * (unit * steps.LOG2E) + log_sum
+  powers = settings.powers(adds, terms is not None and terms.softcap is not None)
+  lse = top * powers.outer + log_sum
   lse = jnp.where(jnp.abs(lse) < _MOST, lse, jnp.nan)
   lines = {"top": top, "log_sum": log_sum, "lse": lse, "delta": delta}
   none = top == -jnp.inf
@@ -166,16 +172,17 @@ def _gradients(settings, saved, cotangents):
 
 def _term_gradients(settings, saved, cotangents):
   """Those of what trains in the terms, by tiles in XLA: sums that kernels do not share."""
-  *arguments, terms, out, lse, top, log_sum = saved
+  *arrays, where, terms, out, lse, top, log_sum = saved
   if terms is None or not terms.trained:
     return []
   rest = log_sum * math.log(2) - (lse - top)
   results = out, lse, jnp.where(lse == -jnp.inf, 0.0, rest)
   options = {"scale": settings.scale, "logit_softcap": settings.softcap}
-  return xla.term_gradients(*arguments, terms, results, cotangents, **options)
+  return xla.term_gradients(*arrays, where.tree, terms, results, cotangents, **options)
 
 
-def _no_tangents(*_):
+def no_tangents(*_):
+  """The derivative of what has none."""
   raise NotImplementedError(
     "fused attention kernels have first derivatives in reverse mode alone; implementation='xla' "
     "has those in forward mode too, and forward mode over both; 'reference' has all"
@@ -183,4 +190,4 @@ def _no_tangents(*_):
 
 
 for _function in (_forward, _gradients):
-  _function.defjvp(_no_tangents)
+  _function.defjvp(no_tangents)

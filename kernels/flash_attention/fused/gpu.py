@@ -4,6 +4,7 @@ A program takes one tile of queries (for dK and dV one of keys), goes through it
 first those that need no mask, and keeps what it sums in registers.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,13 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from effjax.core.typing import Array, Float
 from effjax.kernels.flash_attention import row_bias
-from effjax.kernels.flash_attention.fused import folding, frame, steps
+from effjax.kernels.flash_attention.fused import few, folding, frame, programs, steps
 from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
 from effjax.kernels.flash_attention.fused.places import Place
 from effjax.kernels.flash_attention.fused.sizes import Sizes
@@ -35,7 +37,8 @@ def _forward(job: Job) -> tuple[Array, ...]:
   size, splits = job.size, job.settings.splits
 
   def kernel(x, out, top, log_sum):
-    row, part = lax.div(pl.program_id(0), splits), lax.rem(pl.program_id(0), splits)
+    i, part = lax.div(pl.program_id(2), splits), lax.rem(pl.program_id(2), splits)
+    row = i if x.order is None else x.order[i]
 
     def put(here, rows, exact):
       rows_of = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
@@ -44,7 +47,7 @@ def _forward(job: Job) -> tuple[Array, ...]:
         there = pl.ds(j * n, n)
         k = x.key[there, :]
         logits, _, shown = _scores(job, x, here, there, k, rows_of, (masked, exact))
-        return steps.accumulate(carry, logits, x.value[there, :], shown, job.log2)
+        return steps.accumulate(carry, logits, x.value[there, :], shown, job.powers)
 
       start = steps.start(rows, job.value.shape[-1])
       carry = _visit(job, x.lists, (), row, size.keys, tile, start, exact, (part, splits))
@@ -53,21 +56,22 @@ def _forward(job: Job) -> tuple[Array, ...]:
       top[here], log_sum[here] = (x[:, 0] for x in sums)
       return result
 
-    _exactly(job, put, size.queries)
+    _exactly(job, put, row, size.queries)
 
   B, T, N, _ = job.query.shape
   kind = job.query.dtype if splits == 1 else jnp.float32
   out = jax.ShapeDtypeStruct((splits, B, T, N, job.value.shape[-1]), kind)
   line = jax.ShapeDtypeStruct((splits, B, N, T), jnp.float32)
-  place = _by_rows(job, splits)
-  return _call(job, kernel, place, ("pbqnh", out), ("pbnq", line), ("pbnq", line))
+  place, order = programs.by_rows(job, splits), programs.longest_first(job.lists)
+  return _call(job, kernel, place, order, ("pbqnh", out), ("pbnq", line), ("pbnq", line))
 
 
 def _queries(job: Job) -> Array:
   size = job.size
 
   def kernel(x, d_query):
-    i = pl.program_id(0)
+    i = pl.program_id(2)
+    row = i if x.order is None else x.order[i]
 
     def put(here, rows, exact):
       rows_of = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
@@ -77,31 +81,32 @@ def _queries(job: Job) -> Array:
         there = pl.ds(j * n, n)
         k = x.key[there, :]
         logits, slope, shown = _scores(job, x, here, there, k, rows_of, (masked, exact))
-        weights = jnp.exp2((logits - top) * job.log2)
+        weights = job.powers(logits, top)
         d_weights = steps.dot(x.d_out[here, :], x.value[there, :], (1, 1))
         return carry + shown.dot(steps.score_gradient(weights, d_weights, delta, slope), k)
 
       start = jnp.zeros((rows, job.query.shape[-1]), jnp.float32)
-      total = _visit(job, x.lists, (), i, size.keys, tile, start, exact)
+      total = _visit(job, x.lists, (), row, size.keys, tile, start, exact)
       total = total * (job.settings.scale * jnp.exp2(-log_sum))
       d_query[here, :] = total.astype(d_query.dtype)
       return total
 
-    _exactly(job, put, size.queries)
+    _exactly(job, put, row, size.queries)
 
-  return _call(job, kernel, _by_rows(job), ("bqnh", job.query))[0]
+  place, order = programs.by_rows(job), programs.longest_first(job.lists)
+  return _call(job, kernel, place, order, ("bqnh", job.query))[0]
 
 
 def _keys(job: Job) -> tuple[Array, Array]:
   size = job.size
 
   def kernel(x, d_key, d_value):
-    j = pl.program_id(0)
+    j = pl.program_id(1)
+    column = j if x.order is None else x.order[0, j]
 
     def put(here, rows, exact):
       k, v = x.key[here, :], x.value[here, :]
       ends = ("top", "log_sum") if exact or job.adds else ("lse",)
-      first = j * size.keys + (here.start if exact else 0)
 
       def head(g, carry):
         of_head = lambda ref: g if ref.shape[0] > 1 else 0
@@ -112,18 +117,18 @@ def _keys(job: Job) -> tuple[Array, Array]:
           d_k, d_v = carry
           there = pl.ds(i * n, n)
           queries = jax.tree.map(lambda ref: ref[of_head(ref), there][None, :], x.queries)
-          at, given = _positions(first, (rows, 1)), (masked, exact)
+          at, given = _positions(here.start, (rows, 1)), (masked, exact)
           bias = None if x.bias is None else x.bias[of_head(x.bias), there, here].T
           q, d_out = x.query[there, g, :], x.d_out[there, g, :]
           of_rows = lambda name: x.lines[name][g, there][None, :]  # late, for registers' sake
           logits, slope, shown = job.scores(k, q, queries, columns, at, line, bias, _cap(x), given)
-          weights = steps.weights(logits, job.log2, *map(of_rows, ends))
+          weights = steps.weights(logits, job.powers, *map(of_rows, ends))
           d_weights = steps.dot(v, d_out, (1, 1))
           gradient = steps.score_gradient(weights, d_weights, of_rows("delta"), slope)
           return d_k + shown.dot(gradient, q), d_v + shown.dot(weights, d_out)
 
         listed = of_head(x.lists.offset)
-        return _visit(job, x.lists, (listed,), j, size.queries, tile, carry, exact)
+        return _visit(job, x.lists, (listed,), column, size.queries, tile, carry, exact)
 
       start = tuple(jnp.zeros((rows, a.shape[-1]), jnp.float32) for a in (k, v))
       d_k, d_v = lax.fori_loop(0, job.group, head, start)
@@ -131,9 +136,11 @@ def _keys(job: Job) -> tuple[Array, Array]:
       d_value[here, :] = d_v.astype(d_value.dtype)
       return d_k  # not finite where d_v is not
 
-    _exactly(job, put, size.keys, always=True)
+    _exactly(job, put, column, size.keys, always=True)
 
-  d_key, d_value = _call(job, kernel, _by_columns(job), ("bkmh", job.key), ("bkmh", job.value))
+  place, order = programs.by_columns(job), programs.longest_first(job.lists, job.group)
+  results = ("bkmh", job.key), ("bkmh", job.value)
+  d_key, d_value = _call(job, kernel, place, order, *results)
   return d_key, d_value
 
 
@@ -157,14 +164,14 @@ def _bias(job: Job) -> Array:
       top, log_sum, delta = (x.lines[name][b, g, :][:, None] for name in _LINES)
       given = x.bias[0, 0], _cap(x), (True, True)
       logits, _, shown = job.scores(q, k, rows, columns, at, line, *given)
-      weights = steps.weights(logits, job.log2, top, log_sum)
+      weights = steps.weights(logits, job.powers, top, log_sum)
       d_weights = steps.dot(x.d_out[b, :, g, :], x.value[b, :, kv, :], (1, 1))
       return total + shown.hide(steps.score_gradient(weights, d_weights, delta, None), 0.0)
 
     start = jnp.zeros((size.queries, size.keys), jnp.float32)
     d_bias[0, 0] = lax.fori_loop(0, batch * shared, add, start).astype(d_bias.dtype)
 
-  return _call(job, kernel, _by_bias(job, bias), ("bnqk", bias))[0]
+  return _call(job, kernel, programs.by_bias(job, bias), None, ("bnqk", bias))[0]
 
 
 def _visit(
@@ -190,24 +197,41 @@ def _visit(
     begin = jnp.minimum(begin + which * share, end)
     end = jnp.minimum(begin + share, end)
     middle = jnp.clip(middle, begin, end)
-  tile_of = lambda n: lists.index[*head, n]
+  pieces = size // _PIECE if exact else 1
+  at = lambda n: lists.index[*head, lax.div(n, pieces)] * pieces + lax.rem(n, pieces)
+  loops = [(begin, middle, False)] * job.any_full + [(middle, end, True)] * job.any_partial
   if exact:
-    pieces = size // _PIECE
-    piece = lambda n: tile_of(lax.div(n, pieces)) * pieces + lax.rem(n, pieces)
-    each = lambda n, carry: tile(piece(n), _PIECE, job.any_partial, carry)
-    return lax.fori_loop(begin * pieces, end * pieces, each, carry)
-  step = lambda masked: lambda n, carry: tile(tile_of(n), size, masked, carry)
-  if job.any_full:
-    carry = lax.fori_loop(begin, middle, step(False), carry)
-  return lax.fori_loop(middle, end, step(True), carry) if job.any_partial else carry
+    loops = [(begin, end, job.any_partial)]
+
+  def step(masked):
+    # The next tile's number is read an iteration ahead: its loads would wait for it.
+    return lambda n, state: (at(n + 1), tile(state[0], size // pieces, masked, state[1]))
+
+  state = at(begin * pieces), carry
+  for first, last, masked in loops:
+    state = lax.fori_loop(first * pieces, last * pieces, step(masked), state)
+  return state[1]
 
 
-def _exactly(job: Job, put: Callable[..., Any], rows: int, always: bool = False) -> None:
-  """`put(rows, number, exact)` of all rows, and again where what it gives is not finite.
+def _power(x: Array, factor: float, y: Any) -> Array:
+  """2^(factor · x − y) in two instructions of five; zero where that is below 2^−126."""
+  bits = np.float32(factor).view(np.uint32)
+  (power,) = plgpu.elementwise_inline_asm(
+    f"{{ .reg .f32 e; fma.rn.ftz.f32 e, $1, 0f{bits:08x}, $2; ex2.approx.ftz.f32 $0, e; }}",
+    args=[x, jnp.broadcast_to(-y, x.shape)],
+    constraints="=f,f,f",
+    pack=1,
+    result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+  )
+  return power
+
+
+def _exactly(job: Job, put: Callable[..., Any], i: Array, rows: int, always: bool = False) -> None:
+  """`put(rows, number, exact)` of tile i's rows, and again where what it gives is not finite.
 
   Zero times a NaN that is hidden is not. Exactly, a few rows at a time need the fewest registers.
   """
-  good = steps.finite(*jax.tree.leaves(put(slice(None), rows, False)))
+  good = steps.finite(*jax.tree.leaves(put(pl.ds(i * rows, rows), rows, False)))
   if always or job.hides:
 
     @pl.when(~good)
@@ -215,7 +239,7 @@ def _exactly(job: Job, put: Callable[..., Any], rows: int, always: bool = False)
 
       @pl.loop(0, rows // _PIECE)
       def _(n):
-        put(pl.ds(n * _PIECE, _PIECE), _PIECE, True)
+        put(pl.ds(i * rows + n * _PIECE, _PIECE), _PIECE, True)
 
 
 def _across(keys: Any, here: Any) -> Any:
@@ -239,6 +263,7 @@ def _cap(x: Any) -> Array | None:
 _LINES = "top", "log_sum", "delta"
 _OPERANDS = {
   "lists": "bn.",
+  "order": "bn.",
   "queries": "bnq",
   "keys": "bnk",
   "query": "bqnh",
@@ -252,62 +277,23 @@ _OPERANDS = {
 }
 
 
-def _by_rows(job: Job, splits: int = 1) -> Place:
-  """A program for each tile of queries (and part of its list), query head and batch row."""
-  B, _, N, _ = job.query.shape
-  axes = {
-    "p": (None, lambda i, n, b: lax.rem(i, splits)),
-    "b": (None, lambda i, n, b: b),
-    "n": (None, lambda i, n, b: n),
-    "m": (None, lambda i, n, b: lax.div(n, job.group)),
-    "q": (job.size.queries, lambda i, n, b: lax.div(i, splits)),
-  }
-  return Place((job.tiles[0] * splits, N, B), axes)
-
-
-def _by_columns(job: Job) -> Place:
-  """A program for each tile of keys, key-value head and batch row."""
-  B, _, K, _ = job.key.shape
-  axes = {
-    "b": (None, lambda j, m, b: b),
-    "n": (job.group, lambda j, m, b: m),
-    "m": (None, lambda j, m, b: m),
-    "k": (job.size.keys, lambda j, m, b: j),
-  }
-  return Place((job.tiles[1], K, B), axes)
-
-
-def _by_bias(job: Job, bias: Array) -> Place:
-  """A program for each tile of the bias."""
-  (B, _, N, _), K = job.query.shape, job.key.shape[2]
-  b, n = bias.shape[:2]
-  axes = {
-    "b": (B // b, lambda i, j, c: lax.div(c, n)),
-    "n": (N // n, lambda i, j, c: lax.rem(c, n)),
-    "m": (K, lambda i, j, c: 0)
-    if n == 1
-    else (1, lambda i, j, c: lax.div(lax.rem(c, n), job.group)),
-    "q": (job.size.queries, lambda i, j, c: i),
-    "k": (job.size.keys, lambda i, j, c: j),
-  }
-  return Place((*job.tiles, b * n), axes)
-
-
-def _call(job: Job, kernel: Any, place: Place, *results: tuple[str, Any]) -> tuple[Array, ...]:
+def _call(
+  job: Job, kernel: Any, place: Place, order: Any, *results: tuple[str, Any]
+) -> tuple[Array, ...]:
   """Runs `kernel(operands, *results)` over the grid; an operand there is not is None."""
-  operands = {name: getattr(job, name) for name in _OPERANDS}
+  operands = {name: order if name == "order" else getattr(job, name) for name in _OPERANDS}
   spec = lambda name: jax.tree.map(lambda x: place.spec(x.shape, _OPERANDS[name]), operands[name])
   call = pl.pallas_call(
     lambda refs, *outputs: kernel(SimpleNamespace(**refs), *outputs),
     grid=place.grid,
     in_specs=[{name: spec(name) for name in operands}],
     out_specs=[place.spec(like.shape, kinds) for kinds, like in results],
-    out_shape=[job.result(like.shape, like.dtype) for _, like in results],
+    out_shape=[job.settings.result(like.shape, like.dtype, job.query) for _, like in results],
     name=kernel.__qualname__.split(".")[0].lstrip("_"),
     compiler_params=plgpu.CompilerParams(num_warps=job.size.warps, num_stages=job.size.stages),
     interpret=job.settings.interpret,
   )
-  return job.run(call, operands)
+  return job.settings.run(call, operands)
 
 
 _PIECE = 16  # the least side of a product
@@ -315,7 +301,9 @@ _PROGRAMS = 256  # about as many as fill a device
 _LEAST = 256  # keys for which a part is worth its own program
 _FEW = 64  # queries that one tile holds
 
-KERNELS = Kernels(_forward, _queries, _keys, _bias, lambda terms: None, "gpu", pl.next_power_of_2)
+KERNELS = Kernels(
+  _forward, _queries, _keys, _bias, lambda terms: None, "gpu", pl.next_power_of_2, _power
+)
 
 
 @row_bias.outside
@@ -332,7 +320,7 @@ def attention(
   """Attention and its log-sum-exp; arguments and results as of `tiled.xla.attention`.
 
   A few queries against a cache would leave most of a GPU idle: the heads that share keys then count
-  as queries (`folding`), and the keys are worked on in parts, joined by their log-sum-exps.
+  as queries (`folding`), and the keys are worked on in parts (`few`).
 
   Args:
     sizes: of the tiles, powers of two from 16; from the device's table when None.
@@ -347,8 +335,9 @@ def attention(
   if splits is None:
     programs = B * (K if folded else N)
     splits = max(1, min(_PROGRAMS // programs, S // _LEAST)) if T <= _FEW else 1
+  kernels = dataclasses.replace(KERNELS, few=few.forward) if folded else KERNELS
   run: Callable[..., Any] = functools.partial(
-    frame.attention, KERNELS, sizes=sizes, splits=splits, interpret=interpret
+    frame.attention, kernels, sizes=sizes, splits=splits, interpret=interpret
   )
   if folded:
     run = functools.partial(folding.attention, run)

@@ -1,17 +1,20 @@
 """What a platform gives, kernels, and what each of them gets, a `Job`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core.typing import Array
 from effjax.kernels.flash_attention.fused import interpreted, steps
 from effjax.kernels.flash_attention.fused.sizes import Size, Sizes
 from effjax.kernels.flash_attention.tile_map.blocks import TileList, tile_lists
-from effjax.kernels.flash_attention.tile_map.sight import Sight, Where
+from effjax.kernels.flash_attention.tile_map.partly import Partly
+from effjax.kernels.flash_attention.tile_map.sight import Sight
 from effjax.kernels.flash_attention.tile_map.terms import Terms
 
 # What makes 2^(score − large) = 0 of rows with nothing to attend to, padded ones among them.
@@ -31,6 +34,8 @@ class Kernels:
     refusal: why it cannot take these terms, or None.
     platform: "gpu" or "tpu".
     width: the width that a head of a given one is padded to.
+    power: 2^(factor · x − y) on the device, see `steps.power`.
+    few: gives the forward pass of a few queries another way, as of `few.forward`, if anything does.
   """
 
   forward: Callable[["Job"], tuple[Array, ...]]
@@ -40,6 +45,8 @@ class Kernels:
   refusal: Callable[[Terms | None], str | None]
   platform: str
   width: Callable[[int], int]
+  power: Callable[[Array, float, Any], Array] = steps.power
+  few: Callable[..., tuple[Array, ...]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +60,19 @@ class Settings:
   splits: int
   interpret: bool
 
-  def unit(self, adds: bool, cap: bool) -> float:
-    """Of the scores, by whether something is added to them and whether a soft cap is data."""
-    return 1.0 if cap else steps.unit(self.scale, self.softcap, adds)
+  def powers(self, adds: bool, cap: bool) -> steps.Powers:
+    """By whether something is added to the scores and whether a soft cap is data."""
+    power = steps.power if self.interpret else self.kernels.power
+    return steps.Powers.of(self.scale, self.softcap, adds or cap, power)
+
+  def result(self, shape: tuple[int, ...], dtype: Any, given: Any) -> jax.ShapeDtypeStruct:
+    """A kernel's result, which varies over the mesh axes that the arrays it is given vary over."""
+    like = 1.0 if self.interpret else jax.tree.leaves(given)[0]
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+  def run(self, call: Callable[..., Any], *operands: Any) -> Any:
+    """A kernel on its operands."""
+    return interpreted.alone(call, operands) if self.interpret else call(*operands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +123,7 @@ class Job:
     key: Array,
     value: Array,
     bias: Array | None,
-    where: Where,
+    where: Partly,
     terms: Any,
     *,
     d_out: Array | None = None,
@@ -117,12 +134,14 @@ class Job:
     T, S = query.shape[1], key.shape[1]
     rows, columns = -(-T // size.queries), -(-S // size.keys)
     long, wide = rows * size.queries, columns * size.keys
-    sight = Sight.of(where, T, S, size.queries, size.keys)
-    lists = tile_lists(sight, rows, columns, by_columns=by_columns)
+    sight, lists = _listed(where, T, S, size.queries, size.keys, by_columns)
+    any_full, any_partial = lists.kinds
     scored = terms is not None and terms.structure is not None
     features = (terms.queries, terms.keys) if scored else ((), ())
-    queries, read_queries = _plain((sight.queries, features[0]), T, long)
-    keys, read_keys = _plain((sight.keys, features[1]), S, wide)
+    asked = any_partial or scored or bias is not None  # where every pair is seen, nothing is
+    known = (sight.queries, sight.keys) if asked else ((), ())
+    queries, read_queries = _plain((known[0], features[0]), T, long)
+    keys, read_keys = _plain((known[1], features[1]), S, wide)
 
     def term(q, k, at, line):
       (sight_q, q), (_, k) = read_queries(q), read_keys(k)
@@ -137,7 +156,6 @@ class Job:
     line = lambda x, fill: jnp.pad(
       jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, long - T)), constant_values=fill
     )
-    any_full, any_partial = lists.kinds
     return cls(
       settings=settings,
       size=size,
@@ -180,14 +198,9 @@ class Job:
     return self.any_partial or self.adds
 
   @property
-  def unit(self) -> float:
-    """Of the scores."""
-    return self.settings.unit(self.adds, self.cap is not None)
-
-  @property
-  def log2(self) -> float:
-    """A unit of the scores in units of log 2."""
-    return self.unit * steps.LOG2E
+  def powers(self) -> steps.Powers:
+    """2^(score − top)."""
+    return self.settings.powers(self.adds, self.cap is not None)
 
   def scores(
     self,
@@ -221,24 +234,35 @@ class Job:
     softcap = self.settings.softcap if cap is None else cap
     return *steps.scores(a, b, added, shown, self.settings.scale, softcap), shown
 
-  def result(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """A result that varies over the mesh axes that the arguments vary over."""
-    kind = jax.typeof(1.0 if self.settings.interpret else self.query).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
-  def run(self, call: Callable[..., Any], *operands: Any) -> Any:
-    """A kernel on its operands."""
-    return interpreted.alone(call, operands) if self.settings.interpret else call(*operands)
+def _listed(where: Partly, T: int, S: int, *how: Any) -> tuple[Sight, TileList]:
+  """Who sees whom in tiles, and their list; see `_fixed`."""
+  return _sighted(where, T, S, *how) if where.data else _fixed(where, T, S, *how)
+
+
+def _sighted(
+  where: Partly, T: int, S: int, block_q: int, block_k: int, by_columns: bool
+) -> tuple[Sight, TileList]:
+  sight = Sight.of(where.tree, T, S, block_q, block_k)
+  return sight, tile_lists(sight, -(-T // block_q), -(-S // block_k), by_columns=by_columns)
+
+
+@functools.lru_cache(maxsize=8)
+def _fixed(*arguments: Any) -> tuple[Sight, TileList]:
+  """Built once, for all layers and for both passes, where all is known while tracing."""
+  with jax.ensure_compile_time_eval():
+    return _sighted(*arguments)
 
 
 def _plain(tree: Any, length: int, padded: int) -> tuple[Any, Callable[[Any], Any]]:
   """The arrays as int32 or float32 [b, h, padded], and a function that gives tiles their types."""
   flags = jax.tree.map(lambda x: jnp.dtype(x.dtype) == jnp.bool_, tree)
 
-  def whole(x: Any) -> Array:
-    kind = jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32
-    x = jnp.broadcast_to(x, (*x.shape[:2], length)).astype(kind)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, padded - length)), mode="edge")
+  def whole(x: Any) -> Any:
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    kind = np.float32 if jnp.issubdtype(x.dtype, jnp.floating) else np.int32
+    x = xp.broadcast_to(x, (*x.shape[:2], length)).astype(kind)
+    return xp.pad(x, ((0, 0), (0, 0), (0, padded - length)), mode="edge")
 
   read = lambda tiles: jax.tree.map(lambda flag, x: x != 0 if flag else x, flags, tiles)
   return jax.tree.map(whole, tree), read

@@ -14,7 +14,7 @@ class Size:
   queries: int
   keys: int
   warps: int = 4
-  stages: int = 2
+  stages: int = 3
 
   def within(self, T: int, S: int, unit: int) -> "Size":
     """No larger than the power of two, from `unit`, that holds T or S."""
@@ -37,7 +37,7 @@ class Sizes:
 
 
 _SM90 = "NVIDIA H"  # 100, 200, …
-_LARGEST = Size(128, 128, 8, 2)
+_LARGEST = Size(128, 128, 8)
 # The first row that matches: part of the device's name, bytes of an element, widest head.
 # GPU rows compile for sm_90 without spilling registers, by jax 0.10.2 and as far as was compiled:
 # for Hopper the fastest that do on an H200, causal at 8192 keys (not timed: the bias's, and the
@@ -47,12 +47,12 @@ _TABLE = {
     (_SM90, 2, 64, Sizes(Size(64, 128, 4), Size(64, 64, 4), Size(128, 64, 8), Size(128, 64, 8))),
     (_SM90, 2, 128, Sizes(Size(128, 128, 8), Size(64, 64, 4), Size(64, 128, 8), Size(128, 64, 8))),
     (_SM90, 2, 256, Sizes(Size(128, 64, 8), Size(128, 32, 8), Size(32, 64, 8), Size(64, 32, 8))),
-    ("", 2, 64, Sizes(_LARGEST, _LARGEST, _LARGEST, Size(128, 64, 8, 2))),
-    ("", 2, 128, Sizes(Size(128, 64, 8, 2), Size(128, 64, 8, 2), Size(64, 128, 8, 2))),
-    ("", 2, 256, Sizes(Size(64, 64, 8, 2), Size(64, 32, 8, 2), Size(32, 64, 8, 2))),
-    ("", 4, 64, Sizes(Size(32, 64, 8, 2), Size(32, 32, 4, 2), Size(32, 32, 4, 2))),
-    ("", 4, 128, Sizes(Size(32, 16, 4, 1), Size(32, 32, 8, 2), Size(32, 32, 8, 2))),
-    ("", 4, 256, Sizes(Size(32, 16, 4, 1), Size(16, 16, 8, 2), Size(16, 16, 4, 1))),
+    ("", 2, 64, Sizes(_LARGEST, _LARGEST, _LARGEST, Size(128, 64, 8))),
+    ("", 2, 128, Sizes(Size(128, 64, 8), Size(128, 64, 8), Size(64, 128, 8))),
+    ("", 2, 256, Sizes(Size(64, 64, 8), Size(64, 32, 8), Size(32, 64, 8))),
+    ("", 4, 64, Sizes(Size(32, 64, 8), Size(32, 32, 4), Size(32, 32, 4, 2))),
+    ("", 4, 128, Sizes(Size(32, 16, 4, 1), Size(32, 32, 8), Size(32, 32, 8))),
+    ("", 4, 256, Sizes(Size(32, 16, 4, 1), Size(16, 16, 8), Size(16, 16, 4, 1))),
   ],
   "tpu": [
     ("", 2, 128, Sizes(Size(512, 1024), Size(512, 512), Size(512, 512))),

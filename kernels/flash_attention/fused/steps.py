@@ -7,6 +7,7 @@ goes with its rows is [rows, 1]. Scores are in units of their own (`unit`), whic
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ class Shown:
     kept = jnp.where(jnp.abs(wide) < jnp.inf, wide, 0.0).astype(b.dtype)
     # How many are seen of ∞ and of −∞, NaN being both, as the digits of one number.
     flags = jnp.where(wide < jnp.inf, 0.0, 1.0) + jnp.where(wide > -jnp.inf, 0.0, float(_DIGIT))
-    seen = jnp.where(self.seen, 1.0, 0.0).astype(b.dtype)
+    seen = jnp.broadcast_to(jnp.where(self.seen, 1.0, 0.0), weights.shape)
     ends = dot(seen, flags.astype(b.dtype)).astype(jnp.int32)
     up = jnp.where(ends % _DIGIT > 0, jnp.inf, 0.0)
     return dot(self.hide(weights, 0.0), kept) + (up + jnp.where(ends >= _DIGIT, -jnp.inf, 0.0))
@@ -102,6 +103,46 @@ def scores(
   return shown.hide(logits, -jnp.inf), slope
 
 
+def power(x: Array, factor: float, y: Any) -> Array:
+  """2^(factor · x − y)."""
+  return jnp.exp2(x * factor - y)
+
+
+@dataclasses.dataclass(frozen=True)
+class Powers:
+  """2^(score − top), where scores and tops have units of their own.
+
+  A score counts `inner` times its number in the unit of the tops, of which one is `outer` log 2.
+  One of the two is 1, the inner one where scores could overflow in units of log 2; else the
+  outer one, so that scores are scaled and shifted in one instruction.
+
+  Attributes:
+    power: 2^(factor · x − y) of x, factor and y.
+  """
+
+  inner: float
+  outer: float
+  power: Callable[[Array, float, Any], Array]
+
+  @classmethod
+  def of(
+    cls, scale: float, softcap: float | None, extra: bool, power: Callable[..., Array]
+  ) -> "Powers":
+    """For `scores` of these arguments."""
+    log2 = unit(scale, softcap, extra) * LOG2E
+    bounded = softcap is not None and not extra
+    return cls(log2, 1.0, power) if log2 <= 1 or bounded else cls(1.0, log2, power)
+
+  def __call__(self, logits: Array, top: Array) -> Array:
+    if self.outer == 1.0:
+      return self.power(logits, self.inner, top)
+    return self.between(logits, top)
+
+  def between(self, top: Array, new: Array) -> Array:
+    """2^(top − new)."""
+    return self.power(top - new, self.outer, 0.0)
+
+
 def start(rows: int, width: int) -> tuple[Array, Array, Array]:
   """Running sum, running maximum and weighted values of rows that have seen nothing."""
   zeros = lambda n: jnp.zeros((rows, n), jnp.float32)
@@ -109,13 +150,12 @@ def start(rows: int, width: int) -> tuple[Array, Array, Array]:
 
 
 def accumulate(
-  carry: tuple[Array, Array, Array], logits: Array, v: Array, shown: Shown, log2: float
+  carry: tuple[Array, Array, Array], logits: Array, v: Array, shown: Shown, powers: Powers
 ) -> tuple[Array, Array, Array]:
-  """The running values with a tile of scores, `log2` to a unit, and its values taken in."""
+  """The running values with a tile of scores and its values taken in."""
   total, top, out = carry
-  new = jnp.maximum(top, logits.max(-1, keepdims=True))
-  weights = jnp.exp2((logits - new) * log2)
-  fade = jnp.exp2((top - new) * log2)
+  new = jnp.maximum(top, logits.max(-1, keepdims=True) * powers.inner)
+  weights, fade = powers(logits, new), powers.between(top, new)
   return total * fade + weights.sum(-1, keepdims=True), new, out * fade + shown.dot(weights, v)
 
 
@@ -126,15 +166,15 @@ def finish(total: Array, top: Array, out: Array) -> tuple[Array, Array, Array]:
   return out / safe, jnp.where(none, -jnp.inf, top), jnp.log2(safe)
 
 
-def weights(logits: Array, log2: float, *ends: Array) -> Array:
-  """P = 2^(log2 · S − lse), or from (top, log_sum) 2^(log2 · (S − top) − log_sum).
+def weights(logits: Array, powers: Powers, *ends: Array) -> Array:
+  """P = 2^(S − lse), or from (top, log_sum) 2^(S − top − log_sum).
 
   LSE in units of log 2 takes fewer registers; of a great maximum it has no digits left for a sum.
   """
   if len(ends) == 1:
-    return jnp.exp2(logits * log2 - ends[0])
+    return powers.power(logits, powers.inner * powers.outer, ends[0])
   top, log_sum = ends
-  return jnp.exp2((logits - top) * log2 - log_sum)
+  return powers.power(logits * powers.inner - top, powers.outer, log_sum)
 
 
 def score_gradient(weights: Array, d_weights: Array, delta: Array, slope: Array | None) -> Array:

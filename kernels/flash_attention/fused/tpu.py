@@ -40,7 +40,7 @@ def _forward(job: Job) -> tuple[Array, ...]:
 
     def tile(how, *carry):
       logits, _, shown = step.scores(x, x.query[...], x.key[...], _read(x.bias), how)
-      return steps.accumulate(carry, logits, x.value[...], shown, job.log2)
+      return steps.accumulate(carry, logits, x.value[...], shown, job.powers)
 
     step.visit(x, tile, state)
 
@@ -71,7 +71,7 @@ def _queries(job: Job) -> Array:
       k = x.key[...]
       top, delta = (ref[...] for ref in lines)
       logits, slope, shown = step.scores(x, x.query[...], k, _read(x.bias), how)
-      weights = jnp.exp2((logits - top) * job.log2)
+      weights = job.powers(logits, top)
       d_weights = steps.dot(x.d_out[...], x.value[...], (1, 1))
       gradient = steps.score_gradient(weights, d_weights, delta, slope)
       return (total + shown.dot(gradient, k),)
@@ -101,7 +101,7 @@ def _keys(job: Job) -> tuple[Array, Array]:
       q, d_out = x.query[...], x.d_out[...]
       bias = None if x.bias is None else x.bias[...].astype(jnp.float32).T
       logits, slope, shown = step.scores(x, x.key[...], q, bias, how)
-      weights = steps.weights(logits, job.log2, x.top[...], x.log_sum[...])
+      weights = steps.weights(logits, job.powers, x.top[...], x.log_sum[...])
       d_weights = steps.dot(x.value[...], d_out, (1, 1))
       gradient = steps.score_gradient(weights, d_weights, x.delta[...], slope)
       return d_k + shown.dot(gradient, q), d_v + shown.dot(weights, d_out)
@@ -136,7 +136,7 @@ def _bias(job: Job) -> Array:
     scored = x.query[...], x.key[...], x.bias[...]
     logits, _, shown = step.scores(x, *scored, (True, True))
     d_weights = steps.dot(x.d_out[...], x.value[...], (1, 1))
-    weights = steps.weights(logits, job.log2, top, log_sum)
+    weights = steps.weights(logits, job.powers, top, log_sum)
     total[...] += shown.hide(steps.score_gradient(weights, d_weights, delta, None), 0.0)
 
     @pl.when(step.last)
@@ -321,14 +321,14 @@ def _call(
       out_specs=[route.spec(shape, kinds) for kinds, shape, _ in results],
       scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     ),
-    out_shape=[job.result(shape, dtype) for _, shape, dtype in results],
+    out_shape=[job.settings.result(shape, dtype, job.query) for _, shape, dtype in results],
     name=kernel.__qualname__.split(".")[0].lstrip("_"),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=(pltpu.PARALLEL,) * 2 + (pltpu.ARBITRARY,) * last
     ),
     interpret=job.settings.interpret,
   )
-  return job.run(call, *lists, operands)
+  return job.settings.run(call, *lists, operands)
 
 
 def _operands(job: Job, keys_across: bool) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,8 +1,6 @@
 """Tile lists as one sequence of steps, for a grid that goes through the rows in order."""
 
-import contextlib
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.typing import Array
-from effjax.kernels.flash_attention.tile_map.blocks import TileList
+from effjax.kernels.flash_attention.tile_map.blocks import Index, TileList
 
 EMPTY, FULL, PARTIAL, FIRST, LAST = 0, 1, 2, 4, 8  # flags of a step
 
@@ -32,7 +30,7 @@ class Walk:
   used: Any
   batch: int
   heads: int
-  arrays: tuple[Array, Array, Array]
+  arrays: tuple[Index, ...]
 
   @classmethod
   def of(cls, lists: TileList, columns: int) -> "Walk":
@@ -41,11 +39,16 @@ class Walk:
     xp = np if known else jnp
     lengths = xp.maximum(xp.diff(lists.offset, axis=-1), 1).sum(-1)
     used = lengths.max()
-    most = int(used) if known else rows * columns
     flat = jax.tree.map(lambda x: x.reshape(batch * heads, -1), lists)
-    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
-      arrays = _walks(flat, most)
-    return cls(most, most if known else used, batch, heads, arrays)
+    if known:
+      used = most = int(used)
+      each = map(TileList, flat.offset, flat.partial, flat.index)
+      walks = (_walk(one, most, np) for one in each)
+      arrays = jax.tree.map(lambda *x: np.concatenate(x), *walks)
+    else:
+      most = rows * columns
+      arrays = jax.tree.map(jnp.ravel, jax.vmap(lambda one: _walk(one, most, jnp))(flat))
+    return cls(most, used, batch, heads, arrays)
 
   def entry(self, b: Array, n: Array, s: Array) -> Array:
     """Where step s of batch row b and query head n is in the arrays."""
@@ -53,24 +56,19 @@ class Walk:
     return (batch * self.heads + head) * self.steps + s
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _walks(lists: TileList, most: int) -> tuple[Array, Array, Array]:
-  """The arrays of a walk through each of the lists, end to end."""
-  return jax.tree.map(jnp.ravel, jax.vmap(lambda each: _walk(each, most))(lists))
-
-
-def _walk(lists: TileList, most: int) -> tuple[Array, Array, Array]:
-  counts = jnp.diff(lists.offset)
-  lengths = jnp.maximum(counts, 1)
-  end = jnp.cumsum(lengths)
-  s = jnp.arange(most)
-  row = jnp.minimum(jnp.searchsorted(end, s, side="right"), len(counts) - 1)
+def _walk(lists: TileList, most: int, xp: Any) -> tuple[Index, ...]:
+  """The arrays of a walk through one list, by `xp`: numpy where the list is known."""
+  counts = xp.diff(lists.offset)
+  lengths = xp.maximum(counts, 1)
+  end = xp.cumsum(lengths)
+  s = xp.arange(most)
+  row = xp.minimum(xp.searchsorted(end, s, side="right"), len(counts) - 1)
   n = s - (end - lengths)[row]
   inside = s < end[-1]
-  at = lists.offset[row] + jnp.clip(n, 0, jnp.maximum(counts[row] - 1, 0))
-  kind = jnp.where(at < lists.partial[row], FULL, PARTIAL)
-  kind = jnp.where(inside & (n < counts[row]), kind, EMPTY)
-  kind += jnp.where(inside & (n == 0), FIRST, 0)
-  kind += jnp.where(inside & (n == lengths[row] - 1), LAST, 0)
-  tile = jnp.pad(lists.index, (0, 1))[at]
-  return row.astype(jnp.int32), tile.astype(jnp.int32), kind.astype(jnp.int32)
+  at = lists.offset[row] + xp.clip(n, 0, xp.maximum(counts[row] - 1, 0))
+  kind = xp.where(at < lists.partial[row], FULL, PARTIAL)
+  kind = xp.where(inside & (n < counts[row]), kind, EMPTY)
+  kind = kind + xp.where(inside & (n == 0), FIRST, 0)
+  kind = kind + xp.where(inside & (n == lengths[row] - 1), LAST, 0)
+  tile = lists.index[at]
+  return row.astype(xp.int32), tile.astype(xp.int32), kind.astype(xp.int32)

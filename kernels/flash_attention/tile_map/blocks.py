@@ -24,8 +24,9 @@ class TileList:
   """Tiles to visit for each tile of one axis, in compressed rows.
 
   Row i visits `index[offset[i] : partial[i]]`, where every pair is seen and no predicate is needed,
-  then `index[partial[i] : offset[i + 1]]`. Behind the last row `index` may go on with anything.
-  Kernels take lists with two leading axes, [b, h, …], each 1 or the whole batch or all query heads.
+  then `index[partial[i] : offset[i + 1]]`. Behind the last row `index` may go on with any tiles.
+  Kernels take lists with two leading axes, [b, h, …], each 1 or the whole batch or all query heads,
+  and one tile at least behind the last row, so that they can read ahead.
   """
 
   offset: Index
@@ -104,14 +105,15 @@ def tile_lists(sight: Sight, rows: int, columns: int, *, by_columns: bool = Fals
   if not isinstance(some.start, np.ndarray) or not isinstance(every.start, np.ndarray):
     return _traced(sight, rows, columns, by_columns)
   b, h = (max(n) for n in zip(some.start.shape[:2], every.start.shape[:2], strict=True))
+  sight = dataclasses.replace(sight, some=_of_rows(some, rows), every=_of_rows(every, rows))
   lists = []
   for i, n in itertools.product(range(b), range(h)):
     tiles = _Tiles.of(sight, i, n)
     if sight.ragged:
       tiles = dataclasses.replace(tiles, full=tiles.full & (tiles.column < columns - 1))
     lists.append(tiles.turned.listed(columns) if by_columns else tiles.listed(rows))
-  most = max(1, *(len(each.index) for each in lists))
-  pad = lambda x: np.pad(x.index, (0, most - len(x.index)))
+  most = max(len(each.index) for each in lists)
+  pad = lambda x: np.pad(x.index, (0, most + 1 - len(x.index)))
   lists = [dataclasses.replace(each, index=pad(each)) for each in lists]
   return jax.tree.map(lambda *x: np.stack(x).reshape(b, h, -1), *lists)
 
@@ -147,6 +149,12 @@ class _Tiles:
     return TileList(*(x.astype(np.int32) for x in (offset, partial, self.column[order])))
 
 
+def _of_rows(spans: Spans, rows: int) -> Spans:
+  """Of each of the rows, where one stands for all."""
+  each = lambda x: np.broadcast_to(x, (*x.shape[:2], rows, x.shape[3]))
+  return Spans(each(spans.start), each(spans.stop))
+
+
 def _of_head(spans: Spans, batch: int, head: int) -> Spans:
   """[rows, n] of one batch row and head."""
   pick = lambda x: np.asarray(x)[batch % x.shape[0], head % x.shape[1]]
@@ -177,9 +185,9 @@ def _traced(sight: Sight, rows: int, columns: int, by_columns: bool) -> TileList
   place = jnp.where(
     full, offset[..., :-1, None] + jnp.cumsum(full, -1), middle[..., None] + jnp.cumsum(partial, -1)
   )
-  slots = rows * columns
-  place = jnp.where(some, place - 1, slots).reshape(*shape[:2], slots)
-  tile = jnp.broadcast_to(jnp.arange(full.shape[-1]), full.shape).reshape(*shape[:2], slots)
+  slots = rows * columns + 1
+  place = jnp.where(some, place - 1, slots).reshape(*shape[:2], -1)
+  tile = jnp.broadcast_to(jnp.arange(full.shape[-1]), full.shape).reshape(*shape[:2], -1)
   put = jax.vmap(jax.vmap(lambda at, x: jnp.zeros(slots, x.dtype).at[at].set(x, mode="drop")))
   return TileList(*(x.astype(jnp.int32) for x in (offset, middle, put(place, tile))))
 

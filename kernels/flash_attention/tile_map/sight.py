@@ -3,9 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from effjax.core.typing import Array
 from effjax.kernels.flash_attention.tile_map.spans import Grid, Spans, equal_ids, tiled
@@ -43,10 +41,9 @@ class Sight:
   @classmethod
   def of(cls, where: Where, T: int, S: int, block_q: int, block_k: int) -> "Sight":
     """For T queries and S keys in tiles of block_q × block_k."""
-    positions = index = where.query_positions
+    positions = where.query_positions
     if positions is None:
       positions = np.arange(S - T, S, dtype=np.int32)[None]
-      index = lax.iota(jnp.int32, T)[None] + (S - T)
       grid = Grid.of(T, S, block_q, block_k)
     else:
       grid = Grid(tiled(positions, block_q), S, block_k)
@@ -56,7 +53,7 @@ class Sight:
     if ids:
       same, all_same = equal_ids(grid.split(ids[0]), grid.split_keys(ids[1]))
       some, every = some & same, every & all_same
-    queries = (index[:, None], ids[:1], features[0])
+    queries = (positions[:, None], ids[:1], features[0])
     return cls(where.mask, S, S % block_k > 0, some, every, queries, (ids[1:], features[1]))
 
   def seen(self, queries: Any, keys: Any, k: Array) -> Array:

@@ -27,7 +27,10 @@ class GroupedSight:
     every = rest.complement(plan.k_tiles)
     self.partial, self.full = partition(some, every, plan.S // t.keys, plan.k_tiles)
     self.looks_up = bool(jax.tree.leaves((sight.queries[1:], sight.keys)))  # more than positions
-    self.queries = _continued(sight.queries, plan.q_tiles * t.queries)
+    queries = sight.queries
+    if where.query_positions is None:  # counted rather than looked up
+      queries = (lax.iota(jnp.int32, plan.T)[None, None] + (plan.S - plan.T), *queries[1:])
+    self.queries = _continued(queries, plan.q_tiles * t.queries)
     self.keys = _continued(sight.keys, plan.k_tiles * t.keys)
 
   def visit(self, c: Array, i: Array, body: Any, carry: Any, wanted: Any = True) -> Any:

@@ -1,10 +1,11 @@
 """Jobs done by processes, some of which they end."""
 
 import textwrap
+import time
 
 import pytest
 
-from scripts.checks.processes import Worker, spread
+from scripts.checks.processes import LEFT_OUT, Worker, spread
 
 MODULE = """
   import os
@@ -20,7 +21,9 @@ MODULE = """
       raise ValueError("what was wrong")
     if job == "dies":
       os.abort()
-    if job == "hangs":
+    if job == "sleeps":
+      processes.faulthandler.cancel_dump_traceback_later()
+    if job in ("hangs", "sleeps"):
       time.sleep(60)
 
   processes.PATIENCE = 2.0
@@ -54,3 +57,9 @@ def test_jobs_are_shared_out_and_all_answered(workers):
   assert found.keys() == set(jobs)
   assert [len(found[job]) for job in jobs] == [1, 2, 1, 1]
   assert list(spread([], [])) == []
+
+
+def test_what_is_not_done_in_time_is_left_out(workers):
+  assert len([*workers[0].rows("plain")]) == 1
+  found = dict(spread(workers[:1], ["sleeps", "another"], time.monotonic() + 1.0))
+  assert found["sleeps"][-1] == LEFT_OUT and found["another"] == [LEFT_OUT]

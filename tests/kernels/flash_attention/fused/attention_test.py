@@ -1,5 +1,6 @@
 """The fused kernels, interpreted, against the same thing written out in float64."""
 
+import dataclasses
 import functools
 
 import chex
@@ -9,11 +10,19 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from effjax.attention.masks import Causal, Full, Global, SlidingWindow, longformer
+from effjax.attention.masks import (
+  Causal,
+  Full,
+  Global,
+  RandomBlocks,
+  SlidingWindow,
+  longformer,
+)
 from effjax.kernels.flash_attention import cases
-from effjax.kernels.flash_attention.fused import gpu, tpu
+from effjax.kernels.flash_attention.fused import gpu, jobs, tpu
 from effjax.kernels.flash_attention.fused.sizes import Size, Sizes, choose
 from effjax.kernels.flash_attention.tile_map.blocks import tile_lists
+from effjax.kernels.flash_attention.tile_map.partly import Partly
 from effjax.kernels.flash_attention.tile_map.sight import Sight, Where
 
 PLATFORMS = pytest.mark.parametrize("platform", [gpu, tpu], ids=["gpu", "tpu"])
@@ -60,6 +69,37 @@ def test_decoding_folds_heads_and_joins_parts_of_the_keys(splits):
   positions = jnp.array([[3, 9, 30], [0, 44, 2]])
   where = {"mask": Causal() & SlidingWindow(25, 0), "query_positions": positions}
   check(gpu, problem(T=3), where, scale=0.4, splits=splits)
+
+
+@pytest.mark.parametrize(("heads", "splits"), [(4, 1), (2, 3)])
+def test_one_token_against_a_ragged_cache_with_empty_slots(heads, splits):
+  arrays = problem(T=1, N=heads)
+  written = np.random.default_rng(0).random((2, 45)) < 0.6
+  arrays[1:3] = (jnp.where(written[..., None, None], x, jnp.nan) for x in arrays[1:3])
+  ids = jnp.zeros((2, 1), jnp.int32), jnp.asarray(written, jnp.int32) - 1
+  where = {"mask": Causal(), "query_positions": jnp.array([[44], [17]]), "segment_ids": ids}
+  check(gpu, arrays, where, scale=0.4, splits=splits)
+
+
+def test_blocks_drawn_before_tracing_are_constants():
+  """And masks that are equal share the lists that were built once."""
+  mask = RandomBlocks.draw(jax.random.key(0), 64, block=8, number=2)
+  q, k, v, *_ = problem(T=64, S=64)
+  data = []
+
+  @jax.jit
+  def run(q, k, v):
+    data.append(Partly.of(Where(mask, None, None)))
+    return gpu.attention(q, k, v, mask=mask, scale=0.4, sizes=SMALL, interpret=True)[0]
+
+  run(q, k, v)
+  assert not data[0].data and isinstance(data[0].tree.mask.table, np.ndarray)
+  assert data[0] == jax.tree.unflatten(*reversed(jax.tree.flatten(data[0])))
+  assert hash(data[0]) == hash(dataclasses.replace(data[0]))
+  assert len(Partly.of(Where(mask, None, None)).data) == 1  # nothing is being traced here
+  before = jobs._fixed.cache_info().misses
+  jax.jit(lambda *x: 2 * run.__wrapped__(*x))(q, k, v)
+  assert jobs._fixed.cache_info().misses == before
 
 
 def test_parts_of_the_keys_where_a_query_sees_nothing():
