@@ -224,13 +224,13 @@ class Job:
     """
     masked, exact = how
     shown = steps.Shown(self.seen(queries, keys, at) if masked else None, exact)
-    added = bias
+    parts = [] if bias is None else [bias.astype(jnp.float32)]
     if self.term is not None:
       term = jnp.asarray(self.term(queries, keys, at, line)).astype(jnp.float32)
-      term = jnp.broadcast_to(term, (a.shape[0], b.shape[0]))
-      added = term if bias is None else term + bias.astype(jnp.float32)
-    if exact and added is not None:
-      shown = shown.without(added.astype(jnp.float32) == -jnp.inf)
+      parts.append(jnp.broadcast_to(term, (a.shape[0], b.shape[0])))
+    for part in parts if exact else ():
+      shown = shown.without(part == -jnp.inf)
+    added = sum(parts[1:], start=parts[0]) if parts else None
     softcap = self.settings.softcap if cap is None else cap
     return *steps.scores(a, b, added, shown, self.settings.scale, softcap), shown
 
