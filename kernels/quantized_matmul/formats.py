@@ -64,7 +64,7 @@ class Format(abc.ABC):
     """
 
   def planes(
-    self, blocks: Integer[Array, "... size"], *constants: Shaped[Array, "... 1"]
+    self, blocks: Integer[Array, "... size"], *constants: Shaped[Array, "... K"]
   ) -> tuple[Float[Array, "... w"], ...]:
     """The numbers of blocks in one or more planes: those that come about side by side.
 

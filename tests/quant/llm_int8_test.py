@@ -57,7 +57,9 @@ def test_thresholds_from_none_to_all():
   np.testing.assert_allclose(found[1e-9], linear(x, Int8.quantize(W)), rtol=1e-4, atol=1e-3)
   exact = x @ W
   off = lambda y: np.abs(y - exact).mean()
-  assert off(linear(x, LLMInt8.quantize(W))) < off(dynamic) / 2
+  # Outliers' weights are rounded in the first form, and what is left is rounded in both.
+  assert off(linear(x, LLMInt8.quantize(W))) < 0.7 * off(dynamic)
+  assert off(linear(x, LLMInt8Exact.quantize(W, capacity=8))) < 0.7 * off(dynamic)
 
 
 def test_quantisers_are_those_of_bitsandbytes():
