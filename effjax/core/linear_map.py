@@ -60,7 +60,8 @@ def _jvp(primals, tangents, *, forward, count, **rest):
     moved = map(ad.instantiate_zeros, tangents[count:])
     flat = (*primals[:count], *moved)
     return results, _linear_map.bind(*flat, forward=forward, count=count, **rest)
-  return results, jax.jvp(forward, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))[1]
+  moved = tuple(map(ad.instantiate_zeros, tangents))
+  return results, jax.jvp(forward, tuple(map(jnp.asarray, primals)), moved)[1]
 
 
 def _transpose(cotangents, *flat, backward, count, **_):

@@ -66,8 +66,9 @@ def test_rounding_at_random_is_right_on_average(function):
   inside = (places >= least) & (places <= most)
   assert inside.mean() > 0.7
   assert np.abs(restored.mean(0) - w[0])[inside].max() < 5 * step.max() / np.sqrt(4 * 500)
-  whole = function(jnp.asarray(restored), bits=3, key=jax.random.key(1))
-  np.testing.assert_allclose(basics.restore(*whole), restored, atol=1e-5)
+  if function is basics.symmetric:  # whose range stays, so that whole numbers of steps do
+    whole = function(jnp.asarray(restored), bits=3, key=jax.random.key(1))
+    np.testing.assert_allclose(basics.restore(*whole), restored, atol=1e-5)
   # To the nearest, many are off on average.
   nearest = np.asarray(basics.restore(*function(jnp.asarray(w), bits=3)))
   assert np.abs(nearest.mean(0) - w[0]).max() > 0.2 * step.max()

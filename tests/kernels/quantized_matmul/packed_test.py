@@ -82,7 +82,7 @@ def test_constants_that_are_differentiated_have_their_gradient():
 def test_rows_on_several_devices():
   w, m = packed("nf4")
   x = normal(16, 192, seed=1)
-  mesh = jax.make_mesh((8,), ("data",))
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   apart = jax.shard_map(
     lambda x, w: w.matmul(x), mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
   )
