@@ -51,7 +51,7 @@ def _bind(flat: Any, types: Any, **functions: Any) -> list[Array]:
 
 
 def _run(*flat, forward, **_):
-  return forward(*flat)
+  return forward(*map(jnp.asarray, flat))
 
 
 def _jvp(primals, tangents, *, forward, count, **rest):
