@@ -256,7 +256,8 @@ def _chosen(
   known = jnp.isfinite(upper).all()
   upper = jax.scipy.linalg.block_diag(upper, jnp.eye(size - D))
   constants = [pad(_spread(c, D), (0, 0)) for c in made.constants]
-  table = np.asarray(made.format.table, np.float32)
+  codebook: Any = made.format
+  table = np.asarray(codebook.table, np.float32)
   ranks = np.argsort(table, kind="stable")
   index = _rounded(rows, upper, constants, jnp.asarray(table[ranks]))
   codes = jnp.zeros(w.shape, jnp.int32).at[order].set(jnp.asarray(ranks)[index[:D]])

@@ -240,7 +240,7 @@ def panels(points: list[harness.Row], names: list[str]) -> list[Panel]:
   found = []
   for column, unit, factor in COLUMNS:
     lines = {name: series(points, name, column, factor) for name in names}
-    ticks = {n: f"{n:,}" for line in lines.values() for n in sorted(line)}
+    ticks = {float(n): f"{n:,}" for line in lines.values() for n in sorted(line)}
     curves = [Series(name, list(line), list(line.values())) for name, line in lines.items() if line]
     words = f"{column} of forward and backward ({unit})"
     found.append(Panel(column.capitalize(), Axis("tokens", LOG, ticks), Axis(words, LOG), curves))

@@ -197,7 +197,7 @@ def panels(rows: list[harness.Row]) -> list[Panel]:
   """Perplexity in each context, and by tokens before in the longest one; what verdicts judge."""
   lines = {line["pattern"]: line for line in summarize(rows)}
   contexts = [
-    Series(name, TIMES, *([line[f"{sign}{t}×"] for t in TIMES] for sign in ("", "± ")))
+    Series(name, TIMES, [line[f"{t}×"] for t in TIMES], [line[f"± {t}×"] for t in TIMES])
     for name, line in lines.items()
   ]
   trained = {name: line["1×"] for name, line in lines.items()}

@@ -160,7 +160,7 @@ def panels(rows: list[harness.Row]) -> list[Panel]:
   return [
     Panel(
       "Dense models: which rate each size wants",
-      Axis("peak learning rate", LOG, {rate: f"{rate:g}" for s in series for rate in s.x}),
+      Axis("peak learning rate", LOG, {rate: f"{rate:g}" for s in series for rate in s.x if rate}),
       Axis("held-out text, nats a token"),
       series,
       [Line(f"the ladder's rate for {', '.join(names)}", x=rate) for rate, names in used.items()],

@@ -13,6 +13,7 @@ constants of these.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -119,8 +120,8 @@ class Study:
 
   @functools.cached_property
   def _seen(self) -> Seen:
-    options = {"batch_size": 1, "length": self._config.length, "seed": 0, "split": "train"}
-    batches = loader(self._corpus, self._loaded[1], **options)
+    sizes: Any = {"batch_size": 1, "length": self._config.length}
+    batches = loader(self._corpus, self._loaded[1], seed=0, split="train", **sizes)
     return Seen(self._subject, [next(batches) for _ in range(self._config.calibration)])
 
 

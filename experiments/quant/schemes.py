@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Mapping
 
 from effjax import quant
-from effjax.core import trees
 from effjax.core.typing import PyTree
 from effjax.layers import capture, reductions
 from effjax.layers.reductions import Reduction
@@ -49,8 +48,7 @@ class Scheme:
   def __call__(self, subject: Subject, seen: Seen, table: str | None) -> Subject:
     """The model with its linear layers in this scheme, and its table quantised by `table`."""
     params = self.change(subject.params, seen)
-    tied = table is not None and self.name != BASELINE
-    if tied and trees.matrices(params, TABLE):
+    if table is not None and self.name != BASELINE:
       params = quant.quantize(params, table, targets=TABLE)
     return Subject(subject.config, params)
 

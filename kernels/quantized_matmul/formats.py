@@ -170,7 +170,7 @@ class Indices(Format):
   """
 
   bits: int
-  block: ClassVar[int] = 8
+  block: int = dataclasses.field(default=8, init=False)
   shares: ClassVar[bool] = True
 
   @property

@@ -71,7 +71,7 @@ def _numbers(kind: str, blocks: Integer[Array, "... n size"]) -> Float[Array, ".
   if kind == "Q8_0":
     return d * _signed(rest)
   moved = kind.endswith("1")
-  m, rest = (_half(rest[..., :2]), rest[..., 2:]) if moved else (None, rest)
+  m, rest = (_half(rest[..., :2]), rest[..., 2:]) if moved else (jnp.zeros_like(d), rest)
   codes = _halves(rest[..., -16:], 16)
   if kind.startswith("Q5"):
     bits = rest[..., :4, None] >> jnp.arange(8, dtype=jnp.uint8).reshape((1,) * rest.ndim + (8,))

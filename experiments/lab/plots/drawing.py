@@ -1,10 +1,12 @@
 """One panel on its axes: series, lines, and what is told of them beneath."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis as Side
+from matplotlib.axis import XAxis
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -69,8 +71,8 @@ def _label(side: Side, axis: Axis, scale: Scale) -> None:
   seen = [(v, name) for v, name in axis.ticks.items() if scale.low <= v <= scale.high]
   kept = seen[:: max(1, -(-len(seen) // MOST))]
   names = [tick_label(name) for _, name in kept]
-  look = {"fontsize": SMALL} if max(map(len, names), default=0) > 12 else {}
-  if side.axis_name == "x" and sum(map(len, names)) > LETTERS:
+  look: dict[str, Any] = {"fontsize": SMALL} if max(map(len, names), default=0) > 12 else {}
+  if isinstance(side, XAxis) and sum(map(len, names)) > LETTERS:
     look |= {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
   side.set_ticks([v for v, _ in kept], names, **look)
   side.set_minor_locator(NullLocator())
@@ -83,7 +85,7 @@ def _series(axes: Axes, series: Series, both: Sides, colour: str, marker: str) -
   points[:, shown] = series.points()[:, shown]
   x, y, spread = points
   every = max(1, len(x) // MARKED)
-  look = {"color": colour, "marker": marker, "linestyle": "-" if series.joined else ""}
+  look: Any = {"color": colour, "marker": marker, "linestyle": "-" if series.joined else ""}
   axes.plot(x, y, **look, markevery=every, markersize=5)
   barred = np.isfinite(spread)
   if barred.any():
@@ -100,15 +102,18 @@ def _lines(axes: Axes, lines: Sequence[Line], both: Sides, looks: Looks) -> list
   dashes = {words: (0, DASHES[i % len(DASHES)]) for i, words in enumerate(_words(lines))}
   for line in lines:
     colour = looks[line.of][0] if line.of else INK
-    look = {"color": colour, "linewidth": 1.2, "zorder": 1.5, "linestyle": dashes[line.words]}
+    look: Any = {"color": colour, "linewidth": 1.2, "zorder": 1.5}
+    look["linestyle"] = dashes[line.words]
+    x: Any = line.x
+    y: Any = line.y
     if not both.draws(line):
       continue
-    if line.y is None:
-      axes.axvline(line.x, **look)
-    elif line.x is None:
-      axes.axhline(line.y, **look)
+    if y is None:
+      axes.axvline(x, **look)
+    elif x is None:
+      axes.axhline(y, **look)
     else:
-      axes.plot(np.array(line.x, float), np.array(line.y, float), **look)
+      axes.plot(np.array(x, float), np.array(y, float), **look)
     again = meanings.get(line.words)
     look["color"] = INK if again and again.get_color() != colour else colour
     meanings[line.words] = Line2D([], [], label=line.words, **look)

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Container, Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ from experiments.lab.plots.drawing import SMALL, Looks, draw, tick_label
 from experiments.lab.plots.panels import Panel
 from experiments.lab.plots.places import wrapped, write_names
 
-STYLE = {
+STYLE: Any = {
   "font.size": 10,
   "axes.spines.top": False,
   "axes.spines.right": False,
@@ -110,6 +111,7 @@ def _grow(made: Figure, below: Sequence[Legend | None], columns: int, legend: Le
 
 def _under(axes: Axes, legend: Legend) -> None:
   """Puts a legend below ticks and label of the horizontal axis."""
-  depth = axes.bbox.y0 - axes.xaxis.get_tightbbox().y0 + GAP * axes.figure.dpi / 72
+  written = axes.xaxis.get_tightbbox()
+  depth = (axes.bbox.y0 - written.y0 if written else 0.0) + GAP * axes.figure.dpi / 72
   down = ScaledTranslation(0, -depth / axes.figure.dpi, axes.figure.dpi_scale_trans)
   legend.set_bbox_to_anchor((0, 0), axes.transAxes + down)

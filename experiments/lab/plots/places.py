@@ -33,10 +33,11 @@ def write_names(axes: Axes, points: Sequence[tuple[float, float]], names: Sequen
   """
   pixels = axes.transData.transform(np.reshape(points, (-1, 2)))
   taken = [np.array([x - REACH, y - REACH, x + REACH, y + REACH]) for x, y in pixels]
-  taken += [line.get_window_extent().padded(1).extents for line in axes.lines if _straight(line)]
+  lines = (line.get_window_extent().padded(1) for line in axes.lines if _straight(line))
+  taken += [np.array(box.extents) for box in lines]
   offsets = np.array(list(itertools.product(SIDES, SHIFTS)), float)
   scale = axes.figure.dpi / 72
-  inside = axes.get_window_extent()
+  inside = np.array(axes.get_window_extent().extents)
   for i in sorted(range(len(points)), key=lambda i: tuple(pixels[i])[::-1]):
     text = axes.annotate(
       wrapped(names[i], 28),
@@ -52,17 +53,18 @@ def write_names(axes: Axes, points: Sequence[tuple[float, float]], names: Sequen
     sizes = np.array(Text.get_window_extent(text).size)  # without the line to the point
     centres = pixels[i] + scale * offsets + np.sign(offsets) * [sizes[0] / 2, 0]
     boxes = np.concatenate([centres - sizes / 2, centres + sizes / 2], axis=1)
-    costs = _covered(boxes, np.stack(taken)) + 10 * _outside(boxes, inside.extents)
+    costs = _covered(boxes, np.stack(taken)) + 10 * _outside(boxes, inside)
     best = int((costs + np.hypot(*offsets.T)).argmin())
     text.set_position(tuple(offsets[best]))
     text.set_horizontalalignment("left" if offsets[best, 0] > 0 else "right")
-    text.arrow_patch.set_visible(bool(np.hypot(*offsets[best]) > NEAR))
+    if text.arrow_patch is not None:
+      text.arrow_patch.set_visible(bool(np.hypot(*offsets[best]) > NEAR))
     taken.append(boxes[best])
 
 
 def _straight(line: Line2D) -> bool:
   """Whether a line is level or upright and crosses the axes."""
-  places = (line.get_xdata(), line.get_ydata())
+  places = (np.asarray(line.get_xdata()), np.asarray(line.get_ydata()))
   return len(places[0]) == 2 and any(list(at) == [0, 1] for at in places)
 
 
