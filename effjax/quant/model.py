@@ -16,7 +16,8 @@ TARGETS = r"^(?!.*(router|conv)).*\b(kernel|embedding)$"
 def methods() -> dict[str, type[Weight]]:
   """Name → representation, of what is registered as "quantised" and has a `represent`."""
   weights = (cls for cls in REPRESENTATIONS.values() if issubclass(cls, Weight))
-  own = (cls for cls in weights if cls.represent.__func__ is not Weight.represent.__func__)
+  function = lambda cls: cls.represent.__func__
+  own = (cls for cls in weights if function(cls) is not function(Weight))
   return {cls.__name__.lower(): cls for cls in own if cls.kind == "quantised"}
 
 

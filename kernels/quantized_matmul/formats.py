@@ -136,8 +136,11 @@ class Indices(Format):
   """
 
   bits: int
-  block: ClassVar[int] = 8
   shares: ClassVar[bool] = True
+
+  @property
+  def block(self) -> int:  # type: ignore[override]
+    return 8
 
   @property
   def size(self) -> int:
