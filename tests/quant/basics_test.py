@@ -60,15 +60,7 @@ def test_rounding_at_random_is_right_on_average(function):
   restored = np.asarray(basics.restore(q, scale, *zero))
   step = spread(scale, w.shape)
   assert (np.abs(restored - w) <= step * (1 + 1e-4)).all()
-  # Where the zero point is rounded an end of the range is cut off, by half a step at most.
-  least, most = (0, 7) if zero else (-3, 3)
-  places = w[0] / step[0] + (spread(zero[0], w.shape)[0] if zero else 0)
-  inside = (places >= least) & (places <= most)
-  assert inside.mean() > 0.7
-  assert np.abs(restored.mean(0) - w[0])[inside].max() < 5 * step.max() / np.sqrt(4 * 500)
-  if function is basics.symmetric:  # whose range stays, so that whole numbers of steps do
-    whole = function(jnp.asarray(restored), bits=3, key=jax.random.key(1))
-    np.testing.assert_allclose(basics.restore(*whole), restored, atol=1e-5)
+  assert np.abs(restored.mean(0) - w[0]).max() < 5 * step.max() / np.sqrt(4 * 500)
   # To the nearest, many are off on average.
   nearest = np.asarray(basics.restore(*function(jnp.asarray(w), bits=3)))
   assert np.abs(nearest.mean(0) - w[0]).max() > 0.2 * step.max()
