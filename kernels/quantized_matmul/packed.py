@@ -29,7 +29,8 @@ from effjax.kernels.quantized_matmul.steps import (
 )
 
 TERMS = 3  # runs of blocks that are added in registers before they are added in memory
-SUMS_BYTES = 1 << 17  # which should stay in a core's cache
+SUMS_BYTES = 1 << 17  # which should stay in a core's cache, as
+TILE_BYTES = 1 << 19  # of an expanded tile, which are many for its packed ones
 
 
 def packed_product(
@@ -88,7 +89,8 @@ def _product_jvp(format, inputs, primals, tangents):
   forward = lambda matrix, dx: _product(dx, matrix, format, inputs)
   backward = lambda matrix, dy: _product(dy, matrix, format, not inputs).astype(x.dtype)
   zero = lambda x: isinstance(x, jax.custom_derivatives.SymbolicZero)
-  dense = lambda x: np.zeros(x.shape, x.dtype) if zero(x) else x
+  none = lambda x: np.zeros if x.dtype == jax.dtypes.float0 else jnp.zeros
+  dense = lambda x: none(x)(x.shape, x.dtype) if zero(x) else x
   dy = linear_map(forward, backward, matrix, dense(dx), y)
   if not all(map(zero, jax.tree.leaves(d_constants, is_leaf=zero))):
     codes, constants = matrix
@@ -111,7 +113,9 @@ def _outputs(format, x, codes, constants):
   strands = format.strands(x.reshape(len(x), n, format.block))
   few = len(x) == 1
   held = _lanes(strands, n) * 4 if few else n * format.block * x.dtype.itemsize
-  size = even(outputs, max(1, SUMS_BYTES // held)) if few else outputs_at_once(outputs, held)
+  size = (
+    even(outputs, max(1, SUMS_BYTES // held)) if few else outputs_at_once(outputs, held, TILE_BYTES)
+  )
 
   def put(i, out):
     first = begin(i, size, outputs)
@@ -125,7 +129,7 @@ def _outputs(format, x, codes, constants):
 def _inputs(format, x, codes, constants):
   """x M by tiles of outputs, over which it is summed."""
   outputs, n = len(codes), codes.shape[1] // format.size
-  size = outputs_at_once(outputs, n * format.block * x.dtype.itemsize)
+  size = outputs_at_once(outputs, n * format.block * x.dtype.itemsize, TILE_BYTES)
   parts = parts_of(x, size)
 
   def add(i, sums):

@@ -9,14 +9,16 @@ BLOCK_BYTES = 1 << 19  # of an expanded block, which should stay in a core's cac
 LEAST_OUTPUTS = 128  # of a block; fewer make a product of matrices slow
 
 
-def outputs_at_once(outputs: int, output_bytes: int) -> int:
-  """Outputs of a block, and so parts of a matrix, that takes `output_bytes` for each.
+def outputs_at_once(outputs: int, output_bytes: int, block_bytes: int = BLOCK_BYTES) -> int:
+  """Outputs of a block of at most `block_bytes`, which has `output_bytes` for each.
+
+  Where 128 outputs need more, a block has as many; and never more than half of them all.
 
   Example:
     >>> outputs_at_once(4096, 16_384), outputs_at_once(100, 256)
     (128, 50)
   """
-  most = max(LEAST_OUTPUTS, BLOCK_BYTES // output_bytes)
+  most = max(LEAST_OUTPUTS, block_bytes // output_bytes)
   return even(outputs, min(most, -(-outputs // 2)))
 
 

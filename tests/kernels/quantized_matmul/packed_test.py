@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from effjax.cost.compiled import compiled
-from effjax.kernels.quantized_matmul import gpu
+from effjax.kernels.quantized_matmul import gpu, tpu
 from effjax.quant import FP4, GGUF, NF4, Int4
 
 FORMATS = {
@@ -82,7 +83,7 @@ def test_constants_that_are_differentiated_have_their_gradient():
 def test_rows_on_several_devices():
   w, m = packed("nf4")
   x = normal(16, 192, seed=1)
-  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   apart = jax.shard_map(
     lambda x, w: w.matmul(x), mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
   )
@@ -105,13 +106,15 @@ def test_unrolled_layers_hold_no_expanded_matrices(optimized, rows):
   assert compiled(chain, x, layers).temporaries < packed_bytes / 8 + held
 
 
-@pytest.mark.parametrize("name", ["nf4", "int4"])
+@pytest.mark.parametrize("kernels", [gpu, tpu])
+@pytest.mark.parametrize("name", ["nf4", "affine"])
 @pytest.mark.parametrize("rows", [1, 70])
-def test_the_gpu_kernels_equal_the_matrix(name, rows):
-  w = NF4.quantize(normal(128, 72)) if name == "nf4" else FORMATS["int4"](normal(128, 72))
+def test_the_fused_kernels_equal_the_matrix(kernels, name, rows):
+  make = {"nf4": NF4.quantize, "affine": functools.partial(Int4.quantize, symmetric=False)}[name]
+  w = make(normal(128, 72))
   m = np.asarray(w.materialize(), np.float64)
   x, dy = normal(rows, 128, seed=1), normal(rows, 72, seed=2)
-  y = gpu.outputs(x, w.format, w.codes, w.constants, interpret=True)
-  dx = gpu.inputs(dy, w.format, w.codes, w.constants, interpret=True)
+  y = kernels.outputs(x, w.format, w.codes, w.constants, interpret=True)
+  dx = kernels.inputs(dy, w.format, w.codes, w.constants, interpret=True)
   np.testing.assert_allclose(y, np.asarray(x) @ m, rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(dx, np.asarray(dy) @ m.T, rtol=1e-4, atol=1e-4)
