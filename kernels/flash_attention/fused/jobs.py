@@ -34,7 +34,7 @@ class Kernels:
     refusal: why it cannot take these terms, or None.
     platform: "gpu" or "tpu".
     width: the width that a head of a given one is padded to.
-    power: 2^(factor · x − y) on the device, see `steps.power`.
+    power: 2^(factor · x − y) where the device scales and shifts in one instruction.
     few: gives the forward pass of a few queries another way, as of `few.forward`, if anything does.
   """
 
@@ -45,7 +45,7 @@ class Kernels:
   refusal: Callable[[Terms | None], str | None]
   platform: str
   width: Callable[[int], int]
-  power: Callable[[Array, float, Any], Array] = steps.power
+  power: Callable[[Array, float, Any], Array] | None = None
   few: Callable[..., tuple[Array, ...]] | None = None
 
 
@@ -62,8 +62,9 @@ class Settings:
 
   def powers(self, adds: bool, cap: bool) -> steps.Powers:
     """By whether something is added to the scores and whether a soft cap is data."""
-    power = steps.power if self.interpret else self.kernels.power
-    return steps.Powers.of(self.scale, self.softcap, adds or cap, power)
+    own = self.kernels.power
+    power = steps.power if own is None or self.interpret else own
+    return steps.Powers.of(self.scale, self.softcap, adds or cap, power, own is not None)
 
   def result(self, shape: tuple[int, ...], dtype: Any, given: Any) -> jax.ShapeDtypeStruct:
     """A kernel's result, which varies over the mesh axes that the arrays it is given vary over."""

@@ -114,8 +114,9 @@ class Powers:
   """2^(score − top), where scores and tops have units of their own.
 
   A score counts `inner` times its number in the unit of the tops, of which one is `outer` log 2.
-  One of the two is 1, the inner one where scores could overflow in units of log 2; else the
-  outer one, so that scores are scaled and shifted in one instruction.
+  One of the two is 1: the outer one, so that scores are scaled and shifted in one instruction; the
+  inner one where a device has none, which would scale scores while it waits for the maximum and
+  keep both, and where scores could overflow in units of log 2.
 
   Attributes:
     power: 2^(factor · x − y) of x, factor and y.
@@ -127,12 +128,18 @@ class Powers:
 
   @classmethod
   def of(
-    cls, scale: float, softcap: float | None, extra: bool, power: Callable[..., Array]
+    cls,
+    scale: float,
+    softcap: float | None,
+    extra: bool,
+    power: Callable[..., Array],
+    fused: bool = True,
   ) -> "Powers":
-    """For `scores` of these arguments."""
+    """For `scores` of these arguments; `fused` says whether `power` is one instruction."""
     log2 = unit(scale, softcap, extra) * LOG2E
     bounded = softcap is not None and not extra
-    return cls(log2, 1.0, power) if log2 <= 1 or bounded else cls(1.0, log2, power)
+    inner = fused and (log2 <= 1 or bounded)
+    return cls(log2, 1.0, power) if inner else cls(1.0, log2, power)
 
   def __call__(self, logits: Array, top: Array) -> Array:
     if self.outer == 1.0:
