@@ -16,36 +16,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from absl import app, flags, logging
-from matplotlib.axes import Axes
-from matplotlib.transforms import Bbox
 from ml_collections import config_flags
 from tqdm import tqdm
 
 from effjax.train import workdir as files
 from effjax.train.lock import locked
+from experiments.lab import plots
 from experiments.lab.verdicts import HELD, NOT_HELD, Verdict
 
 Row = dict[str, Any]
-
-COLOURS = ("#2a5d9f", "#d1662f", "#3a8f5c", "#8a4f9e", "#b8912b", "#5c6b73")
-STYLE = {
-  "font.size": 10,
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.grid": True,
-  "grid.color": "#e6e6e6",
-  "axes.axisbelow": True,
-  "axes.titlelocation": "left",
-  "axes.titleweight": "bold",
-  "axes.prop_cycle": plt.cycler(color=COLOURS),
-  "legend.frameon": False,
-  "savefig.dpi": 160,
-}
 
 
 def main(run: Callable[[Any, str], list[Row]], config: Any) -> None:
@@ -206,59 +186,20 @@ def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
   return "\n".join([lines[0], ruled, *lines[1:]])
 
 
-def plot(
-  folder: Path,
-  draw: Callable[[Sequence[Axes], list[Row]], None],
-  *,
-  panels: int = 1,
-  size: tuple[float, float] = (8.0, 4.8),
-) -> Path:
-  """`plot.png`, drawn by `draw(axes, rows)` from the rows of `metrics.jsonl` and nothing else."""
-  with plt.style.context(STYLE):
-    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
-    draw(axes[0], files.read_rows(folder / files.METRICS))
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    plt.close(figure)
+def plot(folder: Path, panels: Callable[[list[Row]], Sequence[plots.Panel]]) -> Path:
+  """`plot.png`: the panels of the rows of `metrics.jsonl`, and of nothing else.
+
+  Raises:
+    OSError: when it cannot be written, naming it.
+  """
+  rows = files.read_rows(folder / files.METRICS)
+  image = plots.png(panels(rows) if rows else [])
   path = folder / "plot.png"
   try:
-    path.write_bytes(image.getvalue())
+    path.write_bytes(image)
   except OSError as error:
     raise files.unwritable(path, error) from error
   return path
-
-
-def label(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
-  """Writes names beside points, moved where they would cover one another or leave the axes.
-
-  Call it last: places are found in pixels of the axes as they then are.
-  """
-  axes.figure.canvas.draw()
-  inside = axes.get_window_extent()
-  taken = [_around(axes.transData.transform(point), 6) for point in points]
-  places = [(side, shift) for shift in sorted(range(-90, 91, 6), key=abs) for side in (1, -1)]
-  for i in sorted(range(len(points)), key=lambda i: points[i][1]):
-    for side, shift in places:
-      text = axes.annotate(
-        names[i],
-        points[i],
-        (8 * side, shift),
-        textcoords="offset points",
-        fontsize=8,
-        va="center",
-        ha="left" if side > 0 else "right",
-      )
-      box = text.get_window_extent().expanded(1.0, 1.05)
-      fits = inside.x0 < box.x0 and box.x1 < inside.x1
-      if fits and not any(box.overlaps(other) for other in taken):
-        taken.append(box)
-        break
-      text.remove()
-
-
-def _around(pixel: Iterable[float], reach: float) -> Bbox:
-  x, y = pixel
-  return Bbox.from_extents(x - reach, y - reach, x + reach, y + reach)
 
 
 def _cell(value: Any, form: str) -> str:

@@ -66,6 +66,7 @@ class Attention(nn.Module):
     scale: factor of the scores; None means H^(−1/2).
     logit_softcap: caps the scores, see `numerics.softcap`.
     scores: what is added to them at the tokens' places in the sequence, as in `attend`, or None.
+      Its arrays are not among the parameters; a loss that makes the module of them trains them.
     sinks: whether each head learns the score of a key without value, as in `attend`; 0 at first.
     cross: keys and values come from `context.memory`.
     implementation: as in `attend`.

@@ -6,8 +6,10 @@ enter it: those of queries, those of keys, and those of distances q − k. They 
 
 Conventions:
   * indices are absolute positions; with T < S the queries are the last T of the S positions;
-  * scores known when tracing are hashable and compare by value; those that hold arrays are pytrees
-    and unhashable;
+  * what arrays hold for pairs that a mask or a bias hides has no influence, NaN included, on values
+    and on gradients, also those of the arrays themselves;
+  * scores are hashable and compare by value; those that hold arrays are pytrees, and not hashable
+    where these are traced;
   * a new kind of score is one class, a pytree: what it needs of queries and keys (`features`) and
     of distances (`line`), and what it adds (`term`), which reads those alone.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
 from effjax.core.typing import Array, PyTree
@@ -51,7 +51,7 @@ def _bind(flat: Any, types: Any, **functions: Any) -> list[Array]:
 
 
 def _run(*flat, forward, **_):
-  return forward(*flat)
+  return forward(*map(jnp.asarray, flat))
 
 
 def _jvp(primals, tangents, *, forward, count, **rest):
@@ -60,7 +60,8 @@ def _jvp(primals, tangents, *, forward, count, **rest):
     moved = map(ad.instantiate_zeros, tangents[count:])
     flat = (*primals[:count], *moved)
     return results, _linear_map.bind(*flat, forward=forward, count=count, **rest)
-  return results, jax.jvp(forward, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))[1]
+  moved = tuple(map(ad.instantiate_zeros, tangents))
+  return results, jax.jvp(forward, tuple(map(jnp.asarray, primals)), moved)[1]
 
 
 def _transpose(cotangents, *flat, backward, count, **_):
@@ -68,7 +69,7 @@ def _transpose(cotangents, *flat, backward, count, **_):
   return [None] * count + backward(*known, *map(ad.instantiate_zeros, cotangents))
 
 
-def _batch(flat, axes, *, forward, backward, count, **_):
+def _batch(flat, axes, *, forward, backward, count, types):
   size = next(x.shape[a] for x, a in zip(flat, axes, strict=True) if a is not None)
   front = lambda x, a: jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0)
   # What all share stays one array; cotangents of the arguments are not shared.
@@ -80,7 +81,7 @@ def _batch(flat, axes, *, forward, backward, count, **_):
     lambda *flat: jax.vmap(function, (*known, *[0] * (len(flat) - count)))(*flat)
   )
   forward, backward = over(forward), over(backward)
-  types = jax.make_jaxpr(forward)(*flat).out_avals
+  types = [unmapped_aval(size, 0, each) for each in types]
   results = _bind(flat, types, forward=forward, backward=backward, count=count)
   return results, [0] * len(results)
 

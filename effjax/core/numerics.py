@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from effjax.core.known import check_ids, is_id, known
-from effjax.core.typing import Array, Bool, DTypeLike, Float, Integer, PyTree, Shaped
+from effjax.core.typing import Array, Bool, Dim, DTypeLike, Float, Integer, PyTree, Shaped
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
@@ -76,7 +76,7 @@ def softcap(x: Array, cap: float | Array | None) -> Array:
 def weighted_mean(
   values: Float[Array, "..."], weights: Shaped[Array | np.ndarray, "..."] | None
 ) -> Float[Array, ""]:
-  """Σ w·v / Σ w in float32; the plain mean when `weights` is None; 0 when all weights are 0.
+  """Σ w·v / Σ w in float32; the plain mean when `weights` is None; 0 of nothing, or of weights 0.
 
   What a value of weight 0 is has no influence, NaN and inf included. The sums may be of any size.
 
@@ -93,7 +93,7 @@ def weighted_mean(
   """
   values = values.astype(jnp.float32)
   if weights is None:
-    return values.mean()
+    return values.sum() / jnp.maximum(values.size, 1.0)
   check_weights(weights, values.shape)
   weights = jnp.asarray(weights, jnp.float32)
   most = jax.lax.stop_gradient(weights.max(initial=0))
@@ -102,7 +102,7 @@ def weighted_mean(
   return (shares * zero_unless(weights != 0, values)).sum() / jnp.where(total == 0, 1, total)
 
 
-def check_weights(weights: Shaped[Array | np.ndarray, "..."], shape: tuple[int, ...]) -> None:
+def check_weights(weights: Shaped[Array | np.ndarray, "..."], shape: tuple[Dim, ...]) -> None:
   """Refuses what are no weights of positions [...], one of each, finite and from 0.
 
   Raises:

@@ -17,7 +17,7 @@ KINDS = {
 REPRESENTATIONS: dict[str, type] = {}
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def register(
   *, static: tuple[str, ...] = (), trains: tuple[str, ...] | None = None, kind: str = "matrix"
 ) -> Callable[[type[T]], type[T]]:

@@ -85,6 +85,11 @@ mean = Reduction(
 )
 """Σ x / Σ 1 by channel, [D]; NaN without tokens."""
 
+mean_magnitude = Reduction(
+  lambda x, mask: (jnp.abs(_rows(x, mask)).sum(axis=0), _count(x, mask)), mean.combine, mean.finish
+)
+"""Σ |x| / Σ 1 by channel, [D]; NaN without tokens."""
+
 keep = Reduction(
   lambda x, mask: _Kept(zero_unless(mask, x), -x.ndim), _Kept.joined, lambda kept: kept.values
 )

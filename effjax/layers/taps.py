@@ -83,7 +83,7 @@ def capture(
     params: its parameters.
     batches: tokens [B, T], segment_ids, …: one batch, or several.
     reduce: one of `effjax.layers.reductions`: `sum_of_squares`, `gram`, `absmax`, `histogram(…)`,
-      `total`, `count`, `mean`, `keep`.
+      `total`, `count`, `mean`, `mean_magnitude`, `keep`.
     select: a pattern that must occur in the path, or a predicate of path and statistic.
     kind: the class of module to look at, or a tuple of such; `Tap` for queries and keys.
     at: "input" or "output".

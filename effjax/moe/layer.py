@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax.errors import ScopeParamShapeError
 
 from effjax.core import spmd
-from effjax.core.typing import Array, Float, Int, Params, PyTree
+from effjax.core.typing import Array, Dim, Float, Int, Params, PyTree
 from effjax.core.weights import is_weight
 from effjax.kernels.grouped_matmul import Grouped
 from effjax.layers import Context, Router, taps, without_padding
@@ -114,7 +114,7 @@ class MoE(nn.Module):
     )
 
 
-def _ids(sizes: Array, rows: int) -> Int[Array, "1 M"]:
+def _ids(sizes: Array, rows: Dim) -> Int[Array, "1 M"]:
   """0 for rows that an expert has, −1 for those past the last expert's."""
   parts = sizes.reshape(-1, sizes.shape[-1])
   each = rows // parts.shape[0]

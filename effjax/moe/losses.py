@@ -105,6 +105,5 @@ def _check_mask(mask: Array | None, values: Float[Array, "... E"]) -> None:
 def _token_mean(values: Float[Array, "... E"], mask: Array | None) -> Float[Array, "E"]:
   _check_mask(mask, values)
   values = zero_unless(mask, values.astype(jnp.float32)).reshape(-1, values.shape[-1])
-  if mask is None:
-    return values.mean(axis=0)
-  return values.sum(axis=0) / jnp.maximum(mask.sum(dtype=values.dtype), 1.0)
+  tokens = values.shape[0] if mask is None else mask.sum(dtype=values.dtype)
+  return values.sum(axis=0) / jnp.maximum(tokens, 1.0)

@@ -46,8 +46,9 @@ def symmetric(
     scale_dtype: type of the scales. A 16-bit one costs accuracy: rounded up, s is larger by up to
       2^−7 of itself in bfloat16, and by 2^−10 of itself and 2^−24 in float16, which has no scale
       beyond 65504.
-    key: rounds at random, up with the probability of what is left over (stochastic rounding): q·s
-      is w on average, and |w − q·s| < s. None rounds to the nearest, halves to even.
+    key: rounds at random, up with the probability of what is left over (stochastic rounding): what
+      is restored is w on average, and off by less than s. None rounds to the nearest, halves to
+      even.
 
   Returns:
     q, int8 [..., D, F], and the scales [..., M, N], one a tile.
@@ -64,7 +65,7 @@ def symmetric(
   top = 2 ** (bits - 1) - 1
   peak = _peak(tiles)
   scale = _scale(peak / top, peak, factor, scale_dtype)
-  q = jnp.clip(_steps(tiles, factor, scale, key), -top, top)
+  q = jnp.clip(_rounded(tiles, factor, scale, key), -top, top)
   return q.astype(jnp.int8).reshape(w.shape), scale[..., 0, :, 0]
 
 
@@ -80,7 +81,8 @@ def affine(
 ) -> tuple[Integer[Array, "... D F"], Float[Array, "... M N"], Int[Array, "... M N"]]:
   """q = round(w / s) + z, s = (max − min) / (2^bits − 1), z = −round(min / s); |w − (q−z)s| ≤ s/2.
 
-  The range is widened to contain 0, which is thereby exact. Arguments as for `symmetric`.
+  The range is widened to contain 0, which is thereby exact, and with a key by a step, so that both
+  ends can be rounded either way: s = (max − min) / (2^bits − 2). Arguments as for `symmetric`.
 
   Returns:
     q, uint8 [..., D, F]; the scales and the integer zero points, [..., M, N] each.
@@ -97,9 +99,10 @@ def affine(
   top = 2**bits - 1
   low = tiles.min((-3, -1), keepdims=True, initial=0)
   high = tiles.max((-3, -1), keepdims=True, initial=0)
-  scale = _scale((high - low) / top, jnp.maximum(high, -low), factor, scale_dtype)
-  zero = _steps(-low, factor, scale)
-  q = jnp.clip(_steps(tiles, factor, scale, key) + zero, 0, top)
+  span = top if key is None else top - 1
+  scale = _scale((high - low) / span, jnp.maximum(high, -low), factor, scale_dtype)
+  zero = (jnp.round if key is None else jnp.ceil)(_steps(-low, factor, scale))
+  q = jnp.clip(_rounded(tiles, factor, scale, key) + zero, 0, top)
   zero = zero[..., 0, :, 0].astype(jnp.int32)
   return q.astype(jnp.uint8).reshape(w.shape), scale[..., 0, :, 0], zero
 
@@ -179,9 +182,14 @@ def _peak(tiles: Array) -> Array:
   return jnp.abs(tiles).max((-3, -1), keepdims=True, initial=0)
 
 
-def _steps(x: Array, factor: Array, scale: Array, key: Key | None = None) -> Array:
-  """x, which is multiplied by `factor`, in steps of `scale`, rounded to whole ones."""
-  steps = x / (scale.astype(x.dtype) * factor)
+def _steps(x: Array, factor: Array, scale: Array) -> Array:
+  """x, which is multiplied by `factor`, in steps of `scale`."""
+  return x / (scale.astype(x.dtype) * factor)
+
+
+def _rounded(x: Array, factor: Array, scale: Array, key: Key | None) -> Array:
+  """`_steps` in whole ones."""
+  steps = _steps(x, factor, scale)
   if key is None:
     return jnp.round(steps)
   return jnp.floor(steps + jax.random.uniform(key, steps.shape, steps.dtype))

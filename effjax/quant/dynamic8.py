@@ -71,7 +71,8 @@ class Dynamic8(Weight):
       >>> w.offset.tolist(), w.coarse.tolist(), w.materialize().round(1).tolist()
       ([[2.0]], [[1.0]], [[1.0, 3.0, 2.0]])
     """
-    return cls(*_encode(w), dtype=jax.typeof(w).dtype)
+    codes, coarse, offset = _encode(w)
+    return cls(codes, coarse, offset, dtype=jax.typeof(w).dtype)
 
   def check(self) -> None:
     *batch, D, F = self.codes.shape

@@ -73,11 +73,12 @@ class Int4(Packed):
     q, *constants = quantise(m, **options)
     basics.check_scales(constants[0])
     codes = jnp.matrix_transpose(q + 8 if symmetric else q).astype(jnp.uint8)
-    scale, *zero = map(jnp.matrix_transpose, constants)
-    made: type[Int4] = Int4 if symmetric else Int4Affine
-    zero = [z.astype(jnp.uint8) for z in zero]
     packed = codes[..., ::2] << 4 | codes[..., 1::2]
-    return made(packed, scale, *zero, group=group, dtype=jax.typeof(w).dtype, table=table)
+    scale, *zero = map(jnp.matrix_transpose, constants)
+    fields: Any = {"group": group, "dtype": jax.typeof(w).dtype, "table": table}
+    if symmetric:
+      return Int4(packed, scale, **fields)
+    return Int4Affine(packed, scale, zero[0].astype(jnp.uint8), **fields)
 
 
 @register(kind="quantised")

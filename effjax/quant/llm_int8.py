@@ -103,7 +103,7 @@ class LLMInt8Exact(LLMInt8):
   @property
   def T(self) -> "LLMInt8Exact":
     names = ("q", "scale", "whole")
-    turned = {name: jnp.matrix_transpose(getattr(self, name)) for name in names}
+    turned: Any = {name: jnp.matrix_transpose(getattr(self, name)) for name in names}
     return dataclasses.replace(self, **turned, turned=not self.turned)
 
 

@@ -16,8 +16,23 @@ TARGETS = r"^(?!.*(router|conv)).*\b(kernel|embedding)$"
 def methods() -> dict[str, type[Weight]]:
   """Name → representation, of what is registered as "quantised" and has a `represent`."""
   weights = (cls for cls in REPRESENTATIONS.values() if issubclass(cls, Weight))
-  own = (cls for cls in weights if cls.represent.__func__ is not Weight.represent.__func__)
+  own = (cls for cls in weights if cls.represent.__qualname__ != Weight.represent.__qualname__)
   return {cls.__name__.lower(): cls for cls in own if cls.kind == "quantised"}
+
+
+def representation(method: str) -> type[Weight]:
+  """The one of `methods()` that is called so.
+
+  Raises:
+    ValueError: for an unknown method.
+
+  Example:
+    >>> representation("int8").__name__
+    'Int8'
+  """
+  if method not in methods():
+    raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(methods())}")
+  return methods()[method]
 
 
 def quantize(
@@ -49,8 +64,7 @@ def quantize(
     >>> quantize(params, "int4", group=2)["up"]["kernel"]
     Int4[4, 8] float32
   """
-  if method not in methods():
-    raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(methods())}")
+  chosen = representation(method)
   found = trees.matrices(params, targets)
   for path, leaf in found.items():
     if is_weight(leaf):
@@ -58,7 +72,7 @@ def quantize(
 
   def represent(path: str, leaf: Any) -> Weight:
     try:
-      return methods()[method].represent(path, leaf, **options)
+      return chosen.represent(path, leaf, **options)
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
 

@@ -228,6 +228,7 @@ def _check_layout(there: dict[str, list], here: dict[str, list], where: str) -> 
   for path in sorted({*there, *here}):
     if there.get(path) != here.get(path):
       raise ValueError(
-        f"{where}: {path} is {describe(there.get(path))} in the checkpoint and"
-        f" {describe(here.get(path))} here"
+        f"{where}: {path} is {describe(there.get(path))} in the checkpoint and "
+        f"{describe(here.get(path))} here; allowed: a `like` of what the checkpoint has, and to "
+        "change what it restores"
       )

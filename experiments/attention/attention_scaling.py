@@ -26,6 +26,7 @@ That Linformer's is did NOT hold: at these lengths it has hardly begun to grow, 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +41,11 @@ from effjax.core.typing import Array
 from effjax.cost.timing import interleaved, medians
 from effjax.train import workdir as files
 from experiments import harness
+from experiments.lab.plots import LINEAR, LOG, Axis, Line, Panel, Series
 
 PAUSE = 0.2  # seconds before each turn
+NEAR = 0.25  # how far an exponent may be from the claimed one
+LAST = 3  # lengths that exponents are found over
 COLUMNS = (("time", "ms", 1e3), ("memory", "MiB", 2.0**-20))
 
 
@@ -140,7 +144,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
     folder, {"times": functools.partial(timed, config, points)}, label="times"
   )
   rows = [summary(points + times, name) for name in names]
-  harness.plot(folder, functools.partial(draw, names=names), panels=2, size=(11.5, 4.8))
+  harness.plot(folder, functools.partial(panels, names=names))
   columns = {"name": "", "time ^": ".2f", "memory ^": ".2f"}
   columns |= {f"ms {n}": ",.0f" for n in lengths if n <= config.timed}
   columns |= {f"MiB {n}": ",.0f" for n in lengths}
@@ -208,13 +212,15 @@ def series(points: list[harness.Row], name: str, column: str, factor: float) -> 
 def exponent(line: dict[int, float]) -> float | None:
   """a of y ∝ N^a over the three greatest N, by least squares on logarithms; None for one or none.
 
+  Only what is finite and above 0 counts.
+
   Example:
     >>> round(exponent({512: 9.0, 1024: 3.0, 2048: 12.0, 4096: 48.0}), 3)
     2.0
   """
-  if len(line) < 2:
+  lengths = [n for n in sorted(line) if 0 < line[n] < math.inf][-LAST:]
+  if len(lengths) < 2:
     return None
-  lengths = sorted(line)[-3:]
   return float(np.polyfit(np.log(lengths), np.log([line[n] for n in lengths]), 1)[0])
 
 
@@ -225,24 +231,34 @@ def claims(rows: list[harness.Row]) -> dict[str, bool]:
     for column, *_ in COLUMNS:
       claimed, slope = getattr(KINDS[row["name"]], column), row[f"{column} ^"]
       if slope is not None:
-        found[f"{row['name']}: {column} grows as N^{claimed}"] = abs(slope - claimed) < 0.25
+        found[f"{row['name']}: {column} grows as N^{claimed}"] = abs(slope - claimed) < NEAR
   return found
 
 
-def draw(axes, points: list[harness.Row], names: list[str]) -> None:
-  """Time and memory over the length, both logarithmic."""
-  colours = dict(zip(KINDS, (*harness.COLOURS, "#c2607f", "#222222"), strict=True))
-  ticks = sorted({length for row in points for _, length, _ in row.get("memory", ())})
-  for ax, (column, unit, factor) in zip(axes, COLUMNS, strict=True):
-    for name in names:
-      line = series(points, name, column, factor)
-      if line:
-        ax.loglog(*zip(*line.items(), strict=True), color=colours[name], marker="o", label=name)
-    ax.set(xlabel="tokens", ylabel=unit)
-    ax.set_title(f"{column.capitalize()}, forward and backward")
-    ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    ax.minorticks_off()
-  axes[0].figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=8)
+def panels(points: list[harness.Row], names: list[str]) -> list[Panel]:
+  """Time and memory over the length, and their exponents beside those that are claimed."""
+  found = []
+  for column, unit, factor in COLUMNS:
+    lines = {name: series(points, name, column, factor) for name in names}
+    ticks = {float(n): f"{n:,}" for line in lines.values() for n in sorted(line)}
+    curves = [Series(name, list(line), list(line.values())) for name, line in lines.items() if line]
+    words = f"{column} of forward and backward ({unit})"
+    found.append(Panel(column.capitalize(), Axis("tokens", LOG, ticks), Axis(words, LOG), curves))
+  rows = [summary(points, name) for name in names]
+  places = [float(i) for i in range(len(rows))]
+  slopes = [
+    Series(f"of {column}", places, [row[f"{column} ^"] for row in rows], joined=False)
+    for column, *_ in COLUMNS
+  ]
+  claimed = {getattr(KINDS[name], column) for name in names for column, *_ in COLUMNS}
+  bounds = [
+    Line(f"N^{power}, to {NEAR:g}", y=power + side)
+    for power in sorted(claimed)
+    for side in (-NEAR, NEAR)
+  ]
+  contenders = Axis("contender", LINEAR, dict(enumerate(names)))
+  powers = Axis(f"exponent over the {LAST} greatest lengths")
+  return [*found, Panel("Exponents", contenders, powers, slopes, bounds)]
 
 
 def _lengths(config: Config) -> list[int]:

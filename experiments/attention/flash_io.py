@@ -23,6 +23,7 @@ in three passes over the keys. The FLOPs are 825 and 962 G, not 66.6 and 75.2, a
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
@@ -30,8 +31,14 @@ from effjax import cost
 from effjax.kernels.flash_attention import algorithm1
 from effjax.train import workdir as files
 from experiments import harness
+from experiments.lab.plots import LINEAR, LOG, Axis, Line, Panel, Series
 
 KINDS = ("standard", "flash")
+SWEPT = (  # what a sweep varies, in words, and the power of flash traffic in it by theorem 2
+  ("N", "length N (tokens)", 2),
+  ("d", "head width d (elements)", 2),
+  ("M", "fast memory M (elements)", -1),
+)
 LENGTH, WIDTH, HEADS, ITEM = 1024, 64, 16 * 64, 2  # the published setting; bytes of an element
 FLASH = (LENGTH, WIDTH, 192 * 1024 // ITEM)
 A100_BANDWIDTH, A100_FLOPS = 1.555e12, 312e12
@@ -80,7 +87,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   found = exponents(runs, sizes)
   print("\n" + harness.table(cells, {"name": "", "printed": ".2f", "computed": ".2f"}))
   print("\nfitted exponents: " + ", ".join(f"{name} {x:.2f}" for name, x in found.items()))
-  harness.plot(folder, functools.partial(draw, sizes=sizes), panels=3, size=(13.5, 4.4))
+  harness.plot(folder, functools.partial(panels, sizes=sizes))
   columns = {"name": "", "flash": ",.0f", "standard": ",.0f", "ratio": ".3f", "held / M": ".2f"}
   harness.finish(folder, runs, columns, claims(runs, found) | published_claims(cells))
   harness.write_csv(folder, rows)
@@ -197,21 +204,46 @@ def published_claims(cells: list[harness.Row]) -> dict[str, bool]:
   }
 
 
-def draw(axes, rows: list[harness.Row], sizes: dict) -> None:
-  """Elements moved over N, d and M; formulas as lines, counts as dots."""
+def panels(rows: list[harness.Row], sizes: dict) -> list[Panel]:
+  """Elements moved over N, d and M, with formulas and laws; the published table."""
   by_size = {(row["N"], row["d"], row["M"]): row for row in rows if "flash" in row}
-  for i, (ax, (name, sweep)) in enumerate(zip(axes, sizes.items(), strict=True)):
-    found = [by_size[size] for size in sweep]
-    places = [size[i] for size in sweep]
-    for kind, colour in zip(KINDS, harness.COLOURS, strict=False):
-      ax.plot(places, [row[f"{kind}_formula"] for row in found], color=colour, label=kind)
-      ax.plot(places, [row[kind] for row in found], "o", color=colour, markersize=5)
-    fixed = ", ".join(f"{key}={x}" for key, x in zip("NdM", sweep[0], strict=True) if key != name)
-    ax.set(xscale="log", yscale="log", xlabel=name, ylabel="elements moved")
-    ax.set_xticks(places, [str(x) for x in places], rotation=30)
-    ax.minorticks_off()
-    ax.set_title(fixed)
-  axes[0].legend()
+  return [
+    *(_sweep(i, [by_size[size] for size in sweep]) for i, sweep in enumerate(sizes.values())),
+    _printed([row for row in rows if "printed" in row]),
+  ]
+
+
+def _sweep(i: int, rows: list[harness.Row]) -> Panel:
+  """Counts of both algorithms over one size; formulas, the law of theorem 2, and the crossing."""
+  name, words, power = SWEPT[i]
+  x = [row[name] for row in rows]
+  fixed = ", ".join(f"{key} = {rows[0][key]:,}" for key, *_ in SWEPT if key != name)
+  series = [Series(kind, x, [row[kind] for row in rows], joined=False) for kind in KINDS]
+  lines = [
+    Line("the formula", x, [row[f"{kind}_formula"] for row in rows], of=kind) for kind in KINDS
+  ]
+  law = [rows[-1]["flash_formula"] * (place / x[-1]) ** power for place in x]
+  lines.append(Line(f"flash as {name}^{power}, theorem 2", x, law))
+  d, memory = rows[0]["d"], rows[0]["M"]
+  crossing = {"d": (math.sqrt(4 + 3 * memory) - 2) / 3, "M": 3 * d**2 + 4 * d}
+  if name in crossing:
+    lines.append(Line("M = 3·d² + 4·d: equal traffic", x=float(crossing[name])))
+  axis = Axis(words, LOG, {place: f"{place:,}" for place in x})
+  return Panel(f"Traffic at {fixed}", axis, Axis("elements moved", LOG), series, lines)
+
+
+def _printed(cells: list[harness.Row]) -> Panel:
+  """What each cell of the published table comes to, over what is printed."""
+  places = [float(i) for i in range(len(cells))]
+  ratio = [cell["computed"] / cell["printed"] for cell in cells]
+  bounds = [Line("to 10 %", y=bound) for bound in (0.9, 1.1)]
+  return Panel(
+    "The published table",
+    Axis("cell of the table", LINEAR, dict(enumerate(cell["name"] for cell in cells))),
+    Axis("computed, over printed", LOG),
+    [Series("computed from the algorithms", places, ratio, joined=False)],
+    [Line("as printed; times are possible up to here", y=1.0), *bounds],
+  )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ four 2.03, 1.60, 1.39 and 1.21; afresh 1.96, 1.57, 1.38 and 1.39.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable
 
 import jax.numpy as jnp
@@ -33,12 +32,16 @@ import numpy as np
 from effjax import data
 from effjax.attention import masks
 from effjax.data.tokenizers import Tokenizer
+from effjax.train import perplexity
 from effjax.train import workdir as files
 from experiments import harness
+from experiments.lab.plots import LINEAR, LOG, Axis, Line, Panel, Series
 from experiments.lab.subject import Subject, load, token_nll
 
 FULL, AFRESH = "full", "afresh"
 BIN = 16  # positions over which the curve is averaged
+COLLAPSE, CLOSE = 2.0, 1.1  # ratios to the whole model's perplexity
+AS_GOOD = 1.05  # ratio to the perplexity of reading afresh
 COLUMNS = {
   "name": "",
   "window": "",
@@ -80,7 +83,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
     tasks |= {f"window={window} sinks={s}": functools.partial(reader.row, window, s) for s in sinks}
     tasks[f"window={window} {AFRESH}"] = functools.partial(reader.afresh, window)
   rows = compared(harness.compute(folder, tasks, label="masks"))
-  harness.plot(folder, draw, panels=2, size=(12.0, 4.8))
+  harness.plot(folder, panels)
   harness.finish(folder, rows, COLUMNS, claims(rows))
   harness.write_csv(folder, rows)
   return rows
@@ -207,10 +210,10 @@ def _compared(row: harness.Row, full: list[float]) -> harness.Row:
   after, full_after = (float(np.mean(curve[first:])) for curve in (row["curve"], full))
   return {
     **{name: row[name] for name in ("name", "window", "sinks", "nll")},
-    "perplexity": math.exp(row["nll"]),
-    "after": math.exp(after),
-    "full after": math.exp(full_after),
-    "ratio": math.exp(after - full_after),
+    "perplexity": perplexity(row["nll"]),
+    "after": perplexity(after),
+    "full after": perplexity(full_after),
+    "ratio": perplexity(after - full_after),
   }
 
 
@@ -223,13 +226,13 @@ def claims(rows: list[harness.Row]) -> dict[str, bool]:
   found = {}
   if 0 in by_sinks:
     text = "a window alone collapses: at least twice the perplexity, whatever its width"
-    found[text] = min(by_sinks[0]) > 2
+    found[text] = min(by_sinks[0]) > COLLAPSE
   if 4 in by_sinks:
     text = "4 sinks restore it: within 5 % of reading as many tokens afresh, or better"
     pairs = zip(by_sinks[None], by_sinks[4], strict=True)
-    found[text] = all(four < 1.05 * afresh for afresh, four in pairs)
+    found[text] = all(four < AS_GOOD * afresh for afresh, four in pairs)
     text = "with 4 sinks the model is within 10 % of seeing everything, whatever the width"
-    found[text] = max(by_sinks[4]) < 1.1
+    found[text] = max(by_sinks[4]) < CLOSE
   if {1, 4} <= by_sinks.keys():
     text = "4 sinks are better than 1"
     pairs = zip(by_sinks[1], by_sinks[4], strict=True)
@@ -237,37 +240,47 @@ def claims(rows: list[harness.Row]) -> dict[str, bool]:
   return found
 
 
-def draw(axes, rows: list[harness.Row]) -> None:
-  """Left: perplexity behind the window over its width. Right: nats along the text."""
-  left, right = axes
-  table = compared(rows)
-  kinds = list(dict.fromkeys(row["sinks"] for row in table if row["name"] != FULL))
-  for sinks, colour in zip(kinds, harness.COLOURS, strict=False):
-    line = [row for row in table if row["name"] != FULL and row["sinks"] == sinks]
-    x, y = zip(*((row["window"], row["ratio"]) for row in line), strict=True)
-    left.loglog(x, y, color=colour, marker="o", label=_label(line[0]))
-  widths = sorted({row["window"] for row in table if row["name"] != FULL})
-  left.set_xticks(widths, [str(w) for w in widths])
-  left.minorticks_off()
-  left.axhline(1, color="#222222", linewidth=1)
-  left.set(xlabel="keys seen", ylabel="perplexity, ratio to the whole model's")
-  left.set_title("Behind the window")
-  left.legend()
+def panels(rows: list[harness.Row]) -> list[Panel]:
+  """Perplexity behind the window over its width, and nats along the text."""
+  table = [row for row in compared(rows) if row["name"] != FULL]
+  by_sinks: dict[int | None, list[harness.Row]] = {}
+  for row in table:
+    by_sinks.setdefault(row["sinks"], []).append(row)
+  ratios = [
+    Series(_label(line[0]), [row["window"] for row in line], [row["ratio"] for row in line])
+    for line in by_sinks.values()
+  ]
+  lines = [
+    Line("collapse: twice the perplexity", y=COLLAPSE),
+    Line("as good: within 10 %", y=CLOSE),
+  ]
+  if None in by_sinks:
+    x, y = zip(*((row["window"], AS_GOOD * row["ratio"]) for row in by_sinks[None]), strict=True)
+    lines.append(Line("5 % above reading afresh: restored if below", x, y))
+  widths = sorted({row["window"] for row in table})
+  keys = Axis("keys that a token sees", LOG, {width: f"{width:,}" for width in widths})
+  ratio = Axis("perplexity behind the window, over the whole model's")
   middle = widths[len(widths) // 2]
-  shown = [row for row in rows if row["name"] == FULL or row["window"] == middle]
-  for row, colour in zip(shown, ("#222222", *harness.COLOURS), strict=False):
-    places = BIN * (np.arange(len(row["curve"])) + 0.5)
-    right.plot(places, row["curve"], color=colour, label=_label(row))
-  right.axvline(middle, color="#222222", linewidth=1, linestyle=":")
-  right.set(xlabel="position", ylabel="nats a token")
-  right.set_title(f"Along the text, {middle} keys seen")
-  right.legend()
+  along = [
+    Series(_label(row), [BIN * (i + 0.5) for i in range(len(row["curve"]))], row["curve"])
+    for row in rows
+    if row["name"] == FULL or row["window"] == middle
+  ]
+  text, nats = (
+    Axis("position in the text (tokens)", LINEAR),
+    Axis(f"nats a token, mean of {BIN} positions"),
+  )
+  end = [Line("end of the first window", x=float(middle))]
+  return [
+    Panel("Behind the window", keys, ratio, ratios, lines),
+    Panel(f"Along the text, {middle} keys seen", text, nats, along, end),
+  ]
 
 
 def _label(row: harness.Row) -> str:
   if row["name"] == FULL:
-    return FULL
-  return AFRESH if row["sinks"] is None else f"{row['sinks']} sinks"
+    return "the whole model"
+  return f"{AFRESH}, in pieces" if row["sinks"] is None else f"{row['sinks']} sinks"
 
 
 if __name__ == "__main__":

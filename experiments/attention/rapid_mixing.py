@@ -33,6 +33,8 @@ from effjax.attention import masks
 from effjax.train import workdir as files
 from experiments import harness
 from experiments.attention.graphs import Graph
+from experiments.lab.plots import LOG, Axis, Line, Panel, Series
+from experiments.lab.verdicts import deviation
 
 SIDE, GAP, RANDOM = 1, 8, 3  # blocks on each side, distance when dilated, random blocks
 
@@ -57,6 +59,8 @@ PATTERNS: dict[str, Callable[[int, int], masks.Mask]] = {
   ),
 }
 DRAWN = ("window + random", "bigbird")
+STEADY = ("window + global", *DRAWN)
+SPREADS = {"longest": "±", "gap": "gap ±"}
 COLUMNS = {
   "pattern": "",
   "blocks": ",d",
@@ -97,7 +101,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
     for seed in range(config.seeds if name in DRAWN else 1)
   }
   rows = summarize(harness.compute(folder, tasks, label="graphs"))
-  harness.plot(folder, draw, panels=3, size=(13.5, 4.8))
+  harness.plot(folder, panels)
   harness.finish(folder, rows, COLUMNS, claims(rows))
   harness.write_csv(folder, rows)
   return rows
@@ -130,7 +134,7 @@ def summarize(rows: list[harness.Row]) -> list[harness.Row]:
 
 
 def _mean(group: list[harness.Row]) -> harness.Row:
-  first, several = group[0], len(group) > 1
+  first = group[0]
   values = {name: [row[name] for row in group] for name in ("mean path", "longest", "reached")}
   gaps = [row["gap"] for row in group if row["gap"] is not None]
   return {
@@ -138,9 +142,9 @@ def _mean(group: list[harness.Row]) -> harness.Row:
     "blocks": first["blocks"],
     "keys": first["keys"],
     **{name: statistics.mean(found) for name, found in values.items()},
-    "±": statistics.stdev(values["longest"]) if several else None,
+    "±": deviation(values["longest"]),
     "gap": statistics.mean(gaps) if gaps else None,
-    "gap ±": statistics.stdev(gaps) if several and gaps else None,
+    "gap ±": deviation(gaps),
     "seeds": len(group),
   }
 
@@ -176,9 +180,7 @@ def claims(rows: list[harness.Row]) -> dict[str, bool]:
       slope(sizes[: len(gaps["window"])], gaps["window"]) + 2
     )
     < 0.1,
-    "with random or global blocks the gap stays, within a factor of 2": all(
-      map(steady, ("window + global", *DRAWN))
-    ),
+    "with random or global blocks the gap stays, within a factor of 2": all(map(steady, STEADY)),
   }
 
 
@@ -197,19 +199,58 @@ def off_a_line(x: np.ndarray, y: list[float]) -> float:
   return float(np.max(abs(np.polyval(np.polyfit(x, y, 1), x) - y)))
 
 
-def draw(axes, measurements: list[harness.Row]) -> None:
-  """Mean path, longest path and spectral gap over the number of blocks."""
+def panels(measurements: list[harness.Row]) -> list[Panel]:
+  """Paths, layers, reach and gap over the number of blocks, and the laws that are claimed."""
   rows = summarize(measurements)
-  colours = dict(zip(PATTERNS, (*harness.COLOURS, "#c2607f"), strict=True))
-  titles = {"mean path": "Mean path", "longest": "Layers needed", "gap": "Spectral gap"}
-  for ax, (column, title) in zip(axes, titles.items(), strict=True):
-    for name, colour in colours.items():
-      line = [row for row in rows if row["pattern"] == name and row[column] is not None]
-      x, y = [row["blocks"] for row in line], [row[column] for row in line]
-      style = "--" if name == "dilated" else "-"
-      ax.plot(x, y, style, color=colour, marker="o", markersize=4, label=name)
-    ax.set(xscale="log", yscale="log", xlabel="blocks", title=title)
-  axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+  by = {name: [r for r in rows if r["pattern"] == name] for name in PATTERNS}
+  sizes = sorted({row["blocks"] for row in rows})
+  sides = {"window": SIDE, "window, wide": 4 * SIDE}
+  needed = [
+    *(Line("(N − 1) / w", sizes, [(n - 1) / w for n in sizes], of=k) for k, w in sides.items()),
+    _law(by["window + dilated"], "longest", 1, "as N, with dilation"),
+    Line("2 layers", y=2.0),
+  ]
+  gaps = {name: [r["gap"] for r in by[name] if r["gap"] is not None] for name in STEADY}
+  forgets = [
+    _law(by["window"], "gap", -2, "as 1 / N², of the window"),
+    *(Line("twice its least", y=2 * min(gap), of=name) for name, gap in gaps.items() if gap),
+  ]
+  panel = functools.partial(_panel, by, sizes)
+  return [
+    panel("Paths", "mean path (layers)", "mean path", [_over_log(by["window + random"])]),
+    panel("Layers until each block can know all", "longest path (layers)", "longest", needed),
+    panel("Reach", "pairs of blocks with a path (share)", "reached", [Line("all", y=1.0)]),
+    panel("Forgetting", "spectral gap of the walk, 1 − λ₂", "gap", forgets),
+  ]
+
+
+def _panel(by: dict, sizes: list[int], title: str, words: str, column: str, lines: list) -> Panel:
+  """A column of every pattern."""
+  series = []
+  for name, rows in by.items():
+    found = [row for row in rows if row[column] is not None]
+    x, y, spread = ([row.get(c) for row in found] for c in ("blocks", column, SPREADS.get(column)))
+    series.append(Series(name, x, y, spread))
+  blocks = Axis("blocks of the sequence, N", LOG, {n: f"{n:,}" for n in sizes})
+  height = Axis(words, None if column == "reached" else LOG)
+  bars = "standard deviation over draws" if column in SPREADS else ""
+  return Panel(title, blocks, height, series, lines, bars)
+
+
+def _law(rows: list[harness.Row], column: str, power: int, words: str) -> Line:
+  """a·N^power through the last measurement."""
+  found = {row["blocks"]: row[column] for row in rows if row[column] is not None}
+  last = max(found, default=1)
+  return Line(words, list(found), [found[last] * (n / last) ** power for n in found])
+
+
+def _over_log(rows: list[harness.Row]) -> Line:
+  """The least-squares line of the mean path over log N."""
+  rows = [row for row in rows if math.isfinite(row["mean path"])]
+  x, y = ([float(row[c]) for row in rows] for c in ("blocks", "mean path"))
+  fit = np.polyfit(np.log2(x), y, 1) if len(x) > 1 else [0.0, *y]
+  words = "nearest line over log N, with random blocks"
+  return Line(words, x, np.polyval(fit, np.log2(x)).tolist())
 
 
 def _sizes(text: str) -> list[int]:

@@ -12,6 +12,7 @@ has none. Linformer is left out: its projected keys hold all positions, so it ca
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -31,13 +32,15 @@ from effjax.attention import (
 )
 from effjax.layers import Rope
 from effjax.models import TransformerConfig
+from effjax.train import perplexity
 from effjax.train import workdir as files
 from experiments import harness
 from experiments.lab import budget, provenance, training
 from experiments.lab.budget import Spending
+from experiments.lab.plots import LOG, Axis, Line, Panel, Series, differences
 from experiments.lab.study import Run, Study
 from experiments.lab.subject import Subject, token_nll
-from experiments.lab.verdicts import Verdict, less
+from experiments.lab.verdicts import Verdict, deviation, predicts_better
 
 TIMES = (1, 2, 4)  # contexts, in lengths of training
 FULL = "full"
@@ -101,7 +104,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   for name in chosen:
     tasks |= study.tasks(name, functools.partial(trained, config, study, held_out, name))
   rows = harness.compute(folder, tasks, label="runs")
-  harness.plot(folder, draw, panels=2, size=(11.0, 4.6))
+  harness.plot(folder, panels)
   harness.write_csv(folder, rows)
   columns = {"pattern": "", "MFLOP/token": ",.3f"}
   columns |= {f"{sign}{t}×": ".2f" for t in TIMES for sign in ("", "± ")}
@@ -159,9 +162,9 @@ def summarize(rows: list[harness.Row]) -> list[harness.Row]:
     seeds = [row for row in rows if row["pattern"] == name]
     line = {"pattern": name, "MFLOP/token": seeds[0]["flops_token"] / 1e6}
     for times in TIMES:
-      values = [math.exp(row[f"nll {times}"]) for row in seeds]
+      values = [perplexity(row[f"nll {times}"]) for row in seeds]
       line[f"{times}×"] = statistics.mean(values)
-      line[f"± {times}×"] = statistics.stdev(values) if len(values) > 1 else 0.0
+      line[f"± {times}×"] = deviation(values)
     table.append(line)
   return table
 
@@ -177,40 +180,59 @@ def claims(rows: list[harness.Row]) -> dict[str, Verdict]:
   if FULL in nll:
     for name in [name for name in nll if name != FULL]:
       text = f"full attention predicts better than {name} at the length of training"
-      found[text] = less(nll[FULL][1], nll[name][1])
+      found[text] = predicts_better(nll[FULL][1], nll[name][1])
     text = f"full attention gets worse at {most} times its length"
-    found[text] = less(nll[FULL][1], nll[FULL][most])
+    found[text] = predicts_better(nll[FULL][1], nll[FULL][most])
   if "window" in nll:
     text = f"a window gets no worse than by 1 % at {most} times its length"
-    found[text] = less(nll["window"][most], [x + math.log(1.01) for x in nll["window"][1]])
+    allowed = [x + math.log(1.01) for x in nll["window"][1]]
+    found[text] = predicts_better(nll["window"][most], allowed)
     for name, what in (("longformer", "a global token"), ("bigbird", "drawing random blocks")):
       if name in nll:
-        found[f"{what} helps beside a window"] = less(nll[name][1], nll["window"][1])
+        found[f"{what} helps beside a window"] = predicts_better(nll[name][1], nll["window"][1])
   return found
 
 
-def draw(axes, rows: list[harness.Row]) -> None:
-  """Left: perplexity in each context. Right: perplexity by tokens before, in the longest one."""
-  left, right = axes
-  styles = [(colour, line) for line in ("-", "--") for colour in harness.COLOURS]
-  for line, (colour, style) in zip(summarize(rows), styles, strict=False):
-    name = line["pattern"]
-    seeds = [row for row in rows if row["pattern"] == name]
-    means, spreads = ([line[f"{sign}{t}×"] for t in TIMES] for sign in ("", "± "))
-    left.errorbar(TIMES, means, spreads, color=colour, ls=style, marker="o", capsize=3, label=name)
-    curves = np.array([row["nll by position"] for row in seeds], float)
-    right.stairs(np.exp(curves.mean(0)), seeds[0]["edges"], color=colour, ls=style, baseline=None)
-  edges = rows[0]["edges"]
-  left.set(xscale="log", xlabel="context, in lengths of training", ylabel="perplexity")
-  left.set_xticks(TIMES, [f"{t}×" for t in TIMES])
-  left.minorticks_off()
-  left.set_title("The same text in longer contexts")
-  right.set(xscale="symlog", xlabel="tokens before", ylabel="perplexity")
-  right.set_xticks(edges, list(map(str, edges)))
-  right.minorticks_off()
-  right.axvline(edges[-1] / max(TIMES), color="k", lw=0.8)
-  right.set_title("By position; line: length of training")
-  left.figure.legend(loc="outside lower center", ncols=8)
+def panels(rows: list[harness.Row]) -> list[Panel]:
+  """Perplexity in each context, and by tokens before in the longest one; what verdicts judge."""
+  lines = {line["pattern"]: line for line in summarize(rows)}
+  contexts = [
+    Series(name, TIMES, [line[f"{t}×"] for t in TIMES], [line[f"± {t}×"] for t in TIMES])
+    for name, line in lines.items()
+  ]
+  trained = {name: line["1×"] for name, line in lines.items()}
+  bounds = []
+  if FULL in lines:
+    bounds.append(Line(f"{FULL} at the length of training", y=trained[FULL]))
+  if "window" in lines:
+    bounds.append(
+      Line("1 % above the window at the length of training", y=1.01 * trained["window"])
+    )
+  edges = rows[0]["edges"] if rows else [0, 1]
+  middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+  positions = []
+  for name in lines:
+    curves = np.array([row["nll by position"] for row in rows if row["pattern"] == name], float)
+    positions.append(Series(name, middles, [perplexity(nll) for nll in curves.mean(axis=0)]))
+  length = edges[-1] / max(TIMES)
+  return [
+    Panel(
+      "The same text in longer contexts",
+      Axis("context, in lengths of training", LOG, {t: f"{t}×" for t in TIMES}),
+      Axis("perplexity of held-out text"),
+      contexts,
+      bounds,
+      bars="standard deviation over seeds",
+    ),
+    Panel(
+      f"By position, in the context of {max(TIMES)}×",
+      Axis("tokens before, middle of a bin", LOG, {x: f"{x:g}" for x in middles}),
+      Axis("perplexity of held-out text"),
+      positions,
+      [Line("length of training", x=length)],
+    ),
+    *differences("What the verdicts are about", "difference, nats a token", claims(rows)),
+  ]
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ from effjax.train import workdir as files
 from experiments import harness
 from experiments.lab import provenance, training
 from experiments.lab.held_out import nats
+from experiments.lab.plots import LOG, Axis, Line, Panel, Series
 from experiments.lab.sizes import LADDER, Rung
 from experiments.lab.study import Run, Study
+from experiments.lab.verdicts import deviation
 
 COLUMNS = {
   "rung": "",
@@ -33,6 +35,7 @@ COLUMNS = {
   "tokens_per_parameter": "g",
   "processor": "",
 }
+MEASURED = ("nats/token", "± seeds")
 
 
 @dataclasses.dataclass
@@ -72,7 +75,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
       row = lambda swept=swept, index=index: swept()[index]
       tasks[f"{rung.name} rate={rate:g} seed={seed}"] = row
   rows = harness.compute(folder, tasks, label="rates")
-  harness.plot(folder, draw)
+  harness.plot(folder, panels)
   every = summarize(files.read_rows(folder / files.METRICS))
   harness.write_csv(folder, every)
   harness.finish(folder, every, COLUMNS, claims(every))
@@ -115,7 +118,7 @@ def _mean(group: list[harness.Row]) -> harness.Row:
   return {
     **{name: group[0][name] for name in kept},
     "nats/token": statistics.mean(values),
-    "± seeds": statistics.stdev(values) if len(values) > 1 else None,
+    "± seeds": deviation(values),
     "bits/byte": statistics.mean(row["bits_byte"] for row in group),
   }
 
@@ -141,17 +144,29 @@ def claims(lines: list[harness.Row]) -> dict[str, bool]:
   return found
 
 
-def draw(axes, rows: list[harness.Row]) -> None:
-  """Nats a token against the learning rate, a curve a rung."""
+def panels(rows: list[harness.Row]) -> list[Panel]:
+  """Nats a token against the learning rate, a curve a rung; the rates that the ladder has."""
   lines = summarize(rows)
-  for name, colour in zip(best(lines), harness.COLOURS, strict=False):
+  series = []
+  for name in best(lines):
     of_rung = [line for line in lines if line["rung"] == name]
-    x, y = zip(*((line["learning_rate"], line["nats/token"]) for line in of_rung), strict=True)
+    x, y, spread = ([line[c] for line in of_rung] for c in ("learning_rate", *MEASURED))
     tokens = of_rung[0]["tokens_per_parameter"]
-    axes[0].plot(x, y, "o-", color=colour, label=f"{name}, {tokens:g} tokens a parameter")
-  axes[0].set(xscale="log", xlabel="peak learning rate", ylabel="nats a token, held out")
-  axes[0].set_title("Dense models")
-  axes[0].legend()
+    series.append(Series(f"{name} parameters, {tokens:g} tokens a parameter", x, y, spread))
+  used: dict[float, list[str]] = {}
+  for rung in LADDER:
+    if rung.name in best(lines):
+      used.setdefault(rung.learning_rate, []).append(rung.name)
+  return [
+    Panel(
+      "Dense models: which rate each size wants",
+      Axis("peak learning rate", LOG, {rate: f"{rate:g}" for s in series for rate in s.x if rate}),
+      Axis("held-out text, nats a token"),
+      series,
+      [Line(f"the ladder's rate for {', '.join(names)}", x=rate) for rate, names in used.items()],
+      bars="standard deviation over seeds",
+    )
+  ]
 
 
 def _rates(text: str) -> list[float]:

@@ -7,6 +7,7 @@ of freedom and s the standard deviation of the differences.
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,10 +50,14 @@ class Verdict:
   Attributes:
     word: one of the three.
     reason: the interval; where undecided, what would decide it.
+    difference: the interval itself; None where there is none.
+    bounds: between which it was to lie.
   """
 
   word: str
   reason: str
+  difference: Interval | None = None
+  bounds: tuple[float, float] = (-math.inf, math.inf)
 
   def __str__(self) -> str:
     return f"{self.word} ({self.reason})"
@@ -76,6 +81,18 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(float(x[0]), math.inf, None, 1)
   spread = float(x.std(ddof=1))
   return Interval(float(x.mean()), _reach(spread, x.size), spread, x.size)
+
+
+def deviation(values: Sequence[float]) -> float | None:
+  """The standard deviation of values; None for a single one, NaN where one is not finite.
+
+  Example:
+    >>> deviation([1.0, 3.0, 5.0]), deviation([1.0]), deviation([1.0, math.inf])
+    (2.0, None, nan)
+  """
+  if len(values) < 2:
+    return None
+  return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Interval:
@@ -108,6 +125,20 @@ def less(a: Sequence[float], b: Sequence[float]) -> Verdict:
   return _judge(paired(a, b), -math.inf, 0.0)
 
 
+def predicts_better(a: Sequence[float], b: Sequence[float]) -> Verdict:
+  """The verdict on "runs paid fewer nats in a than in b"; undecided when one of them diverged.
+
+  Raises:
+    ValueError: for different numbers of values, or none.
+
+  Example:
+    >>> print(predicts_better([1.0, math.nan], [2.0, 2.0]))
+    undecided (1 of 2 seeds diverged)
+  """
+  gone = int((~np.isfinite([a, b]).all(axis=0)).sum()) if len(a) == len(b) else 0
+  return Verdict(UNDECIDED, f"{gone} of {len(a)} seeds diverged") if gone else less(a, b)
+
+
 def alike(a: Sequence[float], b: Sequence[float], margin: float) -> Verdict:
   """The verdict on "a and b differ by less than `margin`", values of the same seeds.
 
@@ -128,14 +159,15 @@ def alike(a: Sequence[float], b: Sequence[float], margin: float) -> Verdict:
 def _judge(found: Interval, low: float, high: float) -> Verdict:
   """Whether the mean over all seeds lies between `low` and `high`, both excluded."""
   figures = f"{found.mean:+.4f} ± {found.reach:.4f}, {found.count} seeds"
+  said = lambda word, reason: Verdict(word, reason, found, (low, high))
   if low < found.low and found.high < high:
-    return Verdict(HELD, figures)
+    return said(HELD, figures)
   if found.low >= high or found.high <= low:
-    return Verdict(NOT_HELD, figures)
+    return said(NOT_HELD, figures)
   if found.spread is None:
-    return Verdict(UNDECIDED, f"{found.mean:+.4f}; one seed has no interval")
+    return said(UNDECIDED, f"{found.mean:+.4f}; one seed has no interval")
   room = min(abs(found.mean - bound) for bound in (low, high))
-  return Verdict(UNDECIDED, f"{figures}; {_wanted(found.spread, found.count, room)}")
+  return said(UNDECIDED, f"{figures}; {_wanted(found.spread, found.count, room)}")
 
 
 def _wanted(spread: float, count: int, room: float) -> str:

@@ -28,6 +28,7 @@ from effjax.parallel import Zero, make_mesh, place, simulate_devices
 from effjax.train import init_state
 from effjax.train import workdir as files
 from experiments import harness
+from experiments.lab.plots import LINEAR, LOG, Axis, Line, Panel, Series
 
 STAGES = {"os": 1, "os+g": 2, "os+g+p": 3}
 SIZES = {"7.5B": 7.5e9, "128B": 128e9, "1T": 1e12}
@@ -70,7 +71,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
     f"placed zero={stage}": functools.partial(placed, config, devices, stage) for stage in range(4)
   }
   rows = harness.compute(folder, cells | stages, label="cells")
-  harness.plot(folder, draw, panels=2, size=(10.5, 4.4))
+  harness.plot(folder, panels)
   print("\n" + published_table(rows))
   columns = {"name": "", "device_bytes": ",.0f", "formula_bytes": ",.0f", "ratio": ".4f"}
   agree = sum(row.get("agrees", False) for row in rows)
@@ -86,18 +87,32 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
 
 def cell(size: str, part: str, dp: int) -> harness.Row:
   """One cell of the published table against `cost.zero_memory`, in units of 10⁹ bytes."""
-  column = list(SIZES).index(size) * len(STAGES) + list(STAGES).index(part)
-  printed = PUBLISHED[dp].split()[column]
-  unit = 10.0 ** -len(printed.partition(".")[2])
+  figure = printed(size, part, dp)
   computed = cost.zero_memory(SIZES[size], dp, STAGES[part]) / 1e9
   return {
     "size": size,
     "part": part,
     "dp": dp,
     "gigabytes": computed,
-    "published": float(printed),
-    "agrees": bool(abs(computed - float(printed)) < unit),
+    "published": float(figure),
+    "agrees": bool(abs(computed - float(figure)) < unit(figure)),
   }
+
+
+def printed(size: str, part: str, dp: int) -> str:
+  """What the paper prints in a cell."""
+  column = list(SIZES).index(size) * len(STAGES) + list(STAGES).index(part)
+  return PUBLISHED[dp].split()[column]
+
+
+def unit(figure: str) -> float:
+  """One of the last digit of a printed figure.
+
+  Example:
+    >>> unit("7.25"), unit("120")
+    (0.01, 1.0)
+  """
+  return 10.0 ** -len(figure.partition(".")[2])
 
 
 def placed(config: Config, devices: list[jax.Device], stage: int) -> harness.Row:
@@ -146,29 +161,44 @@ def published_table(rows: list[harness.Row]) -> str:
   return harness.table(lines, dict.fromkeys(lines[0], "g"))
 
 
-def draw(axes, rows: list[harness.Row]) -> None:
-  """Left: the 7.5 B columns over devices, published figures as dots. Right: placed arrays."""
-  left, right = axes
-  for (part, stage), colour in zip(STAGES.items(), harness.COLOURS, strict=False):
-    line = [row for row in rows if row.get("size") == "7.5B" and row.get("part") == part]
-    dp = [row["dp"] for row in line]
-    left.plot(dp, [row["gigabytes"] for row in line], color=colour, label=f"ZeRO-{stage} ({part})")
-    left.plot(dp, [row["published"] for row in line], "o", color=colour, markersize=5)
-  left.set(xscale="log", yscale="log", xlabel="data-parallel devices", ylabel="GB per device")
-  left.set_xticks(list(PUBLISHED), [str(dp) for dp in PUBLISHED])
-  left.minorticks_off()
-  left.set_title("7.5 B parameters: formula (lines), paper (dots)")
-  left.legend()
-  bars = [row for row in rows if "ratio" in row]
-  places = np.arange(len(bars))
-  right.bar(places - 0.2, [row["device_bytes"] / 1e6 for row in bars], 0.4, label="on the device")
-  formula = [row["formula_bytes"] / 1e6 for row in bars]
-  right.bar(places + 0.2, formula, 0.4, label="formula")
-  right.set_xticks(places, [f"ZeRO-{row['stage']}" for row in bars])
-  right.set(ylabel="MB per device")
-  right.set_title("A small model, placed")
-  right.grid(axis="x", visible=False)
-  right.legend()
+def panels(rows: list[harness.Row]) -> list[Panel]:
+  """The 7.5 B columns over devices, how far all cells are from the print, and placed arrays."""
+  cells = [row for row in rows if "published" in row]
+  devices = Axis("data-parallel devices", LOG, {dp: f"{dp:,}" for dp in PUBLISHED})
+  columns, formulas, apart = [], [], []
+  for part, stage in STAGES.items():
+    column = [row for row in cells if (row["size"], row["part"]) == ("7.5B", part)]
+    name, dp = f"ZeRO-{stage} ({part})", [row["dp"] for row in column]
+    columns.append(Series(name, dp, [row["published"] for row in column], joined=False))
+    formulas.append(Line("formula", dp, [row["gigabytes"] for row in column], of=name))
+  for size in SIZES:
+    of_size = [row for row in cells if row["size"] == size]
+    units = [(row["gigabytes"] - row["published"]) / _unit(row) for row in of_size]
+    apart.append(Series(f"{size} parameters", [r["dp"] for r in of_size], units, joined=False))
+  agree = [Line("agrees: less than one unit off", y=bound) for bound in (-1.0, 1.0)]
+  memory, digits = Axis("model state a device (GB)", LOG), Axis("formula − paper (last digits)")
+  return [
+    Panel("7.5 B parameters, as the paper prints it", devices, memory, columns, formulas),
+    Panel("All cells, in units of the last digit printed", devices, digits, apart, agree),
+    _placed([row for row in rows if "ratio" in row]),
+  ]
+
+
+def _unit(row: harness.Row) -> float:
+  return unit(printed(row["size"], row["part"], row["dp"]))
+
+
+def _placed(rows: list[harness.Row]) -> Panel:
+  """Bytes on the first device, and those of the formula, a per cent more and less."""
+  places = [float(i) for i in range(len(rows))]
+  formula = [row["formula_bytes"] / 1e6 for row in rows]
+  return Panel(
+    "The state of a small model, placed",
+    Axis("stage", LINEAR, {i: f"ZeRO-{row['stage']}" for i, row in enumerate(rows)}),
+    Axis("on the first device (MB)", LOG),
+    [Series("placed", places, [row["device_bytes"] / 1e6 for row in rows], joined=False)],
+    [Line("formula ± 1 %", places, [part * x for x in formula]) for part in (0.99, 1.01)],
+  )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from experiments import harness
 from experiments.lab import budget, provenance, training
 from experiments.lab.sizes import Rung
 from experiments.lab.study import Study
-from experiments.survey import table
+from experiments.survey import pictures, table
 from experiments.survey.pretrained import Pretrained
 from experiments.survey.techniques import BASELINE, NAMED, TECHNIQUES, Technique
 from experiments.survey.trained import Trained
@@ -76,7 +76,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   corpus = data.text(config.text)
   source = provenance.write(folder, corpus)
   measured = harness.compute(folder, _tasks(config, folder, rung, corpus, chosen), label="survey")
-  harness.plot(folder, table.draw, panels=table.panels(measured), size=(15.0, 5.2))
+  harness.plot(folder, pictures.panels)
   heading = budget.title(rung, config.tokens_per_parameter, config.seeds)
   tables = table.tables(measured, f"{config.model} as it is", heading)
   claims = table.claims(measured)

@@ -1,17 +1,15 @@
-"""What the rows of the survey say: a line a technique, claims with verdicts, pictures."""
+"""What the rows of the survey say: a line a technique, and claims with verdicts."""
 
-import itertools
 import math
 import statistics
 
-from experiments import harness
+from effjax.train import perplexity
 from experiments.harness import Row
-from experiments.lab.verdicts import Verdict, less, paired
+from experiments.lab.verdicts import Verdict, deviation, paired, predicts_better
 from experiments.survey import techniques
 from experiments.survey.techniques import BASELINE, NAMED
 
-KINDS = dict.fromkeys(technique.kind for technique in techniques.TECHNIQUES)
-COLOURS = dict(zip(KINDS, itertools.cycle(harness.COLOURS), strict=False))
+SAME, DEAR, LIGHT = 0.1, 2.0, 0.3  # % of the perplexity, of it, and part of the bytes
 SIZES = {
   "params M": ",.2f",
   "active M": ",.2f",
@@ -52,12 +50,17 @@ def pretrained(measured: list[Row]) -> list[Row]:
   return [
     {
       **_sizes(row),
-      "perplexity": math.exp(row["nll"]),
-      "change %": 100 * math.expm1(row["nll"] - base),
+      "perplexity": perplexity(row["nll"]),
+      "change %": 100 * _growth(row["nll"] - base),
       "bits/byte": row["bits_byte"],
     }
     for row in rows
   ]
+
+
+def _growth(nats: float) -> float:
+  """e^nats − 1, exact near 0; infinity where it overflows."""
+  return math.expm1(nats) if nats < 700 else math.inf
 
 
 def trained(measured: list[Row]) -> list[Row]:
@@ -70,15 +73,21 @@ def _trained(group: list[Row], measured: list[Row]) -> Row:
   line = {
     **_sizes(first),
     "nats/token": statistics.mean(values),
-    "± seeds": statistics.stdev(values) if len(values) > 1 else None,
+    "± seeds": deviation(values),
     "bits/byte": statistics.mean(row["bits_byte"] for row in group),
     "Mtokens": first["tokens"] / 1e6,
   }
   if first["against"] != first["technique"]:
-    found = paired(values, nll(measured, first["against"]))
-    reach = found.reach if math.isfinite(found.reach) else None
-    line |= {"against": first["against"], "Δ nats": found.mean, "± 95 %": reach}
+    line |= {"against": first["against"], **_apart(values, nll(measured, first["against"]))}
   return line
+
+
+def _apart(values: list[float], others: list[float]) -> Row:
+  """The mean difference and its interval; NaN where a run diverged."""
+  if not all(map(math.isfinite, (*values, *others))):
+    return {"Δ nats": math.nan, "± 95 %": None}
+  found = paired(values, others)
+  return {"Δ nats": found.mean, "± 95 %": found.reach if math.isfinite(found.reach) else None}
 
 
 def nll(measured: list[Row], technique: str) -> list[float]:
@@ -95,7 +104,7 @@ def claims(measured: list[Row]) -> dict[str, bool | Verdict]:
     if against != name:
       better, worse = (name, against) if NAMED[name].better else (against, name)
       text = f"at equal FLOPs, {better} predicts better than {worse}"
-      found[text] = less(nll(measured, better), nll(measured, worse))
+      found[text] = predicts_better(nll(measured, better), nll(measured, worse))
   return found
 
 
@@ -104,13 +113,13 @@ def _exact(by_name: dict[str, Row]) -> dict[str, bool | Verdict]:
   same = [by_name[t.name] for t in techniques.TECHNIQUES if t.same_function and t.name in by_name]
   found: dict[str, bool | Verdict] = {}
   if len(same) > 1:
-    text = "LoRA at its start, merged LoRA and upcycling keep the perplexity to 0.1 %"
-    found[text] = all(abs(row["change %"]) < 0.1 for row in same)
+    text = f"LoRA at its start, merged LoRA and upcycling keep the perplexity to {SAME:g} %"
+    found[text] = all(abs(row["change %"]) < SAME for row in same)
   if "int8" in by_name:
     row = by_name["int8"]
     share = row["MB"] / by_name[BASELINE]["MB"]
-    text = "int8 raises the perplexity by less than 2 % at less than 0.3 of the bytes"
-    found[text] = row["change %"] < 2 and share < 0.3
+    text = f"int8 raises the perplexity by less than {DEAR:g} % at less than {LIGHT:g} of the bytes"
+    found[text] = row["change %"] < DEAR and share < LIGHT
   return found
 
 
@@ -134,35 +143,3 @@ def _sizes(row: Row) -> Row:
     "prefill ×": row["prefill_ratio"],
     "decode ×": row["decode_ratio"],
   }
-
-
-def draw(axes, measured: list[Row]) -> None:
-  """Perplexity against bytes and decoding time (pretrained), nats against FLOPs (trained)."""
-  first, second = pretrained(measured), trained(measured)
-  title = "Pretrained: quality against"
-  panels = [
-    (first, "MB", "perplexity", "MB of parameters", f"{title} size"),
-    (first, "decode ×", "perplexity", "decode time, ratio", f"{title} time"),
-    (second, "MFLOP/token", "nats/token", "MFLOP a token, forward", "Trained at equal FLOPs"),
-  ]
-  shown = [panel for panel in panels if panel[0]]
-  for ax, (rows, x, y, label, title) in zip(axes, shown, strict=True):
-    ax.set(xlabel=label, ylabel=f"{y} (lower is better)")
-    ax.set_title(title)
-    _scatter(ax, rows, x, y)
-  marks = [axes[0].plot([], [], "o", color=COLOURS[kind], label=kind)[0] for kind in COLOURS]
-  axes[0].figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
-
-
-def panels(measured: list[Row]) -> int:
-  """How many pictures `draw` makes."""
-  return 2 * bool(pretrained(measured)) + bool(trained(measured))
-
-
-def _scatter(ax, rows: list[Row], x: str, y: str) -> None:
-  points = [(row[x], row[y]) for row in rows]
-  for row, point in zip(rows, points, strict=True):
-    spread, colour = row.get("± seeds"), COLOURS[row["kind"]]
-    ax.errorbar(*point, yerr=spread, fmt="o", color=colour, capsize=3, markersize=7)
-  ax.margins(x=0.25, y=0.15)
-  harness.label(ax, points, [row["technique"].removeprefix("trained-") for row in rows])

@@ -16,6 +16,7 @@ token frequencies 5.97.
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -43,6 +44,7 @@ from effjax.train import (
 )
 from effjax.train import workdir as files
 from experiments import harness
+from experiments.lab.plots import LINEAR, Axis, Line, Panel, Series
 
 
 @dataclasses.dataclass
@@ -114,7 +116,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   sample = _loader(config, corpus, tokenizer, "train", config.seed + 1)
   floor = unigram_nll(itertools.islice(sample, 64), held_out, tokenizer.vocab_size)
   row = _result(config, folder, final.params, floor)
-  harness.plot(folder, draw)
+  harness.plot(folder, functools.partial(panels, floor=floor))
   columns = {"pattern": "", "parameters": ",d", "tokens": ",d", "loss": ".3f"}
   columns |= {"validation_loss": ".3f", "perplexity": ".2f", "unigram_loss": ".3f"}
   learnt = row["validation_loss"] < floor
@@ -159,13 +161,15 @@ def unigram_nll(sample, held_out, vocab_size: int) -> float:
   return float(total / sum(batch["weights"].sum() for batch in held_out))
 
 
-def draw(axes, rows: list[harness.Row]) -> None:
-  """Loss against step, on training and on held-out text."""
-  axes[0].plot([row["step"] for row in rows], [row["nll"] for row in rows], label="training")
-  held = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
-  axes[0].plot(*zip(*held, strict=True), "o-", label="held out")
-  axes[0].set(xlabel="step", ylabel="loss (nats a token)", title="Pretraining")
-  axes[0].legend()
+def panels(rows: list[harness.Row], floor: float) -> list[Panel]:
+  """Loss against step, on training and on held-out text, and what token frequencies cost."""
+  held = [row for row in rows if "validation_loss" in row]
+  series = [
+    Series("training", [row["step"] for row in rows], [row["nll"] for row in rows]),
+    Series("held out", [r["step"] for r in held], [r["validation_loss"] for r in held]),
+  ]
+  bound = Line("held-out text by token frequencies: learnt if below", y=floor)
+  return [Panel("Pretraining", Axis("step", LINEAR), Axis("loss (nats a token)"), series, [bound])]
 
 
 def _train(config: Config, module, batches, held_out, placement, folder: Path):

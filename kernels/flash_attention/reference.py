@@ -35,11 +35,12 @@ def attention(
   whole, grouped = (B, N, T, S), (B, K, N // K, T, S)
   seen = _seen(T, S, mask, segment_ids, query_positions)
   added = [] if bias is None else [bias.astype(wide)]
-  if scores is not None:
-    terms: Any = Terms.of(scores, None, T, S, query_positions, wide)
-    added.append(terms.dense(query_positions).astype(wide))
   for each in added:
     seen = seen & (each != -jnp.inf)
+  if scores is not None:
+    terms: Any = Terms.of(scores, None, T, S, query_positions, wide)
+    added.append(terms.dense(query_positions, seen).astype(wide))
+    seen = seen & (added[-1] != -jnp.inf)
   seen = jnp.broadcast_to(seen, whole).reshape(grouped)
   products = shown.pairs(query.reshape(B, T, K, N // K, -1), key, seen).reshape(whole)
   logits = numerics.softcap(products * scale, logit_softcap)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import spmd
-from effjax.core.typing import Array, Float, PyTree
+from effjax.core.typing import Array, Dim, Float, PyTree
 from effjax.core.weights import Weight, register, transpose
 from effjax.kernels.grouped_matmul.grouped_linear import grouped_linear
 from effjax.kernels.grouped_matmul.reference import group_of_row
@@ -33,7 +33,7 @@ class Grouped(Weight):
 
   base: PyTree
   sizes: PyTree
-  length: int
+  length: Dim
 
   def check(self) -> None:
     if len(self.base.shape) not in (2, 3):

@@ -8,8 +8,8 @@ import numpy as np
 from jax import lax
 
 from effjax.core import numerics, spmd, trees
-from effjax.core.known import known
-from effjax.core.typing import Array, Float, Int, PyTree
+from effjax.core.known import is_size, known
+from effjax.core.typing import Array, Dim, Float, Int, PyTree
 from effjax.core.weights import Weight, product
 from effjax.kernels.grouped_matmul import reference, tiles
 
@@ -77,8 +77,11 @@ def _on_parts(implementation: str | None, rows: tuple[Array, Array], params: PyT
 def _on_part(implementation: str | None, x: Array, sizes: Array, params: PyTree) -> Array:
   if implementation == "reference":
     return _dense(reference.grouped_matmul, x, params, sizes)
+  rows = x.shape[0]
+  if not is_size(rows):  # so that it is known that there are as many as a tile has
+    x = jnp.pad(x, ((0, tiles.HIGHEST), (0, 0)))
   operands = (x, _floats(params), _others(params), sizes)
-  return _grouped(implementation, *numerics.vary_alike(operands, operands))
+  return _grouped(implementation, *numerics.vary_alike(operands, operands))[:rows]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -168,7 +171,7 @@ def _check(x, w, group_sizes, bias, implementation) -> None:
     raise ValueError(f"grouped_linear: implementation={implementation!r}; allowed: {allowed}")
 
 
-def _check_sizes(group_sizes, rows: int) -> None:
+def _check_sizes(group_sizes, rows: Dim) -> None:
   if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
     raise ValueError(f"grouped_linear: group_sizes of {group_sizes.dtype}; allowed: integers")
   sizes = known(group_sizes)

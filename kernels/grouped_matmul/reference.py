@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 
-from effjax.core.typing import Array, Float, Int
+from effjax.core.typing import Array, Dim, Float, Int
 
 
-def group_of_row(group_sizes: Int[Array, "E"], rows: int) -> Int[Array, "M"]:
+def group_of_row(group_sizes: Int[Array, "E"], rows: Dim) -> Int[Array, "M"]:
   """The group of each row; E for rows past the last group.
 
   Example:

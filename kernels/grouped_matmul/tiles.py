@@ -20,21 +20,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from effjax.core import numerics, trees
-from effjax.core.typing import Array, Float, Int, PyTree
+from effjax.core.known import more
+from effjax.core.typing import Array, Dim, Float, Int, PyTree
 from effjax.core.weights import linear
 
+HIGHEST = 256  # of the heights of tiles
 FORWARD = {"allow_negative_indices": False}  # nothing counts from the end: a shorter program
 
 
-def tile_rows(rows: int, groups: int) -> tuple[int, ...]:
+def tile_rows(rows: Dim, groups: int) -> tuple[int, ...]:
   """Tile heights, descending: the last one bounds what a group computes in vain.
 
   Example:
     >>> tile_rows(4096, 8), tile_rows(40, 8), tile_rows(2, 8)
     ((256, 64, 16), (16, 4), (2,))
   """
-  heights = (256, 64, 16) if rows >= 8 * groups else (16, 4)
-  return tuple(height for height in heights if height <= rows) or (rows,)
+  heights = (16, 4) if more(8 * groups, rows) else (HIGHEST, 64, 16)
+  return tuple(height for height in heights if not more(height, rows)) or (rows,)
 
 
 def forward(
@@ -101,7 +103,7 @@ class _Tile:
   all its rows belong.
   """
 
-  def __init__(self, start: Array, end: Array, height: int, rows: int, exact: bool):
+  def __init__(self, start: Array, end: Array, height: int, rows: Dim, exact: bool):
     self.first = start if exact else jnp.minimum(start, rows - height)
     self.height = height
     row = self.first + jnp.arange(height)
@@ -122,7 +124,7 @@ class _Tile:
 class _Span:
   """The rows `start` … `end` of one group."""
 
-  def __init__(self, start: Array, end: Array, rows: int, heights: tuple[int, ...]):
+  def __init__(self, start: Array, end: Array, rows: Dim, heights: tuple[int, ...]):
     self.start, self.end, self.rows, self.heights = start, end, rows, heights
 
   def each_tile(self, step: Callable[[_Tile, PyTree], PyTree], carry: PyTree) -> PyTree:
@@ -142,14 +144,15 @@ class _Span:
 
 
 def _each_group(
-  group_sizes: Array, rows: int, step: Callable[[Array, _Span, PyTree], PyTree], carry: PyTree
+  group_sizes: Array, rows: Dim, step: Callable[[Array, _Span, PyTree], PyTree], carry: PyTree
 ) -> PyTree:
   """`carry` after `step(group, span, carry)` for every group that has rows."""
   groups = group_sizes.shape[0]
   heights = tile_rows(rows, groups)
   ends = jnp.minimum(jnp.cumsum(group_sizes), rows)
   starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
-  busy = jnp.nonzero(ends > starts, size=min(groups, rows), fill_value=0)[0]
+  most = rows if more(groups, rows) else groups
+  busy = jnp.nonzero(ends > starts, size=most, fill_value=0)[0]
 
   def body(i, carry):
     group = _at(busy, i)

@@ -64,7 +64,7 @@ class Format(abc.ABC):
     """
 
   def planes(
-    self, blocks: Integer[Array, "... size"], *constants: Shaped[Array, "... 1"]
+    self, blocks: Integer[Array, "... size"], *constants: Shaped[Array, "... K"]
   ) -> tuple[Float[Array, "... w"], ...]:
     """The numbers of blocks in one or more planes: those that come about side by side.
 
@@ -170,7 +170,7 @@ class Indices(Format):
   """
 
   bits: int
-  block: ClassVar[int] = 8
+  block: int = dataclasses.field(default=8, init=False)
   shares: ClassVar[bool] = True
 
   @property

@@ -70,14 +70,14 @@ def _numbers(kind: str, blocks: Integer[Array, "... n size"]) -> Float[Array, ".
   d, rest = _half(blocks[..., :2]), blocks[..., 2:]
   if kind == "Q8_0":
     return d * _signed(rest)
-  moved = kind.endswith("1")
-  m, rest = (_half(rest[..., :2]), rest[..., 2:]) if moved else (None, rest)
   codes = _halves(rest[..., -16:], 16)
   if kind.startswith("Q5"):
-    bits = rest[..., :4, None] >> jnp.arange(8, dtype=jnp.uint8).reshape((1,) * rest.ndim + (8,))
+    bits = rest[..., -20:-16, None] >> jnp.arange(8, dtype=jnp.uint8).reshape(
+      (1,) * rest.ndim + (8,)
+    )
     codes = codes | (bits.reshape(codes.shape) & 1) << 4
-  if moved:
-    return d * codes.astype(jnp.float32) + m
+  if kind.endswith("1"):
+    return d * codes.astype(jnp.float32) + _half(rest[..., :2])
   return d * (codes.astype(jnp.float32) - (16.0 if kind == "Q5_0" else 8.0))
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from effjax.core.typing import Array, Float, Int
 
-BLOCK_BYTES = 1 << 20  # of an expanded block, which should stay in a core's cache
+BLOCK_BYTES = 1 << 19  # of an expanded block, which should stay in a core's cache
 LEAST_OUTPUTS = 128  # of a block; fewer make a product of matrices slow
 
 

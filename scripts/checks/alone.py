@@ -56,6 +56,11 @@ SCORES = {
 _PLATFORMS = {"gpu": gpu.KERNELS, "tpu": tpu.KERNELS}
 
 
+def on(platform: str) -> tuple[str, ...]:
+  """The kernels of a platform."""
+  return tuple(name for name in KERNELS if getattr(_PLATFORMS[platform], name) is not None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
   """A type, a head width, a mask or what else there is: "bfloat16-128-causal".
@@ -88,14 +93,15 @@ class Case:
     last = "" if self.group == Case.group else f"-{self.group}"
     return f"{self.dtype}-{self.width}-{self.mask}{last}"
 
-  @property
-  def kernels(self) -> tuple[str, ...]:
+  def kernels(self, platform: str) -> tuple[str, ...]:
     """Those worth compiling: that of a bias has no part that groups would change."""
-    return KERNELS if self.group == Case.group else KERNELS[:3]
+    left = () if self.group == Case.group else ("bias",)
+    return tuple(name for name in on(platform) if name not in left)
 
   def sizes(self, platform: str, length: int = LENGTH, device: str | None = None) -> Sizes:
     """The table's, for a device of that name or the one that is here."""
-    return choose(platform, self.dtype, self.width, length, length, device)
+    mask = MASKS[self.mask](np.zeros((1, length), np.int32))
+    return choose(platform, self.dtype, self.width, length, length, device, mask)
 
   def arguments(self, kernel: str, length: int = LENGTH, batch: int = BATCH) -> tuple[Any, ...]:
     """Shapes and types of query, key, value, ids, a table and, where it is used, a bias."""
@@ -151,7 +157,7 @@ def program(
       return attention(query, key, value, bias)
     (_, lse), backward = jax.vjp(attention, query, key, value, bias)
     d_query, d_key, d_value, d_bias = backward((query, jnp.zeros_like(lse)))
-    return {"queries": d_query, "keys": (d_key, d_value), "bias": d_bias}[kernel]
+    return {"queries": d_query, "keys": (d_query, d_key, d_value), "bias": d_bias}[kernel]
 
   return run
 
@@ -167,7 +173,8 @@ def _alone(kernels: Kernels, name: str, watch: Callable[[Job], Any]) -> Kernels:
     watch(job)
     return getattr(kernels, name)(job)
 
-  others: dict[str, Any] = {
-    each: silent(getattr(kernels, each)) for each in KERNELS if each != name
+  chosen: dict[str, Any] = {
+    each: watched if each == name else silent(getattr(kernels, each))
+    for each in on(kernels.platform)
   }
-  return dataclasses.replace(kernels, **others, **{name: watched})
+  return dataclasses.replace(kernels, **chosen)

@@ -36,7 +36,44 @@ class Bound:
     return x < limit if self.least else x > limit
 
 
-BOUNDS = (Bound("spill", "^(h100|a100)", 0),)
+# Masks with which the work can be in balance: no row or column of pairs is much longer than others.
+_EVEN = r"\d+-(full|causal|window|documents|alibi)(-1)? "
+BOUNDS = (
+  Bound("fails", "", 0),
+  Bound("spill", "^h100 bfloat16-64.* keys$", 0, now=600),
+  Bound("spill", "^h100 bfloat16-128.* keys$", 0, now=288),
+  Bound("spill", "^h100 bfloat16-256.* forward$", 0, now=32),
+  Bound("spill", "^h100 bfloat16-256.* queries$", 0, now=64),
+  Bound("spill", "^h100 bfloat16-256.* keys$", 0, now=548),
+  Bound("spill", "^h100 float32-128.* queries$", 0, now=912),
+  Bound("spill", "^h100 float32-128.* keys$", 0, now=1168),
+  Bound("spill", "^a100 bfloat16-64.* queries$", 0, now=620),
+  Bound("spill", "^a100 bfloat16-64.* keys$", 0, now=368),
+  Bound("spill", "^a100 bfloat16-128.* queries$", 0, now=28),
+  Bound("spill", "^a100 bfloat16-128.* keys$", 0, now=3880),
+  Bound("spill", "^(h100|a100)", 0),
+  Bound("wait", "^(h100|a100) bfloat16.* (forward|queries|keys)$", 1, now=0, least=True),
+  Bound("rest", "^h100 bfloat16-128-(?!alibi).* forward$", 620),
+  Bound("useful", "^h100 bfloat16-(64|256).* keys$", 1, now=0.67, least=True),
+  Bound("useful", "^h100 bfloat16", 1, least=True),
+  # A launch of 128 programs cannot keep 132 multiprocessors busy, whatever their order.
+  Bound("busy 4k", "^h100 bfloat16-.*-(causal|alibi) keys$", 0.95, now=0.5, least=True),
+  Bound("busy 4k", "^h100 bfloat16-.*-window", 0.95, now=0.84, least=True),
+  Bound("busy 8k", "^h100 bfloat16-.*-window", 0.95, now=0.9, least=True),
+  Bound("busy 16k", "^h100 bfloat16-.*-window", 0.95, now=0.93, least=True),
+  *(Bound(f"busy {n}k", f"^h100 bfloat16-{_EVEN}", 0.95, least=True) for n in (4, 8, 16)),
+  # What all see, or what sees all, is one long program.
+  *(Bound(f"busy {n}k", "^h100", 0.95, now=0.15, least=True) for n in (4, 8, 16)),
+  Bound("launches", "decode$", 3),
+  Bound("launches", "-drawn attend$", 3, now=37),
+  Bound("launches", "-documents attend$", 3, now=12),
+  Bound("launches", "attend$", 3),
+  Bound("launches", "-drawn gradients$", 8, now=92),
+  Bound("launches", "-documents gradients$", 8, now=36),
+  Bound("launches", "gradients$", 8),
+  Bound("matmul", "^v5e bfloat16-128-full.* forward$", 0.65, now=0.62, least=True),
+  Bound("gradients", "^v5e bfloat16-128-full.* keys$", 3000),
+)
 
 
 def bound_of(row: Row, figure: str) -> Bound | None:
@@ -45,27 +82,44 @@ def bound_of(row: Row, figure: str) -> Bound | None:
   return next(found, None)
 
 
+def figures(rows: Iterable[Row]) -> list[Row]:
+  """Rows and whether each "fails"; of a TPU's keys also "gradients", their pair and the queries'.
+
+  Example:
+    >>> figures([{"case": "a", "kernel": "keys", "pair": 3}])[0]["gradients"]
+    3
+  """
+  of = lambda row: (row.get("target"), row["case"])
+  rows = list(rows)
+  queries = {of(row): row.get("pair", 0) for row in rows if row["kernel"] == "queries"}
+  more = lambda row: (
+    {"gradients": row["pair"] + queries.get(of(row), 0)}
+    if row["kernel"] == "keys" and "pair" in row
+    else {}
+  )
+  return [row | {"fails": int("error" in row)} | more(row) for row in rows]
+
+
 def broken(rows: Iterable[Row]) -> list[str]:
   """What is wrong with rows, a line each."""
   lines = []
-  for row in rows:
-    if "error" in row:
-      lines.append(f"{_name(row)} does not compile: {row['error'][:2000]}")
+  for row in figures(rows):
     for figure, x in row.items():
       bound = bound_of(row, figure)
       if bound and x is not None and bound.broken(x, bound.limit):
-        word = "least" if bound.least else "most"
-        lines.append(f"{_name(row)}: {figure} {x}, allowed at {word} {bound.limit}")
+        word, why = "least" if bound.least else "most", row.get("error", "")[:2000]
+        lines.append(f"{_name(row)}: {figure} {x}, allowed at {word} {bound.limit} {why}".strip())
   return lines
 
 
 def table(rows: list[Row]) -> str:
   """Markdown: each bound with the worst figure and where that is, if any of the rows is bound."""
   lines = []
+  every = figures(rows)
   for bound in BOUNDS:
     mine = [
       (row[bound.figure], _name(row))
-      for row in rows
+      for row in every
       if row.get(bound.figure) is not None and bound_of(row, bound.figure) is bound
     ]
     if mine:

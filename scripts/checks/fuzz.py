@@ -66,7 +66,7 @@ def structure(rng: np.random.Generator) -> cases.Structure:
   positions = bool(rng.random() < 0.15)
   whole = (B, K * G, T, S)
   side = lambda: pick(16, 32, 64)
-  size = lambda: Size(side(), side())
+  size = lambda: Size(side(), side(), part=16)
   divisor = lambda n: pick(*(d for d in range(1, n + 1) if n % d == 0))
   heads = divisor(K)
   drawn = cases.Structure(

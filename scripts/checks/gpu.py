@@ -128,11 +128,10 @@ def main(_) -> None:
   good, left = True, []
   for job, rows in answered(chosen(values), chosen(times), end):
     print(*(shown(job, row) for row in rows), sep="\n", flush=True)
+    good &= all(row.get("good", "error" not in row) for row in rows)
     if LEFT_OUT in rows:
       left.append(job)
-      continue
-    good &= all(row.get("good", "error" not in row) for row in rows)
-    if not INTERPRET.value:
+    elif not INTERPRET.value:
       results.add(job, rows)
   if left:
     print(f"left out of {MINUTES.value:g} minutes: {', '.join(left)}")

@@ -24,15 +24,14 @@ from scripts.checks.processes import Row, answer
 
 
 def problems(length: int, widths: tuple[int, ...]) -> dict[str, cases.Structure]:
-  """By name: every width, every type, and at heads of 64 every option, of ragged lengths."""
+  """By name: every option at heads of 64, then every width and type; lengths are ragged."""
   of = functools.partial(_problem, length)
   half = length // 2 + 3
   longformer = masks.longformer(length // 8, (0, 5), causal=True)
   bigbird = lambda rng: masks.bigbird(
     jax.random.key(int(rng.integers(99))), length, block=16, number=1
   )
-  found = {f"{kind}-{width}": of(width, kind) for width in widths for kind in cases.TOLERANCE}
-  return found | {
+  options = {
     "full": of(64, mask=masks.Full()),
     "window": of(64, mask=masks.SlidingWindow(length // 4, 3)),
     "window to the left": of(64, mask=masks.SlidingWindow(length // 4, 0)),
@@ -49,6 +48,8 @@ def problems(length: int, widths: tuple[int, ...]) -> dict[str, cases.Structure]
     "fewer queries": of(64, queries=half),
     "one token": dataclasses.replace(of(64, queries=1), positions=True, cache=True),
   }
+  kinds = {f"{kind}-{width}": of(width, kind) for width in widths for kind in cases.TOLERANCE}
+  return options | kinds
 
 
 def _relative(rng: np.random.Generator) -> RelativeBias:

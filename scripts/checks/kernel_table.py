@@ -9,25 +9,37 @@ from collections.abc import Callable, Iterable
 import jax
 
 from scripts.checks import bounds, plugins
+from scripts.checks.bounds import figures
 from scripts.checks.markdown import cell, table
 from scripts.checks.processes import Row
 
 FOLDER = pathlib.Path("results/check_kernels")
-_KERNELS = {  # figures of the worst case and what makes it so, by the platform's tools
-  "registers": max,
-  "spill": max,
-  "wait": min,
-  "rest": max,
-  "partial": max,
-  "useful": min,
+# Columns: which of several is the worst, of which figure, in which cases.
+_GPU = {
+  "fails": (max, "fails", ""),
+  "registers": (max, "registers", ""),
+  "spill": (max, "spill", ""),
+  "wait": (min, "wait", ""),
+  "rest": (max, "rest", "full"),
+  "partial": (max, "partial", "^(?!.*alibi)"),
+  "scored": (max, "partial", "alibi"),
+  "useful": (min, "useful", ""),
 }
-_BUNDLES = {"pair": max, "matmul": min, "spilling": max}
+_TPU = {
+  "fails": (max, "fails", ""),
+  "pair": (max, "pair", "full"),
+  "gradients": (max, "gradients", "full"),
+  "matmul": (min, "matmul", "full"),
+  "spilling": (max, "spilling", "full"),
+}
+_Columns = dict[str, tuple[Callable, str, str]]
 
 
-def runs() -> list[str]:
-  """Names of the runs that are kept, the first one first."""
-  paths = sorted(FOLDER.glob("*/*.json"), key=lambda path: json.loads(path.read_text())["date"])
-  return list(dict.fromkeys(path.parent.name for path in paths))
+def runs(target: str) -> list[str]:
+  """Names of the runs that are kept for a target, the first one first."""
+  paths = FOLDER.glob(f"*/{target}.json")
+  dated = sorted((json.loads(path.read_text())["date"], path.parent.name) for path in paths)
+  return [name for _, name in dated]
 
 
 def saved(name: str, target: str) -> list[Row]:
@@ -51,51 +63,66 @@ def save(name: str, target: str, rows: list[Row]) -> None:
 
 
 def write(targets: Iterable[str]) -> None:
-  """Writes table.md of the first and the last run."""
-  first, last = runs()[0], runs()[-1]
-  parts = [_TEXT.format(first=first, last=last)]
-  rows = []
-  for target in targets:
-    both = saved(first, target), saved(last, target)
-    rows += [{"target": target} | row for row in both[1]]
-    gpu = any("registers" in row for row in both[1])
-    parts += [f"## {target}", _worst(*both, _KERNELS if gpu else _BUNDLES)]
+  """Writes table.md of the first and the last run of targets."""
+  parts, rows = [_TEXT], []
+  for target in filter(runs, targets):
+    names = runs(target)[0], runs(target)[-1]
+    first, last = (figures(saved(name, target)) for name in names)
+    rows += [{"target": target} | row for row in last]
+    gpu = any("registers" in row for row in last)
+    parts += [f"## {target}: {' → '.join(dict.fromkeys(names))}", _made(target, names)]
+    parts += [_worst(first, last, _GPU if gpu else _TPU)]
     if gpu:
-      parts += [_busy(*both), _launches(*both)]
+      parts += [_busy(first, last), _launches(first, last)]
   parts += ["## Bounds", bounds.table(rows)]
   (FOLDER / "table.md").write_text("\n\n".join(parts) + "\n")
 
 
+def _made(target: str, names: Iterable[str]) -> str:
+  """By what, and when."""
+  lines = []
+  for name in dict.fromkeys(names):
+    about = json.loads((FOLDER / name / f"{target}.json").read_text())
+    compilers = ", ".join(f"{each} {version}" for each, version in about["compilers"].items())
+    lines.append(f"{name}: {about['date']}, jax {about['jax']}, {compilers}.")
+  return "  \n".join(lines)
+
+
 _TEXT = """# What the compilers say of attention's kernels
 
-`scripts/check_kernels --save=NAME` makes this table: where a figure is not the same in both runs,
-that of "{first}" comes before the arrow, and of "{last}" behind it. Each is the worst of all masks,
-with fewer key heads than query heads and without; "fails" counts the cases that do not compile.
+`scripts/check_kernels --save=NAME` makes this table of the first run that is kept and the last:
+where a figure is not the same in both, that of the first comes before the arrow. Each is the worst
+of all masks, with fewer key heads than query heads and with as many; a dash is none.
 
+* fails: a case does not compile; spill: bytes;
 * wait: groups of loads on their way where a loop over tiles waits for the most;
-* rest, partial: instructions of eight warps that are no product for a tile of 128 × 128, without a
-  predicate and with one; useful: what a tile must multiply, of what is multiplied;
-* pair: bundles for 512 × 512 scores without a mask; matmul, spilling: the share of these with a
-  product, with a spill."""
+* rest: instructions of eight warps that are no product for a tile of 128 × 128 without a mask;
+  partial: the same with a predicate; scored: with ALiBi too;
+* useful: what a tile must multiply, of what is multiplied;
+* busy: the share of the time that an H100's or A100's multiprocessors work, simulated, for one
+  batch row of 8 heads; launches: of whole programs;
+* pair: bundles for 512 × 512 scores without a mask; gradients: those of both gradients' kernels;
+  matmul, spilling: the share of bundles with a product, with a spill, without a mask."""
 
 
-def _worst(before: list[Row], after: list[Row], figures: dict[str, Callable]) -> str:
+def _worst(before: list[Row], after: list[Row], columns: _Columns) -> str:
   """A line for each kernel, type and width."""
-  lines: dict[str, Row] = {}
-  names = {_kind(row): None for row in after if "launches" not in row}
+  names = {_kind(row) for row in [*before, *after] if "launches" not in row}
+  lines = []
   for name in sorted(names, key=lambda name: (name[1], int(name[2]), name[0])):
     parts = [[row for row in rows if _kind(row) == name] for rows in (before, after)]
+    parts = [part for part in parts if part]
     line: Row = dict(zip(("kernel", "type", "head"), name, strict=True))
     line["tile"] = _arrow(*[_only(x.get("tile") for x in part) for part in parts])
-    line["fails"] = _arrow(*[sum("error" in x for x in part) if part else None for part in parts])
-    for figure, pick in figures.items():
-      plain = figure in _BUNDLES
-      chosen = [[x for x in part if not plain or "-full" in x["case"]] for part in parts]
-      line[figure] = _arrow(
-        *[pick((x[figure] for x in c if x.get(figure) is not None), default=None) for c in chosen]
-      )
-    lines[" ".join(name)] = line
-  return table(list(lines.values()))
+    for label, column in columns.items():
+      line[label] = _arrow(*[_picked(part, *column) for part in parts])
+    lines.append(line)
+  return table(lines)
+
+
+def _picked(rows: list[Row], pick: Callable, figure: str, cases: str) -> float | None:
+  found = [row.get(figure) for row in rows if re.search(cases, row["case"])]
+  return pick((x for x in found if x is not None), default=None)
 
 
 def _kind(row: Row) -> tuple[str, str, str]:
@@ -116,19 +143,18 @@ def _launches(before: list[Row], after: list[Row]) -> str:
   return _beside(before, after, r"", r"launches")
 
 
-def _beside(before: list[Row], after: list[Row], cases: str, figures: str) -> str:
+def _beside(before: list[Row], after: list[Row], cases: str, shown: str) -> str:
   """A line for each row of the cases that has one of the figures."""
-  old = {(row["case"], row["kernel"]): row for row in before}
+  old, new = ({(row["kernel"], row["case"]): row for row in rows} for rows in (before, after))
   lines = []
-  for row in after:
-    found = [figure for figure in row if re.search(figures, figure)]
-    if found and re.search(cases, row["case"]):
-      then = old.get((row["case"], row["kernel"]), {})
-      names = {"kernel": row["kernel"], "case": row["case"]}
-      lines.append(names | {each: _arrow(then.get(each), row[each]) for each in found})
-  return table(sorted(lines, key=lambda line: line["kernel"])) if lines else ""
+  for kernel, case in sorted(old | new):
+    pair = [rows[kernel, case] for rows in (old, new) if (kernel, case) in rows]
+    found = [each for each in pair[-1] if re.search(shown, each)]
+    if found and re.search(cases, case):
+      cells = {each: _arrow(*[row.get(each) for row in pair]) for each in found}
+      lines.append({"kernel": kernel, "case": case} | cells)
+  return table(lines) if lines else ""
 
 
-def _arrow(before: object, after: object) -> str:
-  cells = cell(before), cell(after)
-  return cells[1] if before is None or cells[0] == cells[1] else " → ".join(cells)
+def _arrow(*runs: object) -> str:
+  return " → ".join(dict.fromkeys(map(cell, runs)))

@@ -53,21 +53,23 @@ _COLUMNS = {
 
 def jobs(target: str) -> list[str]:
   """CASE/NAME of kernels and whole programs."""
-  cases = map(Case.of, CASES)
-  wholes = launches.programs if TARGETS[target].platform == "gpu" else lambda case: ()
-  return [f"{case}/{name}" for case in cases for name in (*case.kernels, *wholes(case))]
+  platform, names = TARGETS[target].platform, []
+  for case in map(Case.of, CASES):
+    wholes = launches.programs(case) if platform == "gpu" else ()
+    names += [f"{case}/{name}" for name in (*case.kernels(platform), *wholes)]
+  return names
 
 
 def rows(target: str, names: list[str]) -> Iterator[Row]:
   """Those of a target as they come, by processes, since jax reads its environment once."""
   tools = [plugins.tool(name) or "" for name in ("ptxas", "nvdisasm")]
   with tempfile.TemporaryDirectory() as folder:
-    workers = []
-    for n in range(len(os.sched_getaffinity(0))):
-      dump = f"{folder}/{n}"
+
+    def worker(dump: str) -> Worker:
       command = ["scripts.checks.compile_target", target, dump, *tools]
-      own = environment(target, dump, plugins.folder())
-      workers.append(Worker(lambda command=command: command, own))
+      return Worker(lambda: command, environment(target, dump, plugins.folder()))
+
+    workers = [worker(f"{folder}/{n}") for n in range(len(os.sched_getaffinity(0)))]
     for job, found in spread(workers, names):
       case, kernel = job.split("/")
       for row in found:
@@ -83,10 +85,10 @@ def printed(row: Row) -> str:
   return names + "".join(("–" if x is None else str(x)).rjust(10) for x in shown)
 
 
-def check(jobs: dict[str, list[str]]) -> list[Row]:
-  """Prints the rows of targets as they come."""
+def check(wanted: dict[str, list[str]]) -> list[Row]:
+  """The rows of targets, printed as they come."""
   found = []
-  for target, names in jobs.items():
+  for target, names in wanted.items():
     columns = _COLUMNS[TARGETS[target].platform]
     print(f"{'':41s}{'tile':>9s}" + "".join(name.rjust(10) for name in columns))
     for row in rows(target, names):
@@ -106,9 +108,12 @@ def main(_) -> None:
   for tool in ("ptxas", "nvdisasm"):
     if plugins.tool(tool) is None:
       print(f"{tool} is on no path here: figures of GPU kernels are left out")
-  found = check({target: chosen(jobs(target)) for target in _TARGETS.value})
+  wanted = {target: chosen(jobs(target)) for target in _TARGETS.value}
+  if not any(wanted.values()):
+    raise app.UsageError("--only: in the name of no job, such as bfloat16-128-causal/keys")
+  found = check(wanted)
   if _SAVE.value:
-    for target in _TARGETS.value:
+    for target in (target for target, names in wanted.items() if names):
       new = [row for row in found if row["target"] == target]
       kernel_table.save(_SAVE.value, target, new)
     kernel_table.write(TARGETS)

@@ -50,5 +50,9 @@ def program(case: Case, name: str) -> Callable[..., Any]:
   def decode(query, key, value, at):
     return attend(query, key, value, mask=Causal(), query_positions=at, implementation="gpu")
 
-  attention = lambda *arguments: forward(*arguments[:5])
-  return {"attend": attention, "gradients": gradients, "decode": decode}[name]
+  programs: dict[str, Callable[..., Any]] = {
+    "attend": lambda *arguments: forward(*arguments[:5]),
+    "gradients": gradients,
+    "decode": decode,
+  }
+  return programs[name]

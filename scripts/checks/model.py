@@ -94,7 +94,7 @@ def estimate(
   if report["tile"] != f"{job.size.queries}×{job.size.keys}":
     return None
   assert isinstance(device, GPU)
-  rest = report.get("rest", report.get("partial"))
+  rest = report["rest"] if "rest" in report else report["partial"]
   weight = report.get("partial", rest) / rest
   full, partial = balance.tiles(job, kernel, mask)
   work = full + weight * partial
@@ -116,5 +116,6 @@ def estimate(
 @functools.cache
 def _reports(target: str) -> dict[tuple[str, str], Row]:
   """Of the last run of `kernels.py`."""
-  rows = kernel_table.saved(kernel_table.runs()[-1], target) if kernel_table.runs() else []
+  last = kernel_table.runs(target)[-1:]
+  rows = [row for name in last for row in kernel_table.saved(name, target)]
   return {(row["case"], row["kernel"]): row for row in rows}

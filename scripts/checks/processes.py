@@ -109,12 +109,16 @@ def spread(
     worker = idle.get()
     try:
       rows = list(worker.rows(job)) if time.monotonic() < end else [LEFT_OUT]
-      late = time.monotonic() >= end and rows and "error" in rows[-1]
-      return job, [*rows[:-1], LEFT_OUT] if late else rows
+      cut = time.monotonic() >= end and rows and "error" in rows[-1]
+      return job, [*rows[:-1], LEFT_OUT] if cut else rows
     finally:
       idle.put(worker)
 
-  alarm = threading.Timer(end - time.monotonic(), lambda: [each.kill() for each in workers])
+  def late() -> None:
+    for worker in workers:
+      worker.kill()
+
+  alarm = threading.Timer(end - time.monotonic(), late)
   try:
     if end < math.inf:
       alarm.start()

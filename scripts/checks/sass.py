@@ -68,7 +68,9 @@ class Loop:
 
 def loops(text: str) -> list[Loop]:
   """Innermost loops that hold products, in the order of the code."""
-  instructions, starts, spans = [], {}, []
+  instructions: list[str] = []
+  starts: dict[str, int] = {}
+  spans = []
   for label, instruction in _lines(text):
     if label:
       starts[label] = len(instructions)

@@ -65,7 +65,8 @@ def best(case: Case, kernel: str, platform: str, interpret: bool) -> Size:
 
 
 def _shown(size: Size) -> str:
-  return f"Size({', '.join(map(str, dataclasses.astuple(size)))})"
+  given = (x for x in dataclasses.astuple(size) if x is not None)
+  return f"Size({', '.join(map(str, given))})"
 
 
 def main(_) -> None:

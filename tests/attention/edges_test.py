@@ -161,6 +161,6 @@ def test_a_mask_is_neither_true_nor_false():
 def test_masks_that_hold_arrays_compare_without_an_error():
   listed = Global(jnp.array([[1, 2]]))
   assert listed == listed
-  assert listed != Global(jnp.array([[1, 2]]))
+  assert listed == Global(jnp.array([[1, 2]])) and listed != Global(jnp.array([[1, 3]]))
   assert Global((1, 2)) == Global((1, 2)) and Global(2) != Prefix(2)
   assert listed not in (Causal(), Full())

@@ -1,5 +1,6 @@
 """`jax.export` with symbols for the batch and the length."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from jax import export
 
-from effjax.attention import attend, masks
+from effjax.attention import Attention, attend, masks
 from effjax.attention.scores import ALiBi, RelativeBias
-from effjax.models import Transformer, presets
+from effjax.layers import MLP
+from effjax.models import LayerSpec, Transformer, presets
+from effjax.moe import MoE, TopK
 from tests.modules import normal, random_params
 
 CASES = {
@@ -62,8 +65,15 @@ def test_tiles_refuse_a_symbol_for_a_length(implementation):
     export.export(jax.jit(functools.partial(attend, implementation=implementation)))(x, x, x)
 
 
-def test_a_model():
-  model = Transformer(presets.llama(32, 16, 2, 2, 1, hidden=24, context=16))
+DENSE = presets.llama(32, 16, 2, 2, 1, hidden=24, context=16)
+SPARSE = dataclasses.replace(
+  DENSE, layers=(LayerSpec(Attention(2), MoE(TopK(4, 2), MLP(24), shared=MLP(8))),)
+)
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "experts"])
+def test_a_model(config):
+  model = Transformer(config)
   params = random_params(model, np.zeros((1, 4), np.int32))
   run = lambda tokens, ids: model.apply({"params": params}, tokens, segment_ids=ids)
   sizes = export.symbolic_shape("b, t")

@@ -1,5 +1,6 @@
 """Masks are sets: predicate, matrix, tile map and count agree, alone and composed."""
 
+import operator
 import time
 import tracemalloc
 
@@ -107,8 +108,41 @@ def test_algebra_is_boolean():
 def test_masks_compare_by_value_and_hash():
   assert (Causal() & SlidingWindow(4, 0)) == (Causal() & SlidingWindow(4, 0))
   assert len({Causal(), Causal(), SlidingWindow(1, 2), SlidingWindow(1, 2)}) == 2
-  with pytest.raises(TypeError, match="unhashable"):
-    hash(Causal() & Documents(jnp.zeros((1, 4), int)))
+
+
+def test_numbers_of_numpy_are_numbers():
+  assert Prefix(np.int64(2)) == Prefix(2) and Global(np.int32(2)) == Global(2)
+  assert not jax.tree.leaves((Prefix(np.int64(2)), Global((np.int64(1),))))
+
+
+HOLDING = {
+  "documents": Documents,
+  "a pair": lambda ids: Documents((ids, ids)),
+  "global": Global,
+  "prefix": lambda ids: Prefix(ids[0]),
+  "random blocks": lambda ids: RandomBlocks(ids[None, None], 2),
+  "predicate": lambda ids: Predicate(operator.gt, keys={"ids": ids[None]}),
+}
+
+
+@pytest.mark.parametrize("hold", HOLDING.values(), ids=HOLDING)
+def test_masks_that_hold_arrays_compare_by_their_values(hold):
+  """Alone and in others, of numpy and of JAX; what is traced has no value."""
+  ids = np.array([[0, 1, 3]], np.int32)
+  for wrap in (lambda mask: mask, lambda mask: ~(Causal() & mask)):
+    same = [wrap(hold(x)) for x in (ids, ids.copy(), jnp.asarray(ids))]
+    others = [wrap(hold(x)) for x in (ids + 1, ids[:, ::-1], np.int64(ids), ids[:, :2])]
+    assert len({*same, *others}) == 1 + len(others)
+    assert same[0] == same[2] and all(same[0] != other for other in others)
+
+  @jax.jit
+  def traced(ids):
+    mask = hold(ids)
+    assert mask == jax.tree.map(lambda x: x, mask) != hold(ids + 0)
+    with pytest.raises(TypeError, match="holds arrays that are traced"):
+      hash(mask)
+
+  traced(ids)
 
 
 @settings(max_examples=150, deadline=None)

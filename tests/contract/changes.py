@@ -11,7 +11,8 @@ import numpy as np
 from effjax import moe, peft, quant
 from effjax.attention import longformer
 from effjax.distill import kd_objective
-from effjax.layers import Router
+from effjax.layers import Router, capture, reductions
+from effjax.layers.reductions import Reduction
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models import Transformer
@@ -67,6 +68,24 @@ def exchanged(params: Any) -> Any:
   return lora.merge(peft.attach(*peft.detach(with_lora(params))))
 
 
+def seen(params: Any, reduce: Reduction) -> dict[str, Any]:
+  """What goes into the linear layers of `Transformer(DENSE)`."""
+  return capture(Transformer(DENSE), params, {"tokens": TOKENS}, reduce=reduce)
+
+
+def rounded_by_gptq(params: Any) -> Any:
+  return quant.gptq(params, seen(params, reductions.gram), group=8)
+
+
+def rounded_by_awq(params: Any) -> Any:
+  statistics = (seen(params, reduce) for reduce in (reductions.gram, reductions.mean_magnitude))
+  return quant.awq(params, *statistics, group=8)
+
+
+def smoothed(params: Any) -> Any:
+  return quant.smoothquant(params, seen(params, reductions.absmax))
+
+
 TRANSFORMS = [
   Transform("upcycle", lambda c, p: moe.upcycle(c, p, KEY, experts=3, top_k=2), (moe.upcycle,)),
   Transform("int8", on_params(quant.quantize), (quant.quantize,), same=0.1),
@@ -74,6 +93,9 @@ TRANSFORMS = [
             (quant.quantize, quant.dequantize), same=0.1),
   Transform("rounded", on_params(lambda p: quant.fake_quantize(p, "int4", group=8)),
             (quant.fake_quantize,), same=0.5),
+  Transform("GPTQ", on_params(rounded_by_gptq), (quant.gptq,), same=0.5),
+  Transform("AWQ", on_params(rounded_by_awq), (quant.awq,), same=0.5),
+  Transform("SmoothQuant", on_params(smoothed), (quant.smoothquant,), same=0.1),
   Transform("lora at its start", on_params(lambda p: lora.add(p, KEY, rank=2)), (lora.add,)),
   Transform("lora on int8", on_params(lambda p: lora.add(quant.quantize(p), KEY)),
             (lora.add, quant.quantize), same=0.1),

@@ -1,6 +1,6 @@
 """The weight representations, alone and over one another, and what each must do.
 
-A base holds a matrix itself; a wrapper stands over any base, and is crossed with all of them. A new
+A base holds a matrix itself; a wrapper stands over any base, and is crossed with them. A new
 representation is one entry here. `PLACES` are the places of a model where a matrix stands; in each
 a representation computes what the matrix that it stands for computes.
 """
@@ -62,6 +62,12 @@ def adapted(base: Any, key: jax.Array) -> LoRA:
   return dataclasses.replace(w, b=jax.random.normal(key, w.b.shape) / 10)
 
 
+def scaled(base: Any, key: jax.Array) -> quant.InputScaled:
+  """Inputs scaled by up to 2 either way."""
+  exponents = jax.random.uniform(key, (*base.shape[:-1], 1), minval=-1, maxval=1)
+  return quant.InputScaled(base, 2**exponents)
+
+
 BASES: dict[str, Represent] = {
   "array": lambda w, key: w,
   "Int8": lambda w, key: Int8.quantize(w),
@@ -78,7 +84,8 @@ BASES: dict[str, Represent] = {
   "GGUF": lambda w, key: quant.GGUF.quantize(w, type="Q4_1"),
 }
 ROUNDING = {"Int8Dynamic": 0.02, "LLMInt8": 0.02, "LLMInt8Exact": 0.02}  # of activations
-WRAPPERS: dict[str, Represent] = {"LoRA": adapted}
+WRAPPERS: dict[str, Represent] = {"LoRA": adapted, "InputScaled": scaled}
+STANDS_OVER = {"InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA")}  # others over all
 
 
 def over(wrap: Represent, base: Represent) -> Represent:
@@ -90,6 +97,7 @@ ROWS += [
   WeightRow(f"{wrapper} over {name}", over(wrap, base), ROUNDING.get(name, 0))
   for wrapper, wrap in WRAPPERS.items()
   for name, base in (BASES | WRAPPERS).items()
+  if name in STANDS_OVER.get(wrapper, (name,))
 ]
 
 

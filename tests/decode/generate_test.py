@@ -11,6 +11,7 @@ import pytest
 from effjax.attention import Attention, masks
 from effjax.attention.linear import LinearAttention
 from effjax.attention.lsra import LSRA
+from effjax.attention.scores import ALiBi, RelativeBias, Term
 from effjax.core import trees
 from effjax.decode import distribution, generate
 from effjax.decode.generate import _run
@@ -159,6 +160,20 @@ def test_window_shorter_than_the_sequence():
   layers = (dataclasses.replace(layer, mixer=mixer),) * 2
   model = build(dataclasses.replace(CONFIG, layers=layers))
   assert_greedy(model, PROMPTS, generate(*model, PROMPTS, max_new_tokens=NEW).tokens)
+
+
+def test_scores_and_masks_that_hold_arrays():
+  """The relative positions of T5 and slopes of ALiBi, beside global tokens known at run time."""
+  rng = np.random.default_rng(2)
+  table = RelativeBias(jnp.asarray(rng.normal(size=(8, 4)), jnp.float32), False, 16)
+  far = Term(lambda q, k, w: w, distances={"w": rng.normal(size=(1, 4, 9)).astype(np.float32)})
+  seen = masks.Causal() & (masks.SlidingWindow(3, 0) | masks.Global(jnp.array([[0, 2]])))
+  slopes = ALiBi(jnp.array([0.5, 0.25, 0.125, 0.0625]))
+  mixers = Attention(4, scale=1.0, scores=table), Attention(4, 2, mask=seen, scores=far + slopes)
+  layers = tuple(LayerSpec(mixer, MLP(32)) for mixer in mixers) * 2
+  model = build(TransformerConfig(V, 16, layers, context=LONGEST + 6))
+  prompts = [[5, 9, 30, 41, 7], [12], [40, 3, 3]]
+  assert_greedy(model, prompts, generate(*model, prompts, max_new_tokens=10).tokens)
 
 
 def test_rows_stop_at_their_end_token(model):

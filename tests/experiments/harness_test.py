@@ -12,6 +12,7 @@ import pytest
 from effjax.parallel import simulate_devices
 from effjax.train import workdir
 from experiments import harness
+from experiments.lab.plots import Axis, Panel, Series
 from experiments.lab.verdicts import less
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,14 +136,12 @@ def test_plot_is_drawn_from_the_file_alone(tmp_path):
   workdir.append_row(tmp_path / workdir.METRICS, {"x": 1.0, "y": 2.0})
   seen = []
 
-  def draw(axes, rows):
+  def panels(rows):
     seen.extend(rows)
-    axes[0].plot([row["x"] for row in rows], [row["y"] for row in rows], "o")
-    harness.label(axes[0], [(1.0, 2.0), (1.0, 2.0)], ["one", "two"])
-    places = [text.get_position() for text in axes[0].texts]
-    assert len(set(places)) == 2
+    points = Series("kind", [1.0, 1.0], [2.0, 2.0], names=["one", "two"])
+    return [Panel("Title", Axis("x"), Axis("y"), [points])]
 
-  path = harness.plot(tmp_path, draw)
+  path = harness.plot(tmp_path, panels)
   assert seen == [{"x": 1.0, "y": 2.0}]
   assert path.read_bytes()[:4] == b"\x89PNG"
 
@@ -150,7 +149,7 @@ def test_plot_is_drawn_from_the_file_alone(tmp_path):
 def test_a_plot_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "plot.png").mkdir()
   with pytest.raises(OSError, match=r"cannot write.*plot\.png") as caught:
-    harness.plot(tmp_path, lambda axes, rows: None)
+    harness.plot(tmp_path, lambda rows: [])
   assert caught.value.errno == errno.EISDIR
 
 

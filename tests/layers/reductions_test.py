@@ -17,6 +17,7 @@ EXPECTED = {
   "total": lambda rows: rows.sum(0),
   "count": lambda rows: len(rows),
   "mean": lambda rows: rows.mean(0),
+  "mean_magnitude": lambda rows: np.abs(rows).mean(0),
   "histogram": lambda rows: np.histogram(np.abs(rows), (0, *EDGES, np.inf))[0],
 }
 

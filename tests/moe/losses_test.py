@@ -158,3 +158,10 @@ def test_switch_equals_transformers(masked):
     attention_mask=None if mask is None else torch.tensor(np.asarray(mask, np.int64)),
   )
   assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_no_tokens_give_no_loss():
+  none = jnp.zeros((0, 4))
+  experts = jnp.zeros((0, 2), jnp.int32)
+  assert float(load_balance_loss(none, experts)) == float(z_loss(none)) == 0
+  assert not expert_shares(experts, 4).any()

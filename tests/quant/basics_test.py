@@ -61,8 +61,6 @@ def test_rounding_at_random_is_right_on_average(function):
   step = spread(scale, w.shape)
   assert (np.abs(restored - w) <= step * (1 + 1e-4)).all()
   assert np.abs(restored.mean(0) - w[0]).max() < 5 * step.max() / np.sqrt(4 * 500)
-  whole = function(jnp.asarray(restored), bits=3, key=jax.random.key(1))
-  np.testing.assert_allclose(basics.restore(*whole), restored, atol=1e-5)
   # To the nearest, many are off on average.
   nearest = np.asarray(basics.restore(*function(jnp.asarray(w), bits=3)))
   assert np.abs(nearest.mean(0) - w[0]).max() > 0.2 * step.max()

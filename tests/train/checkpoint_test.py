@@ -11,6 +11,7 @@ import pytest
 
 from effjax.core import weights
 from effjax.parallel import make_mesh, place
+from effjax.quant import Int8
 from effjax.train import Checkpoints, TrainState, init_state
 
 
@@ -82,6 +83,18 @@ def test_another_layout_is_refused_and_named(tmp_path):
       checkpoints.restore({"a": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"a is \(\(3,\).*and \(\(4,\)"):
       checkpoints.restore({"a": jnp.ones(4), "b": jnp.ones(2)})
+
+
+def test_integers_with_scales_of_another_type_are_named_and_restored_as_they_are(tmp_path):
+  old, new = (Int8.quantize(np.eye(4), scale_dtype=kind) for kind in (jnp.float16, jnp.float32))
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {"w": old})
+    message = (
+      r"w/scale is .*'float16'\) in the checkpoint and .*'float32'\) here; allowed: a `like`"
+    )
+    with pytest.raises(ValueError, match=message):
+      checkpoints.restore({"w": new})
+    _same_bits(checkpoints.restore({"w": old}).state, {"w": old})
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):

@@ -2,8 +2,8 @@
 
 Conventions:
   * indices are absolute positions; with T < S the queries are the last T of the S positions;
-  * masks known when tracing are frozen, hashable and compare by value; masks that hold arrays are
-    pytrees and unhashable;
+  * masks are frozen, hashable and compare by value; those that hold arrays are pytrees, and not
+    hashable where these are traced;
   * a new kind of mask is one class (`base`): a predicate, and what it needs to skip tiles.
 """
 

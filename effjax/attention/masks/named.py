@@ -10,34 +10,49 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.attention.masks.base import Features, at_least
+from effjax.core.known import known
 from effjax.core.typing import Dim
 
 
 class ByValue:
-  """A pytree that is hashable and equal by value where it holds no arrays, unhashable elsewhere."""
+  """A pytree that is hashable and equal by value, its arrays included.
+
+  What is traced has no value: such an array equals itself alone, and with one there is no hash.
+  """
 
   def __eq__(self, other: object) -> bool:
     if self is other or type(self) is not type(other):
       return self is other
-    trees: list[Any] = [jax.tree.structure(x) for x in (self, other)]
-    return not jax.tree.leaves((self, other)) and trees[0] == trees[1]
+    return _value(self) == _value(other)
 
   def __hash__(self) -> int:
-    if jax.tree.leaves(self):
-      raise TypeError(f"unhashable: this {type(self).__name__} holds arrays")
-    return hash(jax.tree.structure(self))
+    if any(known(x) is None for x in jax.tree.leaves(self)):
+      raise TypeError(f"unhashable: this {type(self).__name__} holds arrays that are traced")
+    return hash(_value(self))
 
 
-def rebuilt(data: str, *known: str) -> Callable[[type], type]:
+def _value(tree: Any) -> tuple[Any, ...]:
+  """What tells a tree from others: its structure and, of each array, all there is to know."""
+  leaves: list[Any]
+  leaves, structure = jax.tree.flatten(tree)
+  values = (known(x) for x in leaves)
+  content = (
+    id(x) if value is None else (value.shape, value.dtype, value.tobytes())
+    for x, value in zip(leaves, values, strict=True)
+  )
+  return structure, *content
+
+
+def rebuilt(data: str, *static: str) -> Callable[[type], type]:
   """Registers a dataclass as a pytree whose field `data` is data, rebuilt without `__init__`."""
 
   def flatten(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    return (getattr(x, data),), tuple(getattr(x, name) for name in known)
+    return (getattr(x, data),), tuple(getattr(x, name) for name in static)
 
   def register(cls: type) -> type:
     def unflatten(values: Any, children: Any) -> Any:
       x: Any = object.__new__(cls)
-      for name, value in zip((data, *known), (*children, *values), strict=True):
+      for name, value in zip((data, *static), (*children, *values), strict=True):
         object.__setattr__(x, name, value)
       return x
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.attention.masks.base import FAR, Mask, at_least, check_integers, namespace
+from effjax.attention.masks.named import ByValue
 from effjax.core.known import indices
 from effjax.core.typing import Array, Int
 from effjax.kernels.flash_attention.tile_map.spans import union
@@ -17,7 +18,7 @@ from effjax.kernels.flash_attention.tile_map.spans import union
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["block"])
 @dataclasses.dataclass(frozen=True, eq=False)
-class RandomBlocks(Mask):
+class RandomBlocks(ByValue, Mask):
   """The queries of a block see the keys of a few blocks named in a table.
 
   Args:
@@ -30,7 +31,6 @@ class RandomBlocks(Mask):
 
   table: Any  # not checked here: jax rebuilds trees with leaves of other types
   block: int
-  __hash__ = None  # type: ignore[assignment]  # how Python says that there is none
 
   def __post_init__(self):
     at_least("RandomBlocks: block", self.block, 1)
@@ -65,8 +65,8 @@ class RandomBlocks(Mask):
     return tuple(rows[..., i] for i in range(r)), (indices(0, length) // self.block)[None, None]
 
   def predicate(self, q, k, q_features, k_features):
-    seen = (q < 0) & (k < 0)
-    return functools.reduce(operator.or_, (chosen == k_features for chosen in q_features), seen)
+    seen = [chosen == k_features for chosen in q_features] or [k_features < 0]
+    return functools.reduce(operator.or_, seen)
 
   def spans(self, grid, q_features, k_features):
     if not grid.contiguous:

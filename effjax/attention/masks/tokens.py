@@ -25,6 +25,11 @@ from effjax.kernels.flash_attention.tile_map.spans import Grid, Spans, equal_ids
 class _Given(ByValue, Mask):
   """A mask of one field, part of the program when it is an int or a tuple, and else data."""
 
+  def __post_init__(self):
+    for name, value in vars(self).items():
+      if isinstance(value, np.integer):
+        object.__setattr__(self, name, int(value))
+
   def __init_subclass__(cls):
     (field,) = cls.__annotations__
 
@@ -62,6 +67,7 @@ class Global(_Given):
     return isinstance(self.positions, int)
 
   def __post_init__(self):
+    super().__post_init__()
     given = self.positions
     if isinstance(given, int | tuple):
       for x in given if isinstance(given, tuple) else (given,):
@@ -150,6 +156,7 @@ class Prefix(_Given):
   exact = True
 
   def __post_init__(self):
+    super().__post_init__()
     if isinstance(self.length, int):
       at_least("Prefix: length", self.length, 0)
     else:
@@ -177,7 +184,7 @@ class Prefix(_Given):
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["segment_ids"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, eq=False)
-class Documents(Mask):
+class Documents(ByValue, Mask):
   """Tokens of equal segment id see one another; a negative id is padding: it sees nothing.
 
   Args:
@@ -190,7 +197,6 @@ class Documents(Mask):
   """
 
   segment_ids: Any  # not checked here: jax rebuilds trees with leaves of other types
-  __hash__ = None  # type: ignore[assignment]  # how Python says that there is none
 
   def features(self, q_positions, length):
     if isinstance(self.segment_ids, tuple):

@@ -1,9 +1,10 @@
 """The frame of fused attention: all that is the same on every platform around its kernels.
 
-Forward, by rows of tiles: O and LSE. Backward, by rows: dQ; by columns: dK and dV; and the gradient
-of the bias, whose size is T × S in any case. The backward kernels compute P = exp(S − LSE) again
-from the inputs and LSE alone, with D = rowsum(dO∘O) − dLSE; LSE is kept as a row's greatest score
-and the logarithm of a sum, since scores near −3e38 leave no digits of that.
+Forward, by rows of tiles: O and LSE. Backward, by rows: dQ; by columns: dK and dV, and dQ too where
+a kernel can sum it up on the way; and the gradient of the bias, whose size is T × S in any case.
+The backward kernels compute P = exp(S − LSE) again from the inputs and LSE alone, with
+D = rowsum(dO∘O) − dLSE; LSE is kept as a row's greatest score and the logarithm of a sum, since
+scores near −3e38 leave no digits of that.
 
 Reference: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.
 """
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import numerics
+from effjax.core.linear_map import linear_map
 from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.kernels.flash_attention.fused import steps
 from effjax.kernels.flash_attention.fused.jobs import NOTHING, Job, Kernels, Settings
@@ -53,7 +55,7 @@ def attention(
   segment_ids: tuple[Int[Array, "#B #T"], Int[Array, "#B S"]] | None = None,
   query_positions: Int[Array, "#B #T"] | None = None,
   sizes: Sizes | None = None,
-  interpret: bool = False,
+  interpret: Any = False,
   splits: int = 1,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
   """Attention and its log-sum-exp, differentiable once, with a platform's kernels.
@@ -74,7 +76,7 @@ def attention(
   if refused:
     raise ValueError(refused)
   sizes = sizes or choose(
-    kernels.platform, query.dtype, max(query.shape[-1], value.shape[-1]), T, S
+    kernels.platform, query.dtype, max(query.shape[-1], value.shape[-1]), T, S, mask=mask
   )
   if bias is not None and bias.shape[2:] != (T, S):
     # In float32, so that the gradient of what is shared is not rounded before it is summed.
@@ -94,15 +96,19 @@ def _narrow(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda x: x.astype(kinds.get(jnp.dtype(x.dtype), x.dtype)), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attention(settings, *operands):
   return _forward(settings, *operands)[:2]
 
 
-def _attention_fwd(settings, *operands):
+@_attention.defjvp
+def _attention_jvp(settings, operands, tangents):
   with jax.enable_x64(False):
     out, lse, *parts = _forward(settings, *operands)
-  return (out, lse), (*operands, out, lse, *parts)
+    moves = *tangents[:4], [] if tangents[5] is None else tangents[5].trained
+    back = functools.partial(_backward, settings)
+    saved = (*operands, out, lse, *parts)
+    return (out, lse), linear_map(no_tangents, back, saved, moves, (out, lse))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -133,13 +139,10 @@ def _joined(out: Array, top: Array, log_sum: Array, log2: float) -> tuple[Array,
   return jnp.sum(out * (sums / safe[None])[..., None], axis=0), most, jnp.log2(safe)
 
 
-def _attention_bwd(settings, saved, cotangents):
+def _backward(settings, saved, cotangents):
   with jax.enable_x64(False):
-    return (
-      *_gradients(settings, saved, cotangents),
-      None,
-      _term_gradients(settings, saved, cotangents),
-    )
+    terms = _term_gradients(settings, saved, cotangents)
+    return *_gradients(settings, saved, cotangents), terms
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -159,25 +162,26 @@ def _gradients(settings, saved, cotangents):
   arguments = (query, key, value, bias, where, terms)
   kernels, sizes = settings.kernels, settings.sizes
   like = lambda x, whole: x[:, : whole.shape[1], :, : whole.shape[3]]
-  d_query = like(kernels.queries(job(sizes.queries, *arguments)), query)
-  d_key, d_value = kernels.keys(job(sizes.keys, *arguments, by_columns=True))
+  found = kernels.keys(job(sizes.keys, *arguments, by_columns=True))
+  if kernels.queries is not None:
+    found = *found, kernels.queries(job(sizes.queries, *arguments))
+  d_key, d_value, d_query = (like(x, y) for x, y in zip(found, (key, value, query), strict=True))
   d_bias = None
   if bias is not None:
     size = sizes.bias or sizes.queries
     d_bias = kernels.bias(job(size, *arguments))[:, :, : bias.shape[2], : bias.shape[3]]
-  return d_query, like(d_key, key), like(d_value, value), d_bias
+  return d_query, d_key, d_value, d_bias
 
 
 def _term_gradients(settings, saved, cotangents):
   """Those of what trains in the terms, by tiles in XLA: sums that kernels do not share."""
   *arrays, where, terms, out, lse, top, log_sum = saved
   if terms is None or not terms.trained:
-    return None if terms is None else terms.gradient([])
+    return []
   rest = log_sum * math.log(2) - (lse - top)
   results = out, lse, jnp.where(lse == -jnp.inf, 0.0, rest)
   options = {"scale": settings.scale, "logit_softcap": settings.softcap}
-  found = xla.term_gradients(*arrays, where.tree, terms, results, cotangents, **options)
-  return terms.gradient(found)
+  return xla.term_gradients(*arrays, where.tree, terms, results, cotangents, **options)
 
 
 def no_tangents(*_):
@@ -190,4 +194,3 @@ def no_tangents(*_):
 
 for _function in (_forward, _gradients):
   _function.defjvp(no_tangents)
-_attention.defvjp(_attention_fwd, _attention_bwd)

@@ -41,16 +41,19 @@ def _forward(job: Job) -> tuple[Array, ...]:
     row = i if x.order is None else x.order[i]
 
     def put(here, rows, exact):
-      rows_of = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
+      def tiles(masked):
+        rows_of = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
 
-      def tile(j, n, masked, carry):
-        there = pl.ds(j * n, n)
-        k = x.key[there, :]
-        logits, _, shown = _scores(job, x, here, there, k, rows_of, (masked, exact))
-        return steps.accumulate(carry, logits, x.value[there, :], shown, job.powers)
+        def tile(j, n, carry):
+          there = pl.ds(j * n, n)
+          k = x.key[there, :]
+          logits, _, shown = _scores(job, x, here, there, k, rows_of, (masked, exact))
+          return steps.accumulate(carry, logits, x.value[there, :], shown, job.powers)
+
+        return tile
 
       start = steps.start(rows, job.value.shape[-1])
-      carry = _visit(job, x.lists, (), row, size.keys, tile, start, exact, (part, splits))
+      carry = _visit(job, x.lists, (), row, size.keys, tiles, start, exact, (part, splits))
       result, *sums = steps.finish(*carry)
       out[here, :] = result.astype(out.dtype)
       top[here], log_sum[here] = (x[:, 0] for x in sums)
@@ -74,19 +77,23 @@ def _queries(job: Job) -> Array:
     row = i if x.order is None else x.order[i]
 
     def put(here, rows, exact):
-      rows_of = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
       top, log_sum, delta = (x.lines[name][here][:, None] for name in _LINES)
 
-      def tile(j, n, masked, carry):
-        there = pl.ds(j * n, n)
-        k = x.key[there, :]
-        logits, slope, shown = _scores(job, x, here, there, k, rows_of, (masked, exact))
-        weights = job.powers(logits, top)
-        d_weights = steps.dot(x.d_out[here, :], x.value[there, :], (1, 1))
-        return carry + shown.dot(steps.score_gradient(weights, d_weights, delta, slope), k)
+      def tiles(masked):
+        rows_of = jax.tree.map(lambda ref: ref[here][:, None], x.queries)
+
+        def tile(j, n, carry):
+          there = pl.ds(j * n, n)
+          k = x.key[there, :]
+          logits, slope, shown = _scores(job, x, here, there, k, rows_of, (masked, exact))
+          weights = job.powers(logits, top)
+          d_weights = steps.dot(x.d_out[here, :], x.value[there, :], (1, 1))
+          return carry + shown.dot(steps.score_gradient(weights, d_weights, delta, slope), k)
+
+        return tile
 
       start = jnp.zeros((rows, job.query.shape[-1]), jnp.float32)
-      total = _visit(job, x.lists, (), row, size.keys, tile, start, exact)
+      total = _visit(job, x.lists, (), row, size.keys, tiles, start, exact)
       total = total * (job.settings.scale * jnp.exp2(-log_sum))
       d_query[here, :] = total.astype(d_query.dtype)
       return total
@@ -110,25 +117,30 @@ def _keys(job: Job) -> tuple[Array, Array]:
 
       def head(g, carry):
         of_head = lambda ref: g if ref.shape[0] > 1 else 0
-        columns = jax.tree.map(lambda ref: ref[of_head(ref), here][:, None], x.keys)
         line = _entries(job, x, lambda ref: (of_head(ref),))
 
-        def tile(i, n, masked, carry):
-          d_k, d_v = carry
-          there = pl.ds(i * n, n)
-          queries = jax.tree.map(lambda ref: ref[of_head(ref), there][None, :], x.queries)
-          at, given = _positions(here.start, (rows, 1)), (masked, exact)
-          bias = None if x.bias is None else x.bias[of_head(x.bias), there, here].T
-          q, d_out = x.query[there, g, :], x.d_out[there, g, :]
-          of_rows = lambda name: x.lines[name][g, there][None, :]  # late, for registers' sake
-          logits, slope, shown = job.scores(k, q, queries, columns, at, line, bias, _cap(x), given)
-          weights = steps.weights(logits, job.powers, *map(of_rows, ends))
-          d_weights = steps.dot(v, d_out, (1, 1))
-          gradient = steps.score_gradient(weights, d_weights, of_rows("delta"), slope)
-          return d_k + shown.dot(gradient, q), d_v + shown.dot(weights, d_out)
+        def tiles(masked):
+          columns = jax.tree.map(lambda ref: ref[of_head(ref), here][:, None], x.keys)
+
+          def tile(i, n, carry):
+            d_k, d_v = carry
+            there = pl.ds(i * n, n)
+            queries = jax.tree.map(lambda ref: ref[of_head(ref), there][None, :], x.queries)
+            at = _positions(here.start, (rows, 1))
+            bias = None if x.bias is None else x.bias[of_head(x.bias), there, here].T
+            q, d_out = x.query[there, g, :], x.d_out[there, g, :]
+            of_rows = lambda name: x.lines[name][g, there][None, :]  # late, for registers' sake
+            given = line, bias, _cap(x), (masked, exact)
+            logits, slope, shown = job.scores(k, q, queries, columns, at, *given)
+            weights = steps.weights(logits, job.powers, *map(of_rows, ends))
+            d_weights = steps.dot(v, d_out, (1, 1))
+            gradient = steps.score_gradient(weights, d_weights, of_rows("delta"), slope)
+            return d_k + shown.dot(gradient, q), d_v + shown.dot(weights, d_out)
+
+          return tile
 
         listed = of_head(x.lists.offset)
-        return _visit(job, x.lists, (listed,), column, size.queries, tile, carry, exact)
+        return _visit(job, x.lists, (listed,), column, size.queries, tiles, carry, exact)
 
       start = tuple(jnp.zeros((rows, a.shape[-1]), jnp.float32) for a in (k, v))
       d_k, d_v = lax.fori_loop(0, job.group, head, start)
@@ -180,15 +192,15 @@ def _visit(
   head: tuple[Any, ...],
   i: Array,
   size: int,
-  tile: Any,
+  tiles: Any,
   carry: Any,
   exact: bool,
   part: tuple[Any, int] = (0, 1),
 ) -> Any:
-  """Folds `tile(j, size, masked, carry)` over the list of tile i, or over part (p, of P) of it.
+  """Folds `tiles(masked)(j, size, carry)` over the list of tile i, or over part (p, of P) of it.
 
-  The full tiles come first, then the partial ones. Exactly, all count as partial and are taken in
-  pieces, tiles of size `_PIECE`.
+  The full tiles come first, then the partial ones: what `tiles` reads takes registers in one loop
+  alone. Exactly, all count as partial and are taken in pieces, tiles of size `_PIECE`.
   """
   begin, middle, end = lists.offset[*head, i], lists.partial[*head, i], lists.offset[*head, i + 1]
   which, parts = part
@@ -203,13 +215,12 @@ def _visit(
   if exact:
     loops = [(begin, end, job.any_partial)]
 
-  def step(masked):
-    # The next tile's number is read an iteration ahead: its loads would wait for it.
-    return lambda n, state: (at(n + 1), tile(state[0], size // pieces, masked, state[1]))
-
   state = at(begin * pieces), carry
   for first, last, masked in loops:
-    state = lax.fori_loop(first * pieces, last * pieces, step(masked), state)
+    tile = tiles(masked)
+    # The next tile's number is read an iteration ahead: its loads would wait for it.
+    step = lambda n, state, tile=tile: (at(n + 1), tile(state[0], size // pieces, state[1]))
+    state = lax.fori_loop(first * pieces, last * pieces, step, state)
   return state[1]
 
 

@@ -28,24 +28,24 @@ class Kernels:
   Attributes:
     forward: of P parts of each row's tiles out [P, B, T, N, Hv] and, [P, B, N, T], the maximum of
       the scores in their unit and log₂ of the sum of 2^(score − maximum).
-    queries: dQ [B, T, N, H].
-    keys: dK [B, S, K, H] and dV [B, S, K, Hv].
+    queries: dQ [B, T, N, H], or None where `keys` gives it.
+    keys: dK [B, S, K, H] and dV [B, S, K, Hv], then dQ if no other kernel does.
     bias: the bias's gradient, in its shape.
     refusal: why it cannot take these terms, or None.
     platform: "gpu" or "tpu".
     width: the width that a head of a given one is padded to.
-    power: 2^(factor · x − y) on the device, see `steps.power`.
+    power: 2^(factor · x − y) where the device scales and shifts in one instruction.
     few: gives the forward pass of a few queries another way, as of `few.forward`, if anything does.
   """
 
   forward: Callable[["Job"], tuple[Array, ...]]
-  queries: Callable[["Job"], Array]
-  keys: Callable[["Job"], tuple[Array, Array]]
+  queries: Callable[["Job"], Array] | None
+  keys: Callable[["Job"], tuple[Array, ...]]
   bias: Callable[["Job"], Array]
   refusal: Callable[[Terms | None], str | None]
   platform: str
   width: Callable[[int], int]
-  power: Callable[[Array, float, Any], Array] = steps.power
+  power: Callable[[Array, float, Any], Array] | None = None
   few: Callable[..., tuple[Array, ...]] | None = None
 
 
@@ -58,12 +58,13 @@ class Settings:
   softcap: float | None
   sizes: Sizes
   splits: int
-  interpret: bool
+  interpret: Any
 
   def powers(self, adds: bool, cap: bool) -> steps.Powers:
     """By whether something is added to the scores and whether a soft cap is data."""
-    power = steps.power if self.interpret else self.kernels.power
-    return steps.Powers.of(self.scale, self.softcap, adds or cap, power)
+    own = self.kernels.power
+    power = steps.power if own is None or self.interpret else own
+    return steps.Powers.of(self.scale, self.softcap, adds or cap, power, own is not None)
 
   def result(self, shape: tuple[int, ...], dtype: Any, given: Any) -> jax.ShapeDtypeStruct:
     """A kernel's result, which varies over the mesh axes that the arrays it is given vary over."""
@@ -224,13 +225,13 @@ class Job:
     """
     masked, exact = how
     shown = steps.Shown(self.seen(queries, keys, at) if masked else None, exact)
-    added = bias
+    parts = [] if bias is None else [bias.astype(jnp.float32)]
     if self.term is not None:
       term = jnp.asarray(self.term(queries, keys, at, line)).astype(jnp.float32)
-      term = jnp.broadcast_to(term, (a.shape[0], b.shape[0]))
-      added = term if bias is None else term + bias.astype(jnp.float32)
-    if exact and added is not None:
-      shown = shown.without(added.astype(jnp.float32) == -jnp.inf)
+      parts.append(jnp.broadcast_to(term, (a.shape[0], b.shape[0])))
+    for part in parts if exact else ():
+      shown = shown.without(part == -jnp.inf)
+    added = sum(parts[1:], start=parts[0]) if parts else None
     softcap = self.settings.softcap if cap is None else cap
     return *steps.scores(a, b, added, shown, self.settings.scale, softcap), shown
 

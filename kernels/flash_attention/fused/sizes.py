@@ -9,25 +9,34 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """Queries and keys of a tile; on GPUs the warps of a block and the stages of its pipeline."""
+  """Queries and keys of a tile, and what a platform needs to know besides.
+
+  Attributes:
+    warps, stages: on GPUs of a block and of its pipeline.
+    part: on TPUs, how many of the queries (forward) or keys (gradients) of a tile are worked on at
+      once, which divides them; all if None.
+  """
 
   queries: int
   keys: int
   warps: int = 4
   stages: int = 3
+  part: int | None = None
 
   def within(self, T: int, S: int, unit: int) -> "Size":
     """No larger than the power of two, from `unit`, that holds T or S."""
     least = lambda length: max(unit, 1 << (length - 1).bit_length())
     queries, keys = min(self.queries, least(T)), min(self.keys, least(S))
-    return dataclasses.replace(self, queries=queries, keys=keys)
+    part = self.part and min(self.part, queries, keys)
+    return dataclasses.replace(self, queries=queries, keys=keys, part=part)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
   """Those of the forward kernel and of the gradients of queries, of keys and values, of a bias.
 
-  The bias's are those of the queries where they are not given.
+  The bias's are those of the queries where they are not given. A TPU's kernel of keys and values
+  gives the gradient of the queries too.
   """
 
   forward: Size
@@ -37,33 +46,47 @@ class Sizes:
 
 
 _SM90 = "NVIDIA H"  # 100, 200, …
-_LARGEST = Size(128, 128, 8)
-# The first row that matches: part of the device's name, bytes of an element, widest head.
-# GPU rows compile for sm_90 without spilling registers, by jax 0.10.2 and as far as was compiled:
-# for Hopper the fastest that do on an H200, causal at 8192 keys (not timed: the bias's, and the
-# keys' at 64; over documents not compiled: the bias's at 128), for others the largest of two bytes.
+_V6E = "TPU v6"
+_FEW, _ANY = 4, 1 << 30
+_BIAS, _WIDE = Size(128, 64, 8), Size(64, 32, 8)
+# The first row that matches: part of the device's name, bytes of an element, widest head, most
+# arrays that the mask's predicate reads, which take registers of a GPU.
+# On GPUs of two bytes the largest found that compile for sm_90 and sm_80 by jax 0.10.2 without
+# spilling registers in a loop, on Hopper the fastest of them where tiles were timed on an H200.
 _TABLE = {
   "gpu": [
-    (_SM90, 2, 64, Sizes(Size(64, 128, 4), Size(64, 64, 4), Size(128, 64, 8), Size(128, 64, 8))),
-    (_SM90, 2, 128, Sizes(Size(128, 128, 8), Size(64, 64, 4), Size(64, 128, 8), Size(128, 64, 8))),
-    (_SM90, 2, 256, Sizes(Size(128, 64, 8), Size(128, 32, 8), Size(32, 64, 8), Size(64, 32, 8))),
-    ("", 2, 64, Sizes(_LARGEST, _LARGEST, _LARGEST, Size(128, 64, 8))),
-    ("", 2, 128, Sizes(Size(128, 64, 8), Size(128, 64, 8), Size(64, 128, 8))),
-    ("", 2, 256, Sizes(Size(64, 64, 8), Size(64, 32, 8), Size(32, 64, 8))),
-    ("", 4, 64, Sizes(Size(32, 64, 8), Size(32, 32, 4), Size(32, 32, 4, 2))),
-    ("", 4, 128, Sizes(Size(32, 16, 4, 1), Size(32, 32, 8), Size(32, 32, 8))),
-    ("", 4, 256, Sizes(Size(32, 16, 4, 1), Size(16, 16, 8), Size(16, 16, 4, 1))),
+    (_SM90, 2, 64, _ANY, Sizes(Size(64, 128, 4), Size(64, 64, 4), Size(64, 64, 4), _BIAS)),
+    (_SM90, 2, 128, _FEW, Sizes(Size(128, 128, 8), Size(64, 64, 4), Size(64, 128, 8), _BIAS)),
+    (_SM90, 2, 128, _ANY, Sizes(Size(128, 64, 8), Size(64, 64, 4), Size(32, 128, 8), _BIAS)),
+    (_SM90, 2, 256, _ANY, Sizes(Size(128, 64, 8, 2), Size(128, 32, 8), Size(32, 64, 8), _WIDE)),
+    ("", 2, 64, _ANY, Sizes(Size(64, 64, 4), Size(64, 64, 4), Size(64, 64, 8), _BIAS)),
+    ("", 2, 128, _ANY, Sizes(Size(128, 64, 8), Size(64, 64, 8), Size(32, 64, 4), _BIAS)),
+    ("", 2, 256, _ANY, Sizes(Size(64, 32, 8), Size(64, 16, 8), Size(32, 32, 8), _WIDE)),
+    ("", 4, 64, _ANY, Sizes(Size(32, 64, 8), Size(32, 32, 4, 2), Size(32, 32, 4, 2))),
+    ("", 4, 128, _ANY, Sizes(Size(32, 16, 4, 1), Size(16, 16, 4, 2), Size(16, 32, 8, 2))),
+    ("", 4, 256, _ANY, Sizes(Size(32, 16, 4, 1), Size(16, 16, 8, 2), Size(16, 16, 4, 1))),
   ],
+  # For TPUs those of the fewest bundles to a pair of positions of which every mask and score fits
+  # in what a program gets of VMEM, 16 MiB and on v6e 32, as libtpu of jax 0.10.2 compiles them.
   "tpu": [
-    ("", 2, 128, Sizes(Size(512, 1024), Size(512, 512), Size(512, 512))),
-    ("", 4, 256, Sizes(Size(256, 256), Size(256, 256), Size(256, 256))),
+    (_V6E, 2, 128, _ANY, Sizes(Size(512, 2048, part=128), Size(512, 512), Size(512, 1024))),
+    (_V6E, 2, 256, _ANY, Sizes(Size(512, 1024, part=256), Size(512, 512), Size(512, 512))),
+    ("", 2, 128, _ANY, Sizes(Size(512, 1024, part=128), Size(512, 512), Size(512, 1024, part=512))),
+    ("", 2, 256, _ANY, Sizes(Size(512, 1024, part=128), Size(512, 512), Size(512, 512, part=256))),
+    ("", 4, 256, _ANY, Sizes(Size(256, 256), Size(256, 256), Size(256, 256))),
   ],
 }
 _UNIT = {"gpu": 16, "tpu": 128}
 
 
 def choose(
-  platform: str, dtype: Any, width: int, T: int, S: int, device: str | None = None
+  platform: str,
+  dtype: Any,
+  width: int,
+  T: int,
+  S: int,
+  device: str | None = None,
+  mask: Any = None,
 ) -> Sizes:
   """The table's sizes for a device, no larger than T queries and S keys need.
 
@@ -71,13 +94,20 @@ def choose(
     platform: "gpu" or "tpu".
     width: the wider of the heads of queries and values, up to 256.
     device: its name; the default device's when None.
+    mask: for what its predicate reads; one that reads nothing when None.
   """
   device, itemsize = device or jax.devices()[0].device_kind, jnp.dtype(dtype).itemsize
+  features = () if mask is None else jax.eval_shape(lambda: _features(mask, T, S))
+  arrays = len(jax.tree.leaves(features))
   sizes = next(
     sizes
-    for name, most_bytes, most_width, sizes in _TABLE[platform]
-    if name in device and itemsize <= most_bytes and width <= most_width
+    for name, most_bytes, most_width, most_arrays, sizes in _TABLE[platform]
+    if name in device and itemsize <= most_bytes and width <= most_width and arrays <= most_arrays
   )
   fit = lambda size: size.within(T, S, _UNIT[platform])
   bias = sizes.bias and fit(sizes.bias)
   return Sizes(fit(sizes.forward), fit(sizes.queries), fit(sizes.keys), bias)
+
+
+def _features(mask: Any, T: int, S: int) -> Any:
+  return mask.features(jnp.zeros((1, T), jnp.int32), S)

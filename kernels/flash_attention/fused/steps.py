@@ -21,7 +21,7 @@ LOG2E = math.log2(math.e)
 # is finite lies below it.
 FLOOR = float(np.finfo(np.float32).min)
 
-_DIGIT = 2048  # more than the pairs of a row of a tile, a power of two, exact in all types
+_DIGIT = 4096  # more than the pairs of a row of a tile, a power of two, exact in all types
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
@@ -57,18 +57,19 @@ class Shown:
     seen = ~hidden if self.seen is None else self.seen & ~hidden
     return dataclasses.replace(self, seen=seen)
 
-  def dot(self, weights: Array, b: Array) -> Array:
+  def dot(self, weights: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     """weights · b over the pairs that are seen; what of b is not finite counts as infinite."""
     if not self.exact or self.seen is None:
-      return dot(weights, b)
+      return dot(weights, b, contract)
     wide = b.astype(jnp.float32)
     kept = jnp.where(jnp.abs(wide) < jnp.inf, wide, 0.0).astype(b.dtype)
     # How many are seen of ∞ and of −∞, NaN being both, as the digits of one number.
     flags = jnp.where(wide < jnp.inf, 0.0, 1.0) + jnp.where(wide > -jnp.inf, 0.0, float(_DIGIT))
     seen = jnp.broadcast_to(jnp.where(self.seen, 1.0, 0.0), weights.shape)
-    ends = dot(seen, flags.astype(b.dtype)).astype(jnp.int32)
+    ends = dot(seen, flags.astype(b.dtype), contract).astype(jnp.int32)
     up = jnp.where(ends % _DIGIT > 0, jnp.inf, 0.0)
-    return dot(self.hide(weights, 0.0), kept) + (up + jnp.where(ends >= _DIGIT, -jnp.inf, 0.0))
+    down = jnp.where(ends >= _DIGIT, -jnp.inf, 0.0)
+    return dot(self.hide(weights, 0.0), kept, contract) + (up + down)
 
 
 def finite(*arrays: Array) -> Array:
@@ -113,8 +114,9 @@ class Powers:
   """2^(score − top), where scores and tops have units of their own.
 
   A score counts `inner` times its number in the unit of the tops, of which one is `outer` log 2.
-  One of the two is 1, the inner one where scores could overflow in units of log 2; else the
-  outer one, so that scores are scaled and shifted in one instruction.
+  One of the two is 1: the outer one, so that scores are scaled and shifted in one instruction; the
+  inner one where a device has none, which would scale scores while it waits for the maximum and
+  keep both, and where scores could overflow in units of log 2.
 
   Attributes:
     power: 2^(factor · x − y) of x, factor and y.
@@ -126,12 +128,18 @@ class Powers:
 
   @classmethod
   def of(
-    cls, scale: float, softcap: float | None, extra: bool, power: Callable[..., Array]
+    cls,
+    scale: float,
+    softcap: float | None,
+    extra: bool,
+    power: Callable[..., Array],
+    fused: bool = True,
   ) -> "Powers":
-    """For `scores` of these arguments."""
+    """For `scores` of these arguments; `fused` says whether `power` is one instruction."""
     log2 = unit(scale, softcap, extra) * LOG2E
     bounded = softcap is not None and not extra
-    return cls(log2, 1.0, power) if log2 <= 1 or bounded else cls(1.0, log2, power)
+    inner = fused and (log2 <= 1 or bounded)
+    return cls(log2, 1.0, power) if inner else cls(1.0, log2, power)
 
   def __call__(self, logits: Array, top: Array) -> Array:
     if self.outer == 1.0:
@@ -143,27 +151,45 @@ class Powers:
     return self.power(top - new, self.outer, 0.0)
 
 
-def start(rows: int, width: int) -> tuple[Array, Array, Array]:
+def start(rows: int, width: int, lanes: int = 1) -> tuple[Array, Array, Array]:
   """Running sum, running maximum and weighted values of rows that have seen nothing."""
   zeros = lambda n: jnp.zeros((rows, n), jnp.float32)
-  return zeros(1), zeros(1) + FLOOR, zeros(width)
+  return zeros(lanes), zeros(lanes) + FLOOR, zeros(width)
 
 
 def accumulate(
-  carry: tuple[Array, Array, Array], logits: Array, v: Array, shown: Shown, powers: Powers
+  carry: tuple[Array, Array, Array],
+  logits: Array,
+  v: Array,
+  shown: Shown,
+  powers: Powers,
+  wide: Callable[[Array, int], Array] = lambda x, columns: x,
 ) -> tuple[Array, Array, Array]:
-  """The running values with a tile of scores and its values taken in."""
+  """The running values with a tile of scores and its values taken in.
+
+  Args:
+    wide: spreads what goes with rows over so many columns, where that is not left to JAX.
+  """
   total, top, out = carry
   new = jnp.maximum(top, logits.max(-1, keepdims=True) * powers.inner)
-  weights, fade = powers(logits, new), powers.between(top, new)
-  return total * fade + weights.sum(-1, keepdims=True), new, out * fade + shown.dot(weights, v)
+  weights, fade = powers(logits, wide(new, logits.shape[1])), powers.between(top, new)
+  total = total * fade + weights.sum(-1, keepdims=True)
+  return total, new, out * wide(fade, out.shape[1]) + shown.dot(weights, v)
 
 
 def finish(total: Array, top: Array, out: Array) -> tuple[Array, Array, Array]:
   """Output, maximum and log₂ of the sum; zeros, −inf and 0 for rows that have seen nothing."""
-  none = total == 0
-  safe = jnp.where(none, 1.0, total)
-  return out / safe, jnp.where(none, -jnp.inf, top), jnp.log2(safe)
+  return out / some(total), *ends(total, top)
+
+
+def ends(total: Array, top: Array) -> tuple[Array, Array]:
+  """Maximum and log₂ of the sum; −inf and 0 for rows that have seen nothing."""
+  return jnp.where(total == 0, -jnp.inf, top), jnp.log2(some(total))
+
+
+def some(total: Array) -> Array:
+  """Sums, with 1 for those of nothing."""
+  return jnp.where(total == 0, 1.0, total)
 
 
 def weights(logits: Array, powers: Powers, *ends: Array) -> Array:

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from effjax.core.known import indices, is_size
+from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, Dim
 
 
@@ -95,8 +96,11 @@ class Terms:
       q, k = q + self.start[0], k + self.start[1]
     return score.term(q, k, queries, keys, line)
 
-  def dense(self, positions: Any) -> Array:
-    """All that the score adds, [b, n, T or 1, S or 1]; positions [b, T] as given to `of`."""
+  def dense(self, positions: Any, seen: Array | None = None) -> Array:
+    """All that the score adds, [b, n, T or 1, S or 1]; positions [b, T] as given to `of`.
+
+    Of arrays it reads zeros for pairs that are not `seen` [b, n, T, S].
+    """
     if positions is None:
       positions = indices(self.S - self.T, self.S)[None]
     q = positions[:, None, :, None]
@@ -107,9 +111,9 @@ class Terms:
       pairs = functools.partial(entries, q=q, k=k, length=self.S)
     return jnp.asarray(
       self.value(
-        jax.tree.map(lambda x: x[..., :, None], self.queries),
-        jax.tree.map(lambda x: x[..., None, :], self.keys),
-        jax.tree.map(lambda x: pairs(jnp.asarray(x)), self.line),
+        jax.tree.map(lambda x: zero_unless(seen, x[..., :, None]), self.queries),
+        jax.tree.map(lambda x: zero_unless(seen, x[..., None, :]), self.keys),
+        jax.tree.map(lambda x: zero_unless(seen, pairs(jnp.asarray(x))), self.line),
         q,
         k,
       )

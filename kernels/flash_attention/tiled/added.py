@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effjax.core import numerics
 from effjax.core.typing import Array, Dim
 from effjax.kernels.flash_attention.tile_map.terms import Terms, diagonals, entries
 from effjax.kernels.flash_attention.tiled import layout, steps
@@ -50,11 +51,15 @@ class Added:
     """What the score adds to the tile."""
     return self._value(self._read(self.trained, place), place) if self.scored else None
 
-  def pulled(self, *place: Array) -> tuple[Array | None, Pull]:
-    """`value`, and a function from the gradient of the scores to those of the arrays' parts."""
+  def pulled(self, seen: Array | None, *place: Array) -> tuple[Array | None, Pull]:
+    """`value`, and a function from the gradient of the scores to those of the arrays' parts.
+
+    It is of the pairs that are seen, None for all: what arrays hold for others reaches neither.
+    """
     if not self.scored:
       return None, None
-    return jax.vjp(lambda parts: self._value(parts, place), self._read(self.trained, place))
+    value = lambda parts: self._value(parts, place, seen)
+    return jax.vjp(value, self._read(self.trained, place))
 
   def moved(self, moves: list[Array], *place: Array) -> tuple[Array | None, Array | None]:
     """`value`, and its tangent where the padded `trained` move so."""
@@ -128,7 +133,7 @@ class Added:
     }
     return layout.part(plan, shape, c, *at[kind])
 
-  def _value(self, parts: list[Array], place: Any) -> Array:
+  def _value(self, parts: list[Array], place: Any, seen: Array | None = None) -> Array:
     t, rest = self.plan.tiles, iter(parts)
     cut = [
       next(rest) if trains else lax.dynamic_slice(x, *self._part(kind, x.shape, *place))
@@ -142,9 +147,9 @@ class Added:
     else:
       pairs = lambda x: entries(x, q, k, self.plan.S)
     added = self.given.value(
-      jax.tree.map(lambda x: x[..., :, None], queries),
-      jax.tree.map(lambda x: x[..., None, :], keys),
-      jax.tree.map(pairs, line),
+      jax.tree.map(lambda x: numerics.zero_unless(seen, x[..., :, None]), queries),
+      jax.tree.map(lambda x: numerics.zero_unless(seen, x[..., None, :]), keys),
+      jax.tree.map(lambda x: numerics.zero_unless(seen, pairs(x)), line),
       q,
       k,
     )

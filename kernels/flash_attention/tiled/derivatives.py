@@ -132,8 +132,9 @@ def _weights(scores, ends, seen):
 def _tile(plan, added, rows, keys, values, seen, place, d_added):
   """P and dS of a tile, its capped scores, and the gradients of what is added with this tile's."""
   q, do, delta, *ends = rows
-  term, pull = added.pulled(*place)
-  given = added.bias(*place), term
+  bias = added.bias(*place)
+  term, pull = added.pulled(steps.shown(plan, seen, bias), *place)
+  given = bias, term
   scores, capped, seen = steps.shown_scores(plan, q, keys, added.cap, seen, *given)
   seen = None if seen is None else seen.reshape(*delta.shape[:2], -1)
   weights = _weights(scores, ends, seen)

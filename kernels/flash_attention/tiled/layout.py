@@ -171,9 +171,10 @@ class Bias:
     return starts(n * x if w != 1 else 0 for n, x, w in each)
 
   def pad(self, bias: Array) -> Array:
-    for axis in (2, 3):
-      bias = pad(bias, axis, self.shape[axis])
-    return bias
+    """Up to whole tiles; a padded query is as the last one, to which what that hides is hidden."""
+    more = self.shape[2] - bias.shape[2]
+    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, more), (0, 0)), mode="edge") if more else bias
+    return pad(bias, 3, self.shape[3])
 
   def read(self, plan: Plan, bias: Array, c: Array, i: Array, j: Array) -> Array:
     tile = lax.dynamic_slice(bias, self.start(plan, c, i, j), self.part)

@@ -104,17 +104,23 @@ def shown_scores(
   Returns:
     Scores, products and capped ones as `scores` does, and which pairs are seen; None for all.
   """
-  seen = None if seen is None else seen.reshape(plan.tile)
-  for each in added:
-    if each is not None:
-      shows = jnp.broadcast_to(each != -jnp.inf, plan.tile)
-      seen = shows if seen is None else seen & shows
+  seen = shown(plan, seen, *added)
   products = dot(q, k).reshape(plan.tile)
   products = products if cap is None else hide(seen, products, 0.0)
   found = capped = numerics.softcap(products, cap)
   for each in added:
     found = found if each is None else found + each.astype(found.dtype)
   return masked(seen, found), (products, capped), seen
+
+
+def shown(plan: Plan, seen: Array | None, *added: Array | None) -> Array | None:
+  """Which pairs of a tile are seen, without those to whose scores −inf is added; None for all."""
+  seen = None if seen is None else seen.reshape(plan.tile)
+  for each in added:
+    if each is not None:
+      shows = jnp.broadcast_to(each != -jnp.inf, plan.tile)
+      seen = shows if seen is None else seen & shows
+  return seen
 
 
 def hide(seen: Array | None, x: Array, value: float) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from effjax.attention.masks import Causal, Full, Predicate, SlidingWindow
+from effjax.attention.scores import Term
 from effjax.kernels.flash_attention import cases, reference
 from effjax.kernels.flash_attention.fused import gpu, tpu
 from effjax.kernels.flash_attention.fused.sizes import Size, Sizes
@@ -134,3 +135,33 @@ def test_the_least_number_of_a_short_type_does_not_hide(name, dtype):
   errors = cases.errors(got, cases.exact(scale=0.4, logit_softcap=None)(arrays, CASES["bias"]))
   errors.pop("lse")
   assert max(errors.values()) < cases.TOLERANCE[dtype], errors
+
+
+@pytest.mark.parametrize("name", ["reference", "xla", "gpu"])
+def test_what_a_score_holds_for_hidden_pairs_may_be_anything(name):
+  """Hidden by the mask, and by a bias; of keys, and of distances that no query sees."""
+  query, key, value, *_ = cases.operands(B, T, S, N, K, H, H)
+  rng = np.random.default_rng(1)
+  ids = np.where(np.arange(S) == BAD, -1, 0)[None].repeat(B, 0)
+  bias = np.where(np.arange(S) == BAD + 3, -np.inf, 0.0).astype(np.float32)[None, None, None]
+  u, w, z = (rng.normal(size=(1, 1, n)).astype(np.float32) for n in (T, S, 2 * S + 1))
+  unread = [np.isin(np.arange(S), (BAD, BAD + 3)), np.arange(2 * S + 1) < S]
+
+  def results(u, w, z, query):
+    score = Term(lambda q, k, u, w, z: jnp.sin(u * w) + z * u, {"u": u}, {"w": w}, {"z": z})
+    segments = jnp.asarray(ids[:, S - T :] * 0), jnp.asarray(ids)
+    out, lse = IMPLEMENTATIONS[name](
+      query, key, value, mask=Causal(), scale=0.4, scores=score, segment_ids=segments,
+      bias=jnp.broadcast_to(bias, (1, 1, T, S)),
+    )  # fmt: skip
+    return (out**2).sum() + jnp.cos(lse).sum()
+
+  graded = jax.jit(jax.value_and_grad(results, (0, 1, 2, 3)))
+  want = graded(u, w, z, query)
+  for bad in (np.nan, np.inf):
+    poisoned = (np.where(at, np.float32(bad), x) for at, x in zip(unread, (w, z), strict=True))
+    got = graded(u, *poisoned, query)
+    for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    for at, x in zip(unread, got[1][1:3], strict=True):
+      assert not np.asarray(x)[..., at].any()

@@ -15,6 +15,7 @@ from effjax.core import spmd
 from effjax.kernels.grouped_matmul import grouped_linear, tiles
 from effjax.peft.lora import LoRA
 from effjax.quant.int8 import Int8
+from tests.modules import normal
 
 IMPLEMENTATIONS = (None, "tiles", "ragged", "reference")
 SIZES = (0, 130, 1, 290, 7)  # empty, one large tile and others, a single row
@@ -300,3 +301,17 @@ def test_bad_arguments():
     grouped_linear(x, w, sizes, jnp.ones((2, 4)))
   with pytest.raises(ValueError, match="implementation='megablocks'"):
     grouped_linear(x, w, sizes, implementation="megablocks")
+
+
+@pytest.mark.parametrize("implementation", ["tiles", "ragged"])
+def test_a_symbol_for_the_rows(implementation):
+  """Fewer rows than a tile has, and more; with gradients."""
+  w = normal(4, 6, 5)
+  run = lambda x, sizes: grouped_linear(x, w, sizes, implementation=implementation)
+  both = jax.jit(jax.value_and_grad(lambda *x: (run(*x) ** 2).sum()))
+  (rows,) = jax.export.symbolic_shape("m")
+  shapes = jax.ShapeDtypeStruct((rows, 6), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
+  call = jax.export.export(both)(*shapes).call
+  for count in (1, 300):
+    given = normal(count, 6, seed=1), jnp.array([count // 3, 0, count // 2, 0], jnp.int32)
+    chex.assert_trees_all_close(call(*given), both(*given), rtol=1e-5, atol=1e-4)

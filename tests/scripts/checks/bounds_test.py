@@ -6,6 +6,7 @@ from scripts.checks import bounds
 from scripts.checks.bounds import Bound
 
 BOUNDS = (
+  Bound("fails", "", 0),
   Bound("spill", "^a100 .* keys$", 0, now=64),
   Bound("spill", "^(h100|a100)", 0),
   Bound("busy 4k", "causal", 0.95, least=True),
@@ -28,7 +29,7 @@ def bound(monkeypatch):
     ({"spill": 8, "target": "v5e"}, None),
     ({"busy 4k": 0.95}, None),
     ({"busy 4k": 0.94}, "busy 4k 0.94, allowed at least 0.95"),
-    ({"error": "no registers left"}, "does not compile: no registers left"),
+    ({"error": "no registers left"}, "fails 1, allowed at most 0 no registers left"),
   ],
 )
 def test_what_is_broken(changes, wrong):
@@ -41,6 +42,7 @@ def test_the_worst_of_each_bound():
   keys = ROW | {"target": "a100", "kernel": "keys", "spill": 32}
   lines = bounds.table([*spills, keys]).splitlines()[2:]
   assert [line.split(" | ")[4:] for line in lines] == [
+    ["0", "h100 bfloat16-64-causal forward", "yes |"],
     ["32", "a100 bfloat16-64-causal keys", "no |"],
     ["4", "h100 bfloat16-64-causal forward", "no |"],
     ["0.97", "h100 bfloat16-64-causal forward", "yes |"],

@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from effjax.attention.masks import (
   Causal,
+  Documents,
   Full,
   Global,
   RandomBlocks,
   SlidingWindow,
+  bigbird,
   longformer,
 )
 from effjax.kernels.flash_attention import cases
@@ -26,7 +29,7 @@ from effjax.kernels.flash_attention.tile_map.partly import Partly
 from effjax.kernels.flash_attention.tile_map.sight import Sight, Where
 
 PLATFORMS = pytest.mark.parametrize("platform", [gpu, tpu], ids=["gpu", "tpu"])
-SMALL = Sizes(Size(16, 32), Size(32, 16), Size(16, 16))
+SMALL = Sizes(Size(32, 32, part=16), Size(32, 16), Size(16, 32, part=16))
 MASKS = {
   "causal": Causal(),
   "longformer": longformer(2, (0, 33), dilation=(1, 3) * 2, causal=True),
@@ -113,6 +116,20 @@ def test_a_mask_that_shows_nothing(platform):
   check(platform, problem(B=1, T=20, S=20), {"mask": ~Full()}, scale=0.4)
 
 
+@pytest.mark.parametrize("shape", [(40, 40, 4, 2), (16, 60, 1, 1)], ids=["grouped", "one tile"])
+def test_copies_to_and_fro_overlap_without_a_race(shape, capfd):
+  """Copies made as late as their waits allow; programs that follow each other share a tile."""
+  T, S, N, K = shape
+  how = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait")
+  sizes = Sizes(*[Size(16, 16)] * 3)
+  arrays, where = problem(1, T, S, N, K), {"mask": Causal()}
+  run = functools.partial(tpu.attention, sizes=sizes, interpret=how, scale=0.4)
+  got = jax.jit(functools.partial(cases.evaluate, run))(arrays, where)
+  errors = cases.errors(got, cases.exact(scale=0.4)(arrays, where))
+  assert max(errors.values()) < 2e-6
+  assert "race" not in capfd.readouterr().out.lower()
+
+
 @PLATFORMS
 def test_maps_over_rows_and_shards_over_batch_and_heads(platform):
   q, k, v, *_ = problem(T=40, S=40)
@@ -164,11 +181,24 @@ def test_sizes_are_no_larger_than_the_call():
   assert large.forward.queries >= 64
   assert (small.forward.queries, small.forward.keys) == (16, 64)
   assert choose("tpu", jnp.float32, 256, 100, 100).forward.keys == 128
+  tiny = choose("tpu", jnp.bfloat16, 256, 100, 300).forward
+  assert (tiny.queries, tiny.keys, tiny.part) == (128, 512, 128)
 
 
 def test_a_device_has_its_own_sizes():
   h200, other = (choose("gpu", jnp.bfloat16, 256, 999, 999, name) for name in ("NVIDIA H200", "L4"))
   assert h200.forward.queries > other.forward.queries
+  v6e, v5e = (
+    choose("tpu", "bfloat16", 128, 9999, 9999, f"TPU {name}") for name in ("v6 lite", "v5e")
+  )
+  assert v6e.forward.keys > v5e.forward.keys
   assert choose("gpu", jnp.float32, 64, 999, 999, "NVIDIA H200") == choose(
     "gpu", jnp.float32, 64, 999, 999
   )
+
+
+def test_a_predicate_that_reads_much_has_smaller_tiles():
+  of = lambda mask: choose("gpu", jnp.bfloat16, 128, 4096, 4096, "NVIDIA H100", mask).forward.keys
+  few = Causal(), Documents(jnp.zeros((2, 4096), jnp.int32)), longformer(9, (0, 33))
+  assert [of(mask) for mask in few] == [128] * 3
+  assert of(bigbird(jax.random.key(0), 4096)) == 64
