@@ -47,8 +47,8 @@ class Packed(Weight):
 
   @classmethod
   def represent(cls, path: str, w: Num[Array | np.ndarray, "... D F"], **options: Any) -> "Packed":
-    """`quantize`, a parameter named "embedding" being a table."""
-    return cls.quantize(w, table=is_table(path), **options)
+    """`quantize`, a parameter named "embedding" being a table unless the options say otherwise."""
+    return cls.quantize(w, **{"table": is_table(path), **options})
 
   @property
   def constants(self) -> tuple[Any, ...]:
