@@ -61,6 +61,8 @@ def _searched(
   quantise: Callable,
 ) -> Float[Array, "D"]:
   """AWQ's scales."""
+  seen = jnp.trace(gram) > 0  # the mean over no tokens is none
+  magnitude = jnp.where(seen, magnitude, 0)
 
   def scales(ratio):
     s = jnp.maximum(magnitude, LEAST) ** ratio

@@ -17,7 +17,7 @@ from effjax.kernels.quantized_matmul import Nibbles
 from effjax.quant.calibrated import Statistics, calibrated, each_matrix
 from effjax.quant.model import representer
 from effjax.quant.nearest import nearest
-from effjax.quant.one_by_one import check_known, damped, one_by_one
+from effjax.quant.one_by_one import check_definite, damped, one_by_one
 from effjax.quant.packed import Packed
 
 
@@ -58,7 +58,7 @@ def gptq(
     if not isinstance(made, Packed) or not isinstance(made.format, Nibbles):
       raise ValueError(f"method {method!r}; allowed: int4, int4affine, nf4, fp4")
     codes, known = each_matrix(_chosen, w.ndim - 2, made, w, damped(gram, damping))
-    check_known(known, damping)
+    check_definite(known, damping)
     return dataclasses.replace(made, codes=codes)
 
   return calibrated(params, change, grams, axes=(2,))

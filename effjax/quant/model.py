@@ -85,7 +85,7 @@ def quantize(
   Args:
     params: a parameter tree; leading axes of a matrix (scanned layers, experts) are a batch.
     method: one of `methods()`: "int8", "int8dynamic", "llmint8", "llmint8exact", "int4",
-      "int4affine", "nf4", "fp4", "palette", "gguf".
+      "int4affine", "nf4", "fp4", "palette", "gguf", "ternary".
     targets: pattern or predicate on paths; by default all kernels and embedding tables, but not
       norms, biases, routers and convolutions.
     options: of the method, as its `quantize` has them: `double=True` for NF4, `group=32` for Int4.

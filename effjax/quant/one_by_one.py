@@ -49,7 +49,7 @@ def damped(gram: Float[Array, "... D D"], damping: Scalar) -> Float[Array, "... 
   return gram + damping * jnp.where(mean == 0, 1, mean) * identity
 
 
-def check_known(known: Bool[Array, "..."], damping: Scalar) -> None:
+def check_definite(known: Bool[Array, "..."], damping: Scalar) -> None:
   """Refuses what H allows no codes of, where that is known.
 
   Raises:

@@ -86,6 +86,9 @@ def test_inputs_that_never_are_anything_are_rounded_to_the_nearest():
   still = {"up": jnp.zeros(D)}
   for changed in (
     awq({"up": {"kernel": w}}, {"up": jnp.zeros((D, D))}, still, group=GROUP),
+    awq(
+      {"up": {"kernel": w}}, {"up": jnp.zeros((D, D))}, {"up": jnp.full(D, jnp.nan)}, group=GROUP
+    ),
     smoothquant({"up": {"kernel": w}}, still, "int4", group=GROUP),
   ):
     off = np.abs(np.asarray(changed["up"]["kernel"].materialize()) - w)

@@ -98,6 +98,7 @@ OPTIONS = {
   "fp4": "block double table",
   "palette": "bits steps table",
   "gguf": "table type",
+  "ternary": "scale_dtype table",
 }
 
 
