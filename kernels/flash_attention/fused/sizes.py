@@ -66,7 +66,7 @@ _TABLE = {
     ("", 2, 256, _ANY, Sizes(Size(64, 32, 8), Size(64, 16, 8), Size(32, 32, 8), _SMALL_WIDE)),
     ("", 4, 64, _ANY, Sizes(Size(32, 64, 8), Size(32, 32, 4, 2), Size(32, 32, 4, 2))),
     ("", 4, 128, _ANY, Sizes(Size(32, 16, 4, 1), Size(16, 16, 4, 2), Size(16, 32, 8, 2))),
-    ("", 4, 256, _ANY, Sizes(Size(32, 16, 4, 1), Size(16, 16, 8, 2), Size(16, 16, 4, 1))),
+    ("", 4, 256, _ANY, Sizes(Size(32, 16, 4, 1), Size(16, 16, 8, 2), Size(16, 16, 8, 1))),
   ],
   # For TPUs those of the fewest bundles to a pair of positions of which every mask and score fits
   # in what a program gets of VMEM, 16 MiB and on v6e 32, as libtpu of jax 0.10.2 compiles them.
