@@ -65,7 +65,13 @@ _TABLE = {
     ("", 2, 128, _ANY, Sizes(Size(128, 64, 8), Size(64, 64, 8), Size(32, 64, 4), _SMALL)),
     ("", 2, 256, _ANY, Sizes(Size(64, 32, 8), Size(64, 16, 8), Size(32, 32, 8), _SMALL_WIDE)),
     ("", 4, 64, _ANY, Sizes(Size(32, 64, 8), Size(32, 32, 4, 2), Size(32, 32, 4, 2))),
-    ("", 4, 128, _ANY, Sizes(Size(32, 16, 4, 1), Size(16, 16, 4, 2), Size(16, 32, 8, 2))),
+    (
+      "",
+      4,
+      128,
+      _ANY,
+      Sizes(Size(32, 16, 4, 1), Size(16, 16, 4, 2), Size(16, 32, 8, 2), Size(16, 16, 8, 1)),
+    ),
     ("", 4, 256, _ANY, Sizes(Size(32, 16, 4, 1), Size(16, 16, 8, 2), Size(16, 16, 8, 1))),
   ],
   # For TPUs those of the fewest bundles to a pair of positions of which every mask and score fits
