@@ -31,7 +31,7 @@ class Int8Rows:
   @classmethod
   def of(cls, x: Float[Array, "... H"]) -> "Int8Rows":
     """The nearest ones of x."""
-    q, scale = numerics.to_int8(x)
+    q, scale = numerics.rounded(x)
     return cls(q, scale.astype(jnp.float32))
 
   def astype(self, dtype: DTypeLike) -> Float[Array, "... H"]:

@@ -68,7 +68,7 @@ def matmul(x: Float[Array, "... D"], w: Array) -> Array:
   return y.reshape(x.shape[:-1] + w.shape[1:])
 
 
-def to_int8(
+def rounded(
   x: Float[Array, "... D"], top: Float[Array, "... 1"] | None = None
 ) -> tuple[Int[Array, "... D"], Float[Array, "... 1"]]:
   """q = round(127 · x / a), a = max |x| of each row (absmax) unless it is given; (q, a / 127).
@@ -76,7 +76,7 @@ def to_int8(
   A row of zeros gives zeros, with a scale of 0. One that holds NaN or infinity has the scale NaN.
 
   Example:
-    >>> q, scale = to_int8(jnp.array([[1.0, -2.0], [0.0, 0.0]]))
+    >>> q, scale = rounded(jnp.array([[1.0, -2.0], [0.0, 0.0]]))
     >>> q.tolist(), (127 * scale).tolist()
     ([[64, -127], [0, 0]], [[2.0], [0.0]])
   """

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 
 from effjax.core import numerics
+from effjax.core.numerics import rounded
 from effjax.core.register import register
 from effjax.core.typing import Array, Float
 from effjax.kernels.quantized_matmul import integer_matmul
@@ -16,7 +17,7 @@ from effjax.quant.int8 import Int8
 class Int8Dynamic(Int8):
   """`Int8` whose products are of integers: activations are rounded too, one scale a row of x.
 
-  x W ≈ (Q(x) q) · s_x · scale, where Q(x) q is summed in int32 and Q is `numerics.to_int8`. Its
+  x W ≈ (Q(x) q) · s_x · scale, where Q(x) q is summed in int32 and Q is `rounded`. Its
   derivative is that of x W. Weights alone are rounded, as by `Int8`, in products with one scale a
   row of W, as the table of an embedding has (the tied head is its transpose, and multiplies
   integers), and in those of the experts of a mixture, which are not with a single matrix.
@@ -32,7 +33,7 @@ def rounded_product(
   x: Float[Array, "... D"], w: Int8, top: Float[Array, "... 1"] | None = None
 ) -> Float[Array, "... F"]:
   """x W as a product of integers, for one scale an output channel of W."""
-  q, scale = numerics.to_int8(x, top)
+  q, scale = rounded(x, top)
   y = integer_matmul(q, w.q, turned=w.turned).astype(scale.dtype) * scale
   return (y * numerics.expand(w.scale[0].astype(scale.dtype), y.ndim)).astype(x.dtype)
 
