@@ -88,7 +88,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   """Rows of all three parts; writes `metrics.jsonl`, `result.csv`, `plot.png` to `workdir`."""
   thresholds = numbers("thresholds", config.thresholds, least=0)
   factors = numbers("factors", config.factors, least=1)
-  folder = files.claim(workdir, config)
+  folder = files.claim(workdir, config, free=("thresholds", "factors"))
   corpus = data.text(config.text)
   provenance.write(folder, corpus)
   study = Study(config, corpus, sorted({0.0, PUBLISHED, *thresholds}))
