@@ -49,7 +49,8 @@ PLACES = {  # the layer whose input it is → in words
   "up": "gate, up",
   "down": "down",
 }
-INTEGERS, APART, EXACT = "int8", "LLM.int8()", "LLM.int8(), exact rows"
+WEIGHTS, INTEGERS = "int8 weights alone", "int8"
+APART, EXACT = "LLM.int8()", "LLM.int8(), exact rows"
 COLUMNS = {"name": "", "share": ".3%", "perplexity": ",.3f", "ratio": ".4f"}
 WHERE = {
   "name": "",
@@ -80,7 +81,7 @@ class Config:
   rows: int = 4
   length: int = 512
   thresholds: str = "0,1,2,3,4,6,8,12"
-  factors: str = "4,16,64"
+  factors: str = "8,64"
   channels: int = 4
 
 
@@ -93,10 +94,11 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   provenance.write(folder, corpus)
   study = Study(config, corpus, sorted({0.0, PUBLISHED, *thresholds}))
   tasks = {words: functools.partial(study.place, place) for place, words in PLACES.items()}
-  tasks[BASELINE] = functools.partial(study.row, 1.0, BASELINE, PUBLISHED)
+  for name in (BASELINE, WEIGHTS, EXACT):
+    tasks[name] = functools.partial(study.row, 1.0, name, PUBLISHED)
   tasks |= {f"threshold={t:g}": functools.partial(study.row, 1.0, APART, t) for t in thresholds}
   for k in factors:
-    for scheme in SCHEMES:
+    for scheme in (BASELINE, INTEGERS, APART, EXACT):
       tasks[f"planted ×{k:g}: {scheme}"] = functools.partial(study.row, k, scheme, PUBLISHED)
   rows = compared(harness.compute(folder, tasks, label="rows"))
   harness.plot(folder, lambda measured: panels(compared(measured)))
@@ -213,6 +215,7 @@ def integers(method: str, params: PyTree, threshold: float) -> PyTree:
 
 SCHEMES = {
   BASELINE: lambda params, threshold: params,
+  WEIGHTS: lambda params, threshold: quant.quantize(params, targets=LINEAR),
   INTEGERS: lambda params, threshold: integers("llmint8", params, 0),
   APART: functools.partial(integers, "llmint8"),
   EXACT: functools.partial(integers, "llmint8exact"),
@@ -259,23 +262,24 @@ def summary(row: harness.Row) -> harness.Row:
 
 def claims(rows: list[harness.Row]) -> dict[str, bool]:
   """What the paper promises, judged by perplexities over float32's."""
-  found = [row for row in rows if "ratio" in row]
-  ratio = {(row["scheme"], row["factor"], row["threshold"]): row["ratio"] for row in found}
-  of = lambda scheme: [
-    row["ratio"] for row in found if row["scheme"] == scheme and row["factor"] > 1
-  ]
-  plain = {t: r for (scheme, factor, t), r in ratio.items() if scheme == APART and factor == 1}
+  found = {(r["scheme"], r["factor"], r["threshold"]): r["ratio"] for r in rows if "ratio" in r}
+  apart, exact = (found.get((scheme, 1.0, PUBLISHED)) for scheme in (APART, EXACT))
+  none = found.get((APART, 1.0, 0.0))
   said = {}
-  if PUBLISHED in plain:
-    said["LLM.int8() from 6 on: within 0.3 % of float32"] = plain[PUBLISHED] < CLOSE
-  if {0.0, PUBLISHED} <= set(plain):
-    said["features from 6 on, kept apart, make it better"] = plain[PUBLISHED] < plain[0.0]
-  if of(BASELINE):
-    same = all(abs(each - 1) < 1e-3 for each in of(BASELINE))
+  if apart is not None:
+    said["LLM.int8() from 6 on: within 0.3 % of float32"] = apart < CLOSE
+  if exact is not None:
+    said["LLM.int8() from 6 on, exact rows: within 0.3 % of float32"] = exact < CLOSE
+  if apart is not None and none is not None:
+    said["features from 6 on, kept apart, make it better"] = apart < none
+  behind = lambda scheme: [x for (name, k, _), x in found.items() if name == scheme and k > 1]
+  if behind(BASELINE):
+    same = all(abs(x - 1) < 1e-3 for x in behind(BASELINE))
     said["planted outliers change nothing in float32"] = same
-    said["they cost int8 more than 0.3 %"] = max(of(INTEGERS)) > CLOSE
-    said["they cost LLM.int8() less, with rows of the rounded matrix"] = max(of(APART)) < CLOSE
-    said["they cost LLM.int8() less, with exact rows"] = max(of(EXACT)) < CLOSE
+    worst = {scheme: max(behind(scheme)) for scheme in (INTEGERS, APART, EXACT)}
+    said["they make int8 worse"] = none is not None and worst[INTEGERS] > none
+    said["LLM.int8() stands them better than int8"] = worst[APART] < worst[INTEGERS]
+    said["exact rows stand them better than rounded ones"] = worst[EXACT] < worst[APART]
   return said
 
 
@@ -289,6 +293,11 @@ def panels(rows: list[harness.Row]) -> list[Panel]:
   by_threshold = lambda name: [Series(APART, column(chosen, "threshold"), column(chosen, name))]
   threshold, cost = Axis("threshold; 0 keeps nothing apart"), "perplexity over float32's"
   near = Line("0.3 % above float32", y=CLOSE)
+  alone = [Line(row["name"], y=row["ratio"]) for row in read if row["scheme"] == WEIGHTS]
+  exact = [row for row in read if row["scheme"] == EXACT and row["factor"] == 1]
+  costs = by_threshold("ratio") + [
+    Series(EXACT, column(exact, "threshold"), column(exact, "ratio"), joined=False)
+  ] * bool(exact)
   behind = [row for row in read if row["factor"] > 1]
   by_factor = [
     Series(scheme, column(of, "factor"), column(of, "ratio"))
@@ -300,8 +309,8 @@ def panels(rows: list[harness.Row]) -> list[Panel]:
     Panel(
       "Inputs of linear layers", Axis("layer"), Axis("largest |x|", LOG), by_layer, [published]
     ),
-    Panel("Kept apart", threshold, Axis("share of features", LOG), by_threshold("share")),
-    Panel("What a threshold costs", threshold, Axis(cost), by_threshold("ratio"), [near]),
+    Panel("Kept apart", threshold, Axis("share of features"), by_threshold("share")),
+    Panel("What a threshold costs", threshold, Axis(cost), costs, [near, *alone]),
     Panel("Planted outliers", Axis("factor", LOG), Axis(cost, LOG), by_factor, [near]),
   ]
 
