@@ -132,6 +132,8 @@ def decode(codes: Integer[Array, "R N"], inputs: Size) -> Int[Array, "R {inputs}
     >>> decode(jnp.array([[25, 14], [25, 0]], jnp.uint16), 29)[:, -1].tolist()
     [1, 0]
   """
+  if not len(codes):
+    return jnp.zeros((0, inputs), jnp.int32)
   pairs = -(-inputs // 2)
   words = jnp.asarray(dictionary().words).at[codes.astype(jnp.int32)].get(mode="clip")
   length = (words[..., 1] >> 24).astype(jnp.int32)

@@ -153,8 +153,9 @@ class Ternary(ByRows):
     """As `Weight.specs`; the codes are not split but along leading axes."""
     *batch, first, last = axes
     outputs = first if self.table else last
-    specs: Any = {"codes": (None,), "starts": (outputs,), "values": (outputs, None)}
-    return dataclasses.replace(self, **{n: PartitionSpec(*batch, *s) for n, s in specs.items()})
+    own = {"codes": (None,), "starts": (outputs,), "values": (outputs, None)}
+    fields: Any = {name: PartitionSpec(*batch, *each) for name, each in own.items()}
+    return dataclasses.replace(self, **fields)
 
   def _rows(self, starts: Int[Array, "R"], values: Float[Array, "R 2"]) -> Float[Array, "R I"]:
     """Rows that begin at codes `starts`."""

@@ -156,7 +156,8 @@ def compared(rows: list[harness.Row]) -> list[harness.Row]:
 
 def claims(rows: list[harness.Row]) -> dict[str, bool]:
   """What the papers promise, judged by perplexities over float32's."""
-  ratio, bits = ({row["name"]: row.get(key) for row in rows} for key in ("ratio", "bits"))
+  ratio = {row["name"]: row["ratio"] for row in rows}
+  bits = {row["name"]: row.get("bits", math.inf) for row in rows}
   promised = {
     "int8: within 0.5 % of float32": lambda: ratio["int8"] < INT8,
     "LLM.int8(): within 0.3 % of float32": lambda: ratio["llm-int8"] < LLM_INT8,
