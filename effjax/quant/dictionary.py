@@ -101,7 +101,8 @@ def encode(symbols: Integer[np.ndarray, "R I"]) -> tuple[Integer[np.ndarray, "N"
     >>> codes.tolist(), counts.tolist()
     ([25, 14, 25, 0], [2, 2])
   """
-  parts = [_encode(symbols[first : first + ROWS]) for first in range(0, len(symbols), ROWS)]
+  firsts = range(0, max(1, len(symbols)), ROWS)
+  parts = [_encode(symbols[first : first + ROWS]) for first in firsts]
   codes, counts = zip(*parts, strict=True)
   return np.concatenate(codes), np.concatenate(counts)
 
@@ -110,15 +111,14 @@ def _encode(symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   child = dictionary().child
   even = np.pad(symbols, ((0, 0), (0, symbols.shape[1] % 2)))
   pairs = (3 * even[:, ::2] + even[:, 1::2]).T
-  codes, ends = np.empty(pairs.shape, np.uint16), np.ones(pairs.shape, bool)
+  codes, ends = np.empty(pairs.shape, np.int32), np.empty(pairs.shape, bool)
+  code = np.full(len(symbols), SIZE)
   for i, pair in enumerate(pairs):
-    if i:
-      longer = child[code, pair]
-      codes[i - 1], ends[i - 1] = code, longer < 0
-    code = child[SIZE, pair] if not i else np.where(longer < 0, child[SIZE, pair], longer)
-  if len(pairs):
-    codes[-1] = code
-  return codes.T[ends.T], ends.sum(0, dtype=np.int32)
+    longer = child[code, pair]
+    codes[i - 1], ends[i - 1] = code, longer < 0
+    code = np.where(longer < 0, child[SIZE, pair], longer)
+  codes[-1:], ends[-1:] = code, True
+  return codes.T[ends.T].astype(np.uint16), ends.sum(0, dtype=np.int32)
 
 
 def decode(codes: Integer[Array, "R N"], inputs: Size) -> Int[Array, "R {inputs}"]:

@@ -17,6 +17,7 @@ from effjax.core.register import register
 from effjax.core.typing import Array, DTypeLike, Float, Int, Integer, Num, PyTree
 from effjax.kernels.quantized_matmul.steps import outputs_at_once
 from effjax.quant.basics import check_scales
+from effjax.quant.calibrated import each_matrix
 from effjax.quant.dictionary import decode, encode
 from effjax.quant.packed import ByRows, lying
 
@@ -94,14 +95,15 @@ class Ternary(ByRows):
     """
     check_encodable(symbols)
     *batch, outputs, inputs = symbols.shape
-    codes, counts = encode(np.asarray(symbols, np.uint8).reshape(-1, inputs))
+    rows = np.asarray(symbols, np.uint8).reshape(math.prod(batch) * outputs, inputs)
+    codes, counts = encode(rows)
     counts = counts.reshape(math.prod(batch), outputs)
     starts = np.cumsum(counts, 1, dtype=np.int32) - counts
     each = counts.sum(1)
     held = np.zeros((len(each), max(1, each.max(initial=0))), np.uint16)
     held[np.arange(held.shape[1]) < each[:, None]] = codes
     return cls(
-      jnp.asarray(held.reshape(*batch, -1)),
+      jnp.asarray(held.reshape(*batch, held.shape[1])),
       jnp.asarray(starts.reshape(*batch, outputs)),
       values,
       inputs=inputs,
@@ -129,7 +131,7 @@ class Ternary(ByRows):
     return (*self.starts.shape, self.inputs)
 
   def unpacked(self) -> Float[Array, "... O I"]:
-    return self._rows(self.starts, self.values)
+    return each_matrix(lambda w: w._rows(w.starts, w.values), self.starts.ndim - 1, self)
 
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
     if not math.prod(self.shape):
@@ -154,15 +156,10 @@ class Ternary(ByRows):
     specs: Any = {"codes": (None,), "starts": (outputs,), "values": (outputs, None)}
     return dataclasses.replace(self, **{n: PartitionSpec(*batch, *s) for n, s in specs.items()})
 
-  def _rows(
-    self, starts: Int[Array, "... R"], values: Float[Array, "... R 2"]
-  ) -> Float[Array, "... R I"]:
+  def _rows(self, starts: Int[Array, "R"], values: Float[Array, "R 2"]) -> Float[Array, "R I"]:
     """Rows that begin at codes `starts`."""
-    each = jnp.arange(self.most, dtype=jnp.int32)
-    at = starts[..., None] + numerics.expand(each, starts.ndim + 1)
-    codes = jnp.take_along_axis(self.codes, at.reshape(*self.codes.shape[:-1], -1), -1, mode="clip")
-    symbols = decode(codes.reshape(-1, self.most), self.inputs).reshape(*starts.shape, self.inputs)
-    return numbers(symbols, values)
+    at = starts[:, None] + jnp.arange(self.most, dtype=jnp.int32)[None]
+    return numbers(decode(jnp.take(self.codes, at, mode="clip"), self.inputs), values)
 
   def _tiled(self, x: Float[Array, "M D"]) -> Float[Array, "M F"]:
     """x Mᵀ, or x M of a table, by tiles of rows, which are expanded once more for the gradient."""
@@ -178,10 +175,10 @@ class Ternary(ByRows):
 
     if not self.table:
       y = jax.lax.map(lambda rows: product(self, x, rows), rows)
-      return jnp.moveaxis(y, 0, 1).reshape(len(x), -1)[:, :outputs]
-    parts = jnp.pad(x, ((0, 0), (0, count * size - outputs))).reshape(len(x), count, size)
+      return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], count * size)[:, :outputs]
+    parts = jnp.pad(x, ((0, 0), (0, count * size - outputs))).reshape(x.shape[0], count, size)
     add = lambda total, part: (total + product(self, *part).astype(total.dtype), None)
-    total = jnp.zeros((len(x), inputs), numerics.wide(x.dtype))
+    total = jnp.zeros((x.shape[0], inputs), numerics.wide(x.dtype))
     total = numerics.vary_alike(total, x, self)
     return jax.lax.scan(add, total, (jnp.moveaxis(parts, 1, 0), rows))[0]
 

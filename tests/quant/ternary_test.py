@@ -170,6 +170,14 @@ def test_what_is_traced_is_refused():
     jax.jit(lambda w: quantize({"kernel": w}, "ternary"))(jnp.ones((4, 2)))
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 2, 3)])
+def test_matrices_of_nothing(shape):
+  made = Ternary.quantize(np.ones(shape, np.float32))
+  assert made.shape == shape and made.materialize().shape == shape
+  if len(shape) == 2:
+    np.testing.assert_array_equal(made.matmul(jnp.ones((2, shape[0]))), np.zeros((2, shape[1])))
+
+
 def test_fields_that_do_not_fit_are_refused():
   made = Ternary.quantize(np.ones((4, 2), np.float32))
   fields = {"inputs": 4, "most": made.most}
