@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -75,7 +76,7 @@ def test_planted_outliers_spoil_what_rounds_them_with_the_others():
 
   def off(scheme):
     made = study.SCHEMES[scheme](params, study.PUBLISHED)["query"]["kernel"]
-    return np.square(np.asarray(linear(x * grow, made)) - x.astype(float) @ w).mean()
+    return np.square(np.asarray(linear(jnp.asarray(x * grow), made)) - x.astype(float) @ w).mean()
 
   exact, apart, none = map(off, (study.EXACT, study.APART, study.INTEGERS))
   assert off(BASELINE) < 1e-6 < exact < apart / 10 and exact < none / 100
