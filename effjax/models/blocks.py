@@ -84,7 +84,7 @@ def of_fields(sharding: Any, w: Any) -> Any:
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  # JAX on CPU takes an aligned array over without copying it.
+  """An array, not filled, where JAX on a CPU takes it over without copying it."""
   size = int(np.prod(shape)) * dtype.itemsize
   raw = np.empty(size + ALIGNMENT, np.uint8)
   start = -raw.ctypes.data % ALIGNMENT

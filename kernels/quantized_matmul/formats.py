@@ -106,6 +106,11 @@ class Nibbles(Format):
   def size(self) -> int:
     return self.block // 2
 
+  def pack(self, codes: Integer[Array, "... I"]) -> Integer[Array, "... N"]:
+    """uint8 [..., I / 2] of codes 0 … 15."""
+    codes = codes.astype(jnp.uint8)
+    return codes[..., ::2] << 4 | codes[..., 1::2]
+
   @property
   def first(self) -> int | float | None:
     """z where table[code] = code + z, so that numbers are computed and not looked up; else None."""

@@ -111,7 +111,9 @@ class TPU:
       "--xla_jf_dump_llo_pass_label_regex=final_hlo-static-per-bundle-utilization"
     )
     machine = {"TPU_ACCELERATOR_TYPE": self.kind, "TPU_WORKER_HOSTNAMES": "localhost"}
-    return machine | {"TPU_SKIP_MDS_QUERY": "1", "LIBTPU_INIT_ARGS": flags}
+    # There is no TPU for processes to quarrel over.
+    alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    return machine | alone | {"LIBTPU_INIT_ARGS": flags}
 
   def compile(self, function: Any, arguments: Any) -> None:
     """Compiles for shapes and types; errors are those of the compiler."""

@@ -6,7 +6,12 @@ import inspect
 import random
 
 import gguf
+import numpy as np
 import pytest
+
+from effjax import models
+from effjax.models import presets
+from tests.modules import random_params
 
 WHY_TORCH = "compares with transformers on torch, whose CPU build is installed on Python 3.11 only"
 
@@ -47,6 +52,16 @@ TINY = {
 }
 ENCODERS = ("bert", "roberta", "distilbert")
 VOCABULARY = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A saved random Llama with untied embeddings."""
+  config = presets.llama(64, 32, 3, 4, 2, 48, context=64, tied=False)
+  module = models.Transformer(config)
+  params = random_params(module, np.zeros((1, 1), np.int32))
+  model = models.Model(config, module, params)
+  return models.save(model, tmp_path_factory.mktemp("loading") / "llama")
 
 
 @pytest.fixture
