@@ -1,4 +1,4 @@
-"""What the compilers' reports of attention must say, in one table."""
+"""What the compilers' reports of kernels must say, in one table."""
 
 import dataclasses
 import re
@@ -52,6 +52,8 @@ BOUNDS = (
   Bound("spill", "^a100 bfloat16-128.* queries$", 0, now=28),
   Bound("spill", "^a100 bfloat16-128.* keys$", 0, now=3880),
   Bound("spill", "^(h100|a100)", 0),
+  Bound("spill", "^(v5e|v6e).* (outputs|inputs)$", 0),
+  Bound("tensor", "^(h100|a100)", 1, least=True),
   Bound("wait", "^(h100|a100) bfloat16.* (forward|queries|keys)$", 1, now=0, least=True),
   Bound("rest", "^h100 bfloat16-128-(?!alibi).* forward$", 620),
   Bound("useful", "^h100 bfloat16-(64|256).* keys$", 1, now=0.67, least=True),
