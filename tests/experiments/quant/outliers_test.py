@@ -72,7 +72,7 @@ def test_planted_outliers_change_inputs_and_no_number_of_the_model():
 def test_planted_outliers_spoil_what_rounds_them_with_the_others():
   x, w = (np.asarray(normal(64, 64, seed=seed)) for seed in (0, 1))
   grow = np.where(np.arange(64) < 2, np.float32(64), np.float32(1))
-  params = {"query": {"kernel": w / grow[:, None]}}
+  params = {"query": {"kernel": jnp.asarray(w / grow[:, None])}}
 
   def off(scheme):
     made = study.SCHEMES[scheme](params, study.PUBLISHED)["query"]["kernel"]
