@@ -1,5 +1,7 @@
 """Keys and values of the tokens seen so far, by position: as floats, or as 8-bit integers."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -41,6 +43,7 @@ class Int8Rows:
 
 
 Rows = Array | Int8Rows
+Kept = TypeVar("Kept", bound=Rows)
 
 
 def empty(shape: tuple[Dim, ...], dtype: DTypeLike) -> Rows:
@@ -60,7 +63,7 @@ def empty(shape: tuple[Dim, ...], dtype: DTypeLike) -> Rows:
   return jnp.zeros(shape, dtype)
 
 
-def put(rows: Rows, new: Shaped[Array, "B T ..."], slots: Int[Array, "B T"]) -> Rows:
+def put(rows: Kept, new: Shaped[Array, "B T ..."], slots: Int[Array, "B T"]) -> Kept:
   """`rows` [B, S, ...] with `new` in `slots`, as they keep it; none past their end."""
   row = jnp.arange(slots.shape[0])[:, None]
   each = lambda old, new: old.at[row, slots].set(new.astype(old.dtype), mode="drop")

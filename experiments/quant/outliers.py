@@ -1,6 +1,6 @@
 """Where are the outlier features, and from which size on is it worth to keep them out of integers?
 
-  scripts/run outliers
+  scripts/run outliers                              (5 minutes of processor time)
   scripts/run outliers --config.model=gemma3-270m --workdir=runs/outliers_gemma
 
 LLM.int8() (arXiv 2208.07339) multiplies a feature apart where any token has |x| ≥ 6 in it, since a
@@ -14,6 +14,16 @@ the gain of each norm grows by a factor, and their rows in the matrices that fol
 With powers of two no number of the model in float32 changes. Whoever rounds activations then meets
 large features; whoever rounds matrices small rows, which the paper's method keeps exactly ("exact
 rows"), and bitsandbytes takes from the rounded matrix.
+
+Measured on 2,048 tokens (`results/outliers`), as ratios to float32's perplexity, of which
+differences of half a percent mean little. SmolLM2-135M has its outliers inside of the feed-forward
+layers: into "down" go up to 3,304, and in each of the 30 layers some features from 6 on, 134 of
+1,536 on average. What norms give to attention holds one, the same feature in most of 19 layers.
+Nothing kept apart: 1.031; from 6 on, 1.3 % of features: 1.013, with exact rows 1.016; from 1 on,
+25 %: 1.004, which is what rounding the weights alone costs. So a threshold helps, but 6 is too much
+for a model in which nothing above 4 goes into most "gate" and "up": the promised 0.3 % does not
+hold. Four channels planted 64-fold: int8 1.65, LLM.int8() 1.058, with exact rows 1.041; 8-fold:
+1.035, 1.023 and 1.017.
 """
 
 import dataclasses

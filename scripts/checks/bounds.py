@@ -1,4 +1,4 @@
-"""What the compilers' reports of attention must say, in one table."""
+"""What the compilers' reports of kernels must say, in one table."""
 
 import dataclasses
 import re
@@ -47,6 +47,8 @@ BOUNDS = (
   Bound("spill", "^(h100|a100) float32-128.* forward$", 0, now=120),
   Bound("spill", "^(h100|a100) float32", 0, now=96),
   Bound("spill", "^(h100|a100)", 0),
+  Bound("spill", "^(v5e|v6e).* (outputs|inputs)$", 0),
+  Bound("tensor", "^(h100|a100)", 1, least=True),
   Bound("wait", "^(h100|a100) bfloat16.* (forward|queries|keys)$", 1, now=0, least=True),
   # What reads more than a few arrays has tiles of fewer keys.
   Bound("rest", "^h100 bfloat16-128-(bigbird|drawn).* forward$", 620, now=690),

@@ -39,9 +39,9 @@ def test_a_run_writes_pictures_and_says_how_good_they_are(tmp_path, pixels):
 
 @pytest.mark.parametrize("bits", [1, 4, 6])
 def test_no_worse_than_pillow(bits, pixels):
-  """Better than median cut, and than that improved by k-means but for half a decibel."""
+  """Better than median cut by far, and as good as that improved by k-means, to a tenth."""
   ours = study.psnr(pixels, study.of_its_own(pixels, bits, 30))
-  for kmeans, less in ((0, 0.0), (1, 0.5)):
+  for kmeans, less in ((0, 0.0), (1, 0.1)):
     theirs = Image.fromarray(pixels).quantize(
       2**bits, Image.Quantize.MEDIANCUT, kmeans=kmeans, dither=Image.Dither.NONE
     )
