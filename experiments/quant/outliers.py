@@ -29,7 +29,7 @@ hold. Four channels planted 64-fold: int8 1.65, LLM.int8() 1.058, with exact row
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -223,7 +223,7 @@ def integers(method: str, params: PyTree, threshold: float) -> PyTree:
   return quant.quantize(params, method, targets=LINEAR, threshold=threshold)
 
 
-SCHEMES = {
+SCHEMES: dict[str, Callable[[PyTree, float], PyTree]] = {
   BASELINE: lambda params, threshold: params,
   WEIGHTS: lambda params, threshold: quant.quantize(params, targets=LINEAR),
   INTEGERS: lambda params, threshold: integers("llmint8", params, 0),

@@ -1,6 +1,6 @@
 """How good is a picture of few colours, and how much better if the colours are its own?
 
-  scripts/run palette
+  scripts/run palette                                             (about half a minute)
   scripts/run palette --config.picture=photo.jpg --workdir=runs/photo
 
 The picture of the lecture: each pixel is the index of one of 2^b colours. K-means finds the colours
@@ -12,6 +12,10 @@ all three channels of the pictures as they are written, in 8 bits.
 
 Without a picture it is matplotlib's sample photograph, the portrait of Grace Hopper by the US Navy,
 which is in the public domain.
+
+Measured (`results/palette`): 1 to 6 bits give 16.1, 20.8, 24.7, 28.1, 31.1 and 33.7 dB with colours
+of k-means, 10.4, 12.5, 15.9, 17.8, 20.2 and 23.2 dB with those of the grid, of which many are in no
+pixel. Pillow's median cut, improved by its own k-means, gives 28.0 dB with 16 colours.
 """
 
 import dataclasses
@@ -79,11 +83,11 @@ def picture(path: str, stride: int) -> np.ndarray:
   """
   if stride < 1:
     raise ValueError(f"stride={stride}; allowed: from 1")
-  with cbook.get_sample_data("grace_hopper.jpg") if not path else Path(path).open("rb") as file:
-    try:
-      found = image.imread(file, format=Path(path or file.name).suffix[1:])
-    except (SyntaxError, OSError) as error:
-      raise ValueError(f"picture={path!r} cannot be read: {error}") from error
+  sample = lambda: str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+  try:
+    found = image.imread(path or sample())
+  except (SyntaxError, OSError) as error:
+    raise ValueError(f"picture={path!r} cannot be read: {error}") from error
   if found.ndim != 3 or found.shape[2] not in (3, 4):
     raise ValueError(f"picture={path!r} is {list(found.shape)}; allowed: three or four channels")
   if found.dtype != np.uint8:  # matplotlib gives a PNG's as 0 … 1
