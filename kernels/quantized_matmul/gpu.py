@@ -141,7 +141,7 @@ def _call(kernel, name, grid, height, out, interpret):
       out_specs=jax.tree.map(rows, out),
       out_shape=out,
       name=name,
-      compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+      compiler_params=plgpu.CompilerParams(num_warps=max(4, height // 8), num_stages=2),
       interpret=interpret,
     )(x, codes, constants)
 

@@ -1,6 +1,6 @@
 """What kernels for GPUs and for TPUs have in common.
 
-Each has `outputs`, x Mᵀ, and `inputs`, x M, of rows x [M, …] and the operands of `Format.unpack`,
+Each has `outputs`, x Mᵀ, and `inputs`, x M, of rows x [M, …] and operands of `Format.unpack`,
 both float32, and `fits`, which says whether it can.
 """
 

@@ -108,12 +108,12 @@ def test_unrolled_layers_hold_no_expanded_matrices(optimized, rows):
 
 
 def nibbles(make):
-  w = make(normal(128, 72))
+  w = make(normal(256, 72))
   return w.format, w.codes, w.constants, np.asarray(w.materialize(), np.float64).T
 
 
 def integers():
-  q = np.random.default_rng(0).integers(-127, 128, (72, 128)).astype(np.int8)
+  q = np.random.default_rng(0).integers(-127, 128, (72, 256)).astype(np.int8)
   return Integers(64), jnp.asarray(q), (), q.astype(np.float64)
 
 
@@ -129,7 +129,7 @@ KERNELS_KNOW = {
 @pytest.mark.parametrize("rows", [1, 7, 100])
 def test_the_fused_kernels_equal_the_matrix(kernels, name, rows):
   format, codes, constants, m = KERNELS_KNOW[name]()
-  x, dy = normal(rows, 128, seed=1).at[-1, 3].set(jnp.nan), normal(rows, 72, seed=2)
+  x, dy = normal(rows, 256, seed=1).at[-1, 3].set(jnp.nan), normal(rows, 72, seed=2)
   dy = dy.at[0, 70].set(jnp.inf).at[0, 71].set(-jnp.inf)
   assert kernels.fits(x, format, codes, constants)
   y = kernels.outputs(x, format, codes, constants, interpret=True)
