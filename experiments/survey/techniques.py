@@ -178,7 +178,6 @@ TECHNIQUES = (
   Technique("lora-r8-merged", "weights", with_lora(8, merged=True), same_function=True),
   Technique("int8-lora-r8", "weights", lora_over(int8)),
   Technique("nf4", "weights", nf4),
-  Technique("nf4-lora-r8", "weights", lora_over(nf4)),
   Technique("window-128", "mask", masked(masks.SlidingWindow(127, 0))),
   Technique("window-128-alternating", "mask", masked(masks.SlidingWindow(127, 0), every=2)),
   Technique("upcycled-4x2", "transform", upcycled(4, every=3), same_function=True),
