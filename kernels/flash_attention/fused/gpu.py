@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from effjax.core.typing import Array, Float
 from effjax.kernels.flash_attention import row_bias
-from effjax.kernels.flash_attention.fused import few, folding, frame, pieces, programs, steps
+from effjax.kernels.flash_attention.fused import few, folding, frame, joins, pieces, programs, steps
 from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
 from effjax.kernels.flash_attention.fused.pieces import Pieces
 from effjax.kernels.flash_attention.fused.places import Place
@@ -65,11 +65,9 @@ def _forward(job: Job) -> tuple[Array, ...]:
   out = jax.ShapeDtypeStruct((B, T, N, job.value.shape[-1]), job.query.dtype)
   line = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
   cut = Pieces.of(job.lists, B * N, splits=job.settings.splits)
-  place, join = (
-    programs.by_rows(job, cut.count),
-    functools.partial(pieces.attended, log2=job.powers.outer),
-  )
-  return _joined(job, kernel, place, cut, join, ("bqnh", out), ("bnq", line), ("bnq", line))
+  place = programs.by_rows(job, cut.count)
+  join = functools.partial(joins.attended, log2=job.powers.outer)
+  return _whole(job, kernel, place, cut, join, ("bqnh", out), ("bnq", line), ("bnq", line))
 
 
 def _queries(job: Job) -> Array:
@@ -105,7 +103,7 @@ def _queries(job: Job) -> Array:
   B, _, N, _ = job.query.shape
   cut = Pieces.of(job.lists, B * N)
   place = programs.by_rows(job, cut.count)
-  return _joined(job, kernel, place, cut, pieces.add, ("bqnh", job.query))[0]
+  return _whole(job, kernel, place, cut, joins.added, ("bqnh", job.query))[0]
 
 
 def _keys(job: Job) -> tuple[Array, Array]:
@@ -155,7 +153,7 @@ def _keys(job: Job) -> tuple[Array, Array]:
   B, _, K, _ = job.key.shape
   cut = Pieces.of(job.lists, B * K, job.group)
   place, results = programs.by_columns(job, cut.count), (("bkmh", job.key), ("bkmh", job.value))
-  d_key, d_value = _joined(job, kernel, place, cut, pieces.add, *results)
+  d_key, d_value = _whole(job, kernel, place, cut, joins.added, *results)
   return d_key, d_value
 
 
@@ -313,17 +311,18 @@ _OPERANDS = {
 _OF_PIECES = "lists", "order", "row", "slot"
 
 
-def _joined(
-  job: Job, kernel: Any, place: Place, cut: Pieces, join: pieces.Join, *results: pieces.Result
+def _whole(
+  job: Job, kernel: Any, place: Place, cut: Pieces, join: Any, *results: joins.Result
 ) -> tuple[Array, ...]:
-  """`_call`, and what its pieces give put together."""
+  """`_call`, with pieces of rows joined where lists are cut."""
   size = job.size.keys if "k" in results[0][0] else job.size.queries
-  found = _call(job, kernel, place, cut, *results, *cut.parts(results, size))
-  return pieces.joined(job, cut, join, results, found)
+  parts = joins.slots(cut, results, size)
+  found = _call(job, kernel, place, cut, *results, *parts)
+  return joins.joined(job, cut, join, results, parts, found) if parts else found
 
 
 def _call(
-  job: Job, kernel: Any, place: Place, cut: Pieces, *results: pieces.Result
+  job: Job, kernel: Any, place: Place, cut: Pieces, *results: joins.Result
 ) -> tuple[Array, ...]:
   """Runs `kernel(operands, *results)` over the grid; an operand there is not is None."""
   source = lambda name: cut if name in _OF_PIECES else job

@@ -1,33 +1,21 @@
 """Lists of tiles cut into pieces, so that no program of a GPU works much longer than the others.
 
 A row that is much longer than most, as that of a query which sees all keys, is worked on by several
-programs. What they give lies in slots of its own, and a second kernel puts it together in the row's
-place; rows that are one piece are written where they belong, as if nothing were cut.
+programs. What they give lies in slots of its own until it is joined (`joins.py`); rows that are one
+piece are written where they belong, as if nothing were cut.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.experimental import pallas as pl
 
-from effjax.core.typing import Array
-from effjax.kernels.flash_attention.fused import steps
-from effjax.kernels.flash_attention.fused.jobs import Job
-from effjax.kernels.flash_attention.fused.places import Place
 from effjax.kernels.flash_attention.tile_map.blocks import Index, TileList
 
 PROGRAMS = 256  # about as many as fill a device
 _LEAST = 4  # tiles that are worth a program
-_PART = 16  # rows that a program joins
-
-Result = tuple[str, Any]  # kinds of its axes, and what has its shape and type
-Join = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Array, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,20 +67,6 @@ class Pieces:
   def count(self) -> int:
     """Pieces of a batch row and head."""
     return self.lists.offset.shape[-1] - 1
-
-  def parts(self, results: tuple[Result, ...], size: int) -> tuple[Result, ...]:
-    """What takes the pieces' results, by slots of `size` rows, in float32; empty where none are."""
-    if not self.slots:
-      return ()
-    found = []
-    for kinds, like in results:
-      sides = dict(zip(kinds, like.shape, strict=True))
-      lead = "".join(kind for kind in kinds if kind in "bnm")
-      rest = [sides[kind] for kind in kinds if kind not in "bnmqk"]
-      shape = (*(sides[kind] for kind in lead), self.slots, size, *rest)
-      kinds = lead + "." * (len(shape) - len(lead))
-      found.append((kinds, jax.ShapeDtypeStruct(shape, jnp.float32)))
-    return tuple(found)
 
 
 def lengths_of(lists: TileList, group: int = 1) -> Index:
@@ -162,76 +136,3 @@ def _of_pieces(lists: TileList, row: np.ndarray, part: np.ndarray, count: np.nda
   offset = xp.concatenate([begin, lists.offset[..., -1:]], axis=-1)
   partial = xp.clip(of(lists.partial), offset[..., :-1], offset[..., 1:])
   return TileList(offset.astype(np.int32), partial.astype(np.int32), lists.index)
-
-
-def joined(
-  job: Job, pieces: Pieces, join: Join, results: tuple[Result, ...], found: tuple[Array, ...]
-) -> tuple[Array, ...]:
-  """The whole of `results`, with the rows that are cut joined from their slots.
-
-  Args:
-    join: two parts of the same rows as one.
-    found: `results` without these rows, and then their parts.
-  """
-  number = len(results)
-  if not pieces.slots:
-    return found
-  wholes, parts = found[:number], found[number:]
-  size = parts[0].shape[3]
-
-  def kernel(wholes, x, *outputs):
-    at, row = pl.program_id(0) * _PART, pl.program_id(1)
-    first, last = x["ends"][row], x["ends"][row + 1]
-    load = lambda slot: tuple(ref[slot, pl.ds(at, _PART)] for ref in x["parts"])
-
-    @pl.when(first < last)
-    def _():
-      add = lambda slot, carry: join(carry, load(slot))
-      carry = lax.fori_loop(first + 1, last, add, load(first))
-      here = pl.ds(x["joined"][row] * size + at, _PART)
-      for output, value in zip(outputs, carry, strict=True):
-        output[here] = value.astype(output.dtype)
-
-  own = lambda axis: (None, lambda *ids: ids[axis])
-  place = Place(
-    (size // _PART, pieces.joined.shape[-1], *parts[0].shape[1::-1]),
-    {"n": own(2), "m": own(2), "b": own(3)},
-  )
-  like = [like for _, like in results]
-  whole = [place.spec(each.shape, kinds) for kinds, each in results]
-  of_part = pieces.parts(results, size)
-  operands = {"joined": pieces.joined, "ends": pieces.ends, "parts": parts}
-  specs = {name: place.spec(operands[name].shape, "bn.") for name in ("joined", "ends")}
-  specs["parts"] = tuple(place.spec(each.shape, kinds) for kinds, each in of_part)
-  call = pl.pallas_call(
-    kernel,
-    grid=place.grid,
-    in_specs=[tuple(whole), specs],
-    out_specs=whole,
-    out_shape=[job.settings.result(each.shape, each.dtype, job.query) for each in like],
-    input_output_aliases={n: n for n in range(number)},
-    name="joined",
-    interpret=job.settings.interpret,
-  )
-  return job.settings.run(call, tuple(wholes), operands)
-
-
-def add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-  """Sums of parts."""
-  return tuple(x + y for x, y in zip(a, b, strict=True))
-
-
-def attended(a: tuple[Array, ...], b: tuple[Array, ...], log2: float) -> tuple[Array, ...]:
-  """Output, maximum and log₂ of the sum over the keys of two parts.
-
-  Args:
-    log2: how often a maximum's unit holds log 2.
-  """
-  (out_a, top_a, sum_a), (out_b, top_b, sum_b) = a, b
-  most = jnp.maximum(top_a, top_b)
-  base = jnp.where(most == -jnp.inf, 0.0, most)
-  share = lambda top, log_sum: jnp.exp2((top - base) * log2 + log_sum)
-  of_a, of_b = share(top_a, sum_a), share(top_b, sum_b)
-  total = steps.some(of_a + of_b)
-  out = out_a * (of_a / total)[:, None] + out_b * (of_b / total)[:, None]
-  return out, most, jnp.log2(total)
