@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from effjax.core.typing import Array
 from effjax.kernels.flash_attention.fused import steps
@@ -79,6 +80,7 @@ def joined(
     out_shape=[job.settings.result(like.shape, like.dtype, job.query) for _, like in results],
     input_output_aliases={n: n for n in range(number)},
     name="joined",
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
     interpret=job.settings.interpret,
   )
   operands = {"parts": list(found[number:]), "cut": cut}
