@@ -93,11 +93,12 @@ def _long(lengths: np.ndarray, programs: int) -> np.ndarray:
   """In how many pieces lists are worth working on [b, h, rows].
 
   A list is long that would keep a program busy for half the time that a device takes for all of
-  them, and for more than twice the mean: lists that grow steadily need no more than an order.
+  them, and for more than twice the mean: lists that grow steadily need no more than an order. Its
+  pieces are half as long as it may be.
   """
-  mean = lengths.mean()
-  most = max(mean * max(2, programs * lengths.shape[-1] / (2 * PROGRAMS)), _LEAST)
-  return np.ceil(lengths / most).astype(np.int64)
+  most = lengths.mean() * max(2, programs * lengths.shape[-1] / (2 * PROGRAMS))
+  pieces = np.ceil(lengths / max(most / 2, _LEAST)).astype(np.int64)
+  return np.where(lengths > most, pieces, 1)
 
 
 def _cut(counts: np.ndarray) -> tuple[np.ndarray, ...]:
