@@ -52,6 +52,7 @@ def joined(
     found: the results without the rows that are cut, then these rows' pieces in slots.
   """
   (B, heads, _, size), number = parts[0][1].shape[:4], len(results)
+  cut: list[Any] = [pieces.joined, pieces.ends]
 
   def kernel(_, x, *outputs):
     n, at = pl.program_id(1), pl.program_id(0) * _ROWS
@@ -69,9 +70,8 @@ def joined(
 
   index = lambda axis: (None, lambda *ids: ids[axis])
   axes = {"n": index(2), "m": index(2), "b": index(3)}
-  place = Place((size // _ROWS, pieces.joined.shape[-1], heads, B), axes)
+  place = Place((size // _ROWS, cut[0].shape[-1], heads, B), axes)
   specs = lambda arrays: [place.spec(like.shape, kinds) for kinds, like in arrays]
-  cut = [pieces.joined, pieces.ends]
   call = pl.pallas_call(
     kernel,
     grid=place.grid,
