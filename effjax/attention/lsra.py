@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from effjax.attention import masks
+from effjax.attention.kv_cache import Int8Rows, empty, put
 from effjax.attention.multi_head import Attention
 from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
@@ -111,7 +112,7 @@ class LSRACache:
   """The keys and values of one half, and what the other half convolves, by position."""
 
   attention: PyTree
-  inputs: Float[Array, "... B S C"]
+  inputs: Float[Array, "... B S C"] | Int8Rows
 
 
 class LSRA(nn.Module):
@@ -160,10 +161,8 @@ class LSRA(nn.Module):
     if cache is None:
       near = convolve(near, taps, causal=self.causal, segment_ids=context.segment_ids)
     else:
-      rows = jnp.arange(x.shape[0])[:, None]
-      length = cache.inputs.shape[1]
-      slots = context.slots_for(x, length)
-      inputs = cache.inputs.at[rows, slots].set(near.astype(cache.inputs.dtype), mode="drop")
+      length = cache.attention.written.shape[1]
+      inputs = put(cache.inputs, near, context.slots_for(x, length))
       near = convolve_cached(inputs.astype(x.dtype), taps, context.positions_for(x))
       near = jnp.where(context.lost(x, length)[..., None], jnp.nan, near)
       cache = LSRACache(kv_cache, inputs)
@@ -178,16 +177,16 @@ class LSRA(nn.Module):
   def init_cache(
     self, width: int, batch: int, length: int, dtype: DTypeLike = jnp.float32
   ) -> LSRACache:
-    """An empty cache of `length` slots for a model of `width`.
+    """An empty cache of `length` slots for a model of `width`; `dtype` as in `Attention`.
 
     Raises:
-      ValueError: when not `causal`.
+      ValueError: when not `causal`, and for a type of neither floats nor int8.
     """
     if not self.causal:
       raise ValueError("LSRA: a cache with causal=False; allowed: causal=True")
     half = self._half(width)
     attention = self._attention(parent=None).init_cache(half, batch, length, dtype)
-    return LSRACache(attention, jnp.zeros((batch, length, half), dtype))
+    return LSRACache(attention, empty((batch, length, half), dtype))
 
   @property
   def axes(self) -> dict[str, tuple[str, ...]]:

@@ -4,48 +4,15 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax import struct
 
 from effjax.attention import masks
 from effjax.attention.attend import attend
+from effjax.attention.kv_cache import KVCache, empty
 from effjax.attention.scores import Score
-from effjax.core import numerics
-from effjax.core.typing import Array, Bool, Dim, DTypeLike, Float, Int
+from effjax.core.typing import Array, Dim, DTypeLike, Float
 from effjax.layers import Context, Linear, RMSNorm, Rope, taps, without_padding
 from effjax.layers.axes import linear_axes
 from effjax.layers.meshes import on_any_mesh
-
-
-@struct.dataclass
-class KVCache:
-  """Keys and values of the tokens seen so far; the token at position p lies in slot p.
-
-  Attributes:
-    key, value: zeros where nothing was written.
-    written: the slots that hold a token; no other is seen, whatever the mask shows.
-  """
-
-  key: Float[Array, "... B S K H"]
-  value: Float[Array, "... B S K H"]
-  written: Bool[Array, "... B S"]
-
-  @property
-  def ends(self) -> Int[Array, "... B"]:
-    """The slot after the last that holds a token, where a row goes on."""
-    after = jnp.arange(1, self.written.shape[-1] + 1, dtype=jnp.int32)
-    return jnp.where(self.written, numerics.expand(after, self.written.ndim), 0).max(-1)
-
-  def write(self, key: Array, value: Array, slots: Array) -> "KVCache":
-    """The cache with `key` and `value` [B, T, K, H] in `slots` [B, T]; none past its end.
-
-    What a row held in the first of them and beyond is forgotten.
-    """
-    length = self.written.shape[1]
-    row = jnp.arange(slots.shape[0])[:, None]
-    put = lambda old, new: old.at[row, slots].set(new.astype(old.dtype), mode="drop")
-    before = jnp.arange(length)[None] < slots.min(1, keepdims=True, initial=length)
-    written = put(self.written & before, jnp.ones(slots.shape, bool))
-    return KVCache(put(self.key, key), put(self.value, value), written)
 
 
 class Attention(nn.Module):
@@ -161,7 +128,7 @@ class Attention(nn.Module):
     if cache is None:
       mask, segments = self._mask(context, key.shape[1]), context.segment_ids
       return attend(query, key, value, mask=mask, segment_ids=segments, **arguments), None
-    length = cache.key.shape[1]
+    length = cache.written.shape[1]
     cache = cache.write(key, value, context.slots_for(x, length))
     key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
     out = attend(
@@ -178,13 +145,19 @@ class Attention(nn.Module):
   def init_cache(
     self, width: int, batch: int, length: int, dtype: DTypeLike = jnp.float32
   ) -> KVCache | None:
-    """An empty cache of `length` slots for a model of `width`; None for cross-attention."""
+    """An empty cache of `length` slots for a model of `width`; None for cross-attention.
+
+    Args:
+      dtype: in which keys and values are kept: floats, or int8 with a float32 scale for each token
+        and head, see `kv_cache.Int8Rows`.
+
+    Raises:
+      ValueError: for another type.
+    """
     if self.cross:
       return None
     shape = (batch, length, self._kv_heads(), self._head_width(width))
-    return KVCache(
-      jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), bool)
-    )
+    return KVCache(empty(shape, dtype), empty(shape, dtype), jnp.zeros((batch, length), bool))
 
   @property
   def axes(self) -> dict[str, tuple[str, ...]]:

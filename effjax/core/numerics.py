@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from effjax.core.known import check_ids, is_id, known
-from effjax.core.typing import Array, Bool, Dim, DTypeLike, Float, Integer, PyTree, Shaped
+from effjax.core.typing import Array, Bool, Dim, DTypeLike, Float, Int, Integer, PyTree, Shaped
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
@@ -66,6 +66,26 @@ def matmul(x: Float[Array, "... D"], w: Array) -> Array:
   rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
   y = jax.lax.dot_general(rows, w.astype(x.dtype), (((1,), (0,)), ((), ())))
   return y.reshape(x.shape[:-1] + w.shape[1:])
+
+
+def rounded(
+  x: Float[Array, "... D"], top: Float[Array, "... 1"] | None = None
+) -> tuple[Int[Array, "... D"], Float[Array, "... 1"]]:
+  """q = round(127 · x / a), a = max |x| of each row (absmax) unless it is given; (q, a / 127).
+
+  A row of zeros gives zeros, with a scale of 0. One that holds NaN or infinity has the scale NaN.
+
+  Example:
+    >>> q, scale = rounded(jnp.array([[1.0, -2.0], [0.0, 0.0]]))
+    >>> q.tolist(), (127 * scale).tolist()
+    ([[64, -127], [0, 0]], [[2.0], [0.0]])
+  """
+  x = x.astype(wide(x.dtype))
+  top = jnp.abs(x).max(-1, keepdims=True, initial=0) if top is None else top.astype(x.dtype)
+  usual = jnp.isfinite(top) & (top >= 127 * jnp.finfo(x.dtype).tiny)
+  q = jnp.round(x * (127 / jnp.where(usual, top, jnp.inf)))
+  scale = jnp.where(usual, top / 127, jnp.where(jnp.isfinite(top), 0, jnp.nan))
+  return q.astype(jnp.int8), scale
 
 
 def softcap(x: Array, cap: float | Array | None) -> Array:

@@ -162,27 +162,26 @@ class Weight(abc.ABC):
     return x.astype(jnp.promote_types(x.dtype, self.dtype))
 
   def __repr__(self) -> str:
-    name, base = type(self).__name__, getattr(self, "base", None)
-    over = f" over {type(base).__name__}" if isinstance(base, Weight) else ""
+    name = type(self).__name__
     try:
-      return f"{name}[{', '.join(map(str, self.shape))}] {jnp.dtype(self.dtype).name}{over}"
+      return f"{name}[{', '.join(map(str, self.shape))}] {jnp.dtype(self.dtype).name}"
     except (AttributeError, TypeError):  # what tree maps have put in place of the arrays
-      return f"{name}(…){over}"
+      return f"{name}(…)"
 
 
-@register(kind="wrapper")
-class Transposed(Weight):
-  """Wᵀ for a `Weight` W: x Wᵀ is the transpose of the linear map x ↦ x W, applied to x.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Over(Weight):
+  """What stands over another matrix: but for what a subclass says, it is as that one.
 
-  So a tied head over a quantised table costs what the backward pass of the product does, and no
-  representation needs a second kernel.
+  Invariants:
+    base: an array or `Weight` [..., D, F].
   """
 
   base: PyTree
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return (*self.base.shape[:-2], self.base.shape[-1], self.base.shape[-2])
+    return tuple(self.base.shape)
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -190,11 +189,30 @@ class Transposed(Weight):
 
   @property
   def parameters(self) -> int:
-    return self.base.parameters
+    if self.base is None:  # as where `trees.partition` has taken the base away
+      return 0
+    return self.base.parameters if isinstance(self.base, Weight) else math.prod(self.base.shape)
 
   @property
   def flops(self) -> float:
-    return self.base.flops
+    return self.base.flops if isinstance(self.base, Weight) else super().flops
+
+  def __repr__(self) -> str:
+    over = f" over {type(self.base).__name__}" if isinstance(self.base, Weight) else ""
+    return super().__repr__() + over
+
+
+@register(kind="wrapper")
+class Transposed(Over):
+  """Wᵀ for a `Weight` W: x Wᵀ is the transpose of the linear map x ↦ x W, applied to x.
+
+  So a tied head over a quantised table costs what the backward pass of the product does, and no
+  representation needs a second kernel.
+  """
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return (*self.base.shape[:-2], self.base.shape[-1], self.base.shape[-2])
 
   def materialize(self) -> Array:
     return jnp.matrix_transpose(self.base.materialize())

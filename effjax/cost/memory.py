@@ -9,7 +9,7 @@ import jax
 
 from effjax.core import trees
 from effjax.core.known import number
-from effjax.core.typing import Number, Size
+from effjax.core.typing import DTypeLike, Number, Size
 
 # Bytes a parameter: (weights, gradients, optimiser state).
 BYTES = {"paper": (2, 2, 12), "framework": (4, 4, 8)}
@@ -154,8 +154,10 @@ def residual_bytes(fn: Callable, *args) -> int:
   return trees.nbytes(jax.eval_shape(backward, *args))
 
 
-def cache_bytes(module: Any, batch: Size, length: Size) -> int:
-  """Bytes of `module.init_cache(batch, length)`, what decoding keeps; nothing is allocated.
+def cache_bytes(module: Any, batch: Size, length: Size, *, dtype: DTypeLike | None = None) -> int:
+  """Bytes of `module.init_cache(batch, length, dtype=dtype)`, what decoding keeps.
+
+  Nothing is allocated.
 
   Raises:
     ValueError: for a batch or length below 1, and as `init_cache`.
@@ -168,10 +170,18 @@ def cache_bytes(module: Any, batch: Size, length: Size) -> int:
     >>> config = presets.llama(64, 32, layers=3, heads=2)
     >>> cache_bytes(Transformer(config), 2, 8) == 3 * 2 * 8 * (2 * 2 * 16 * 4 + 1) + 2 * 4
     True
+
+    In int8 an entry takes a byte, and each key and value a scale of four:
+
+    >>> cache_bytes(Transformer(config), 2, 8, dtype="int8") == (
+    ...   3 * 2 * 8 * (2 * 2 * (16 + 4) + 1) + 2 * 4
+    ... )
+    True
   """
   batch = number("batch", batch, integer=True, least=1)
   length = number("length", length, integer=True, least=1)
-  return trees.nbytes(jax.eval_shape(lambda: jax.tree.leaves(module.init_cache(batch, length))))
+  empty = lambda: jax.tree.leaves(module.init_cache(batch, length, dtype=dtype))
+  return trees.nbytes(jax.eval_shape(empty))
 
 
 def _state(parameters: Number, dp: Size, stage: Size, bytes_each: tuple) -> Memory:

@@ -54,8 +54,12 @@ class Mixer(Protocol):
   ) -> PyTree:
     """The cache of a model of `width` before the first of `length` tokens.
 
+    Args:
+      dtype: in which it keeps what it keeps of each token: floats, or int8 with scales. States
+        that tokens are added to may have a type of their own.
+
     Raises:
-      ValueError: when this mixer cannot go on from a cache.
+      ValueError: when this mixer cannot go on from a cache, or has none in `dtype`.
     """
     ...
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import struct, traverse_util
 
 from effjax.core import spmd
 from effjax.core.trees import Chooser, chooses
-from effjax.core.typing import Array, Int, Params, PyTree
+from effjax.core.typing import Array, Int, Params, PyTree, Size
 from effjax.layers.forward import forward
 from effjax.layers.linear import Linear
 from effjax.layers.reductions import Reduction
@@ -25,7 +26,7 @@ Batch = Mapping[str, Any]
 Kind = type[nn.Module] | tuple[type[nn.Module], ...]
 
 _COLLECTION, _STATISTIC, _MISFIT = "taps", "statistic", "misfit"
-_segment_ids: contextvars.ContextVar[Array | None] = contextvars.ContextVar("segment_ids")
+_seen: contextvars.ContextVar[tuple[Array | None, int | None]] = contextvars.ContextVar("seen")
 
 
 class Tap(nn.Module):
@@ -42,22 +43,23 @@ class Tap(nn.Module):
 
 
 @contextlib.contextmanager
-def tokens(segment_ids: Int[Array, "..."] | None):
+def tokens(segment_ids: Int[Array, "..."] | None, groups: Size | None = None):
   """Inside, captured values have the leading axes of `segment_ids`, and a negative id is padding.
 
   For modules that compute on other rows than the batch's [B, T]: memory, or tokens sorted by
-  expert. With None every row counts.
+  expert. With None every row counts. With `groups` the ids are those of groups, 0 … groups − 1,
+  and each has a statistic of its own along a leading axis, as its parameters have.
 
   Example:
     >>> import jax.numpy as jnp
     >>> with tokens(jnp.array([0, 0, -1])):  # rows [3, D], of which the last is padding
     ...   pass
   """
-  token = _segment_ids.set(segment_ids)
+  token = _seen.set((segment_ids, groups))
   try:
     yield
   finally:
-    _segment_ids.reset(token)
+    _seen.reset(token)
 
 
 def capture(
@@ -73,10 +75,10 @@ def capture(
   """Path of a module → statistic of what went into or came out of it, over all batches.
 
   Paths are those of parameters, "segments_0/layers_0/mixer/query", so that a statistic lies beside
-  its parameter; as that it has a leading axis R in a scanned segment. Seen is the first array that
-  `__call__` is given, or that it returns; a module called several times accumulates. A token that
-  is padding, `segment_ids` < 0, has no influence, whatever its values. One program runs all batches
-  of a shape.
+  its parameter; as that it has a leading axis R in a scanned segment, and E in the experts of a
+  mixture, each of which sees its own tokens. Seen is the first array that `__call__` is given, or
+  that it returns; a module called several times accumulates. A token that is padding,
+  `segment_ids` < 0, has no influence, whatever its values. One program runs all batches of a shape.
 
   Args:
     module: called as `layers.forward` calls it.
@@ -137,9 +139,12 @@ def _observe(call, arguments, named, context, *, reduce: Reduction, kind: Kind, 
   if context.method_name != "__call__" or not isinstance(module, kind):
     return returned
   value = jax.tree.leaves(returned if at == "output" else (arguments, named))[0]
-  ids = _segment_ids.get()
+  ids, groups = _seen.get()
   if ids is None or ids.shape == value.shape[: ids.ndim]:
-    new = reduce.measure(value, None if ids is None else ids >= 0)
+    if groups is None:
+      new = reduce.measure(value, None if ids is None else ids >= 0)
+    else:
+      new = jax.lax.map(lambda group: reduce.measure(value, ids == group), jnp.arange(groups))
     accumulate = lambda old, new: new if old is None else reduce.combine(old, new)
     module.sow(_COLLECTION, _STATISTIC, new, accumulate, lambda: None)
   else:

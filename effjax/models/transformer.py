@@ -221,11 +221,16 @@ class Transformer(nn.Module):
     logits = embed.logits(x) if config.tied else Linear(config.vocab_size, name="head")(x)
     return softcap(logits, config.logit_softcap)
 
-  def init_cache(self, batch: int, length: int) -> Cache:
+  def init_cache(self, batch: int, length: int, *, dtype: DTypeLike | None = None) -> Cache:
     """Empty caches of all mixers for `batch` rows and `length` positions.
 
+    Args:
+      dtype: in which keys and values are kept; None means that of activations. With int8 there is
+        a float32 scale for each token and head. What mixers keep in a type of their own, as
+        recurrent states, stays in it.
+
     Raises:
-      ValueError: when `length` exceeds `config.context`, or a mixer has no caches.
+      ValueError: when `length` exceeds `config.context`, a mixer has no caches, or none in `dtype`.
     """
     for index, spec in enumerate(self.config.layers):
       for name in ("init_cache", "rewinds"):
@@ -237,7 +242,8 @@ class Transformer(nn.Module):
     def of_layer(spec: LayerSpec):
       if spec.mixer is None:
         return None
-      return spec.mixer.init_cache(self.config.width, batch, length, self.dtype)
+      kept = self.dtype if dtype is None else dtype
+      return spec.mixer.init_cache(self.config.width, batch, length, kept)
 
     def of_segment(segment: Segment):
       caches = tuple(of_layer(spec) for spec in segment.pattern)

@@ -9,6 +9,7 @@ from effjax.core import spmd
 from effjax.core.typing import Array, Dim, Float, Int, Params, PyTree
 from effjax.core.weights import is_weight
 from effjax.kernels.grouped_matmul import Grouped
+from effjax.kernels.grouped_matmul.reference import group_of_row
 from effjax.layers import Context, Router, taps, without_padding
 from effjax.layers.axes import lead, renamed, under
 from effjax.layers.meshes import on_any_mesh
@@ -76,7 +77,7 @@ class MoE(nn.Module):
 
     call = nn.map_variables(lambda expert, x: expert(x, Context()), "params", group)
     try:
-      with taps.tokens(_ids(sizes, rows.shape[0])):
+      with taps.tokens(_ids(sizes, rows.shape[0]), groups=sizes.shape[-1]):
         return call(self.expert.copy(name="experts"), rows[None])[0]
     except ScopeParamShapeError as error:
       allowed = "an expert that fetches its parameters by layers.weight"
@@ -115,12 +116,12 @@ class MoE(nn.Module):
 
 
 def _ids(sizes: Array, rows: Dim) -> Int[Array, "1 M"]:
-  """0 for rows that an expert has, −1 for those past the last expert's."""
+  """The expert of each row, −1 for rows past the last expert's."""
   parts = sizes.reshape(-1, sizes.shape[-1])
   each = rows // parts.shape[0]
 
   def held(parts: Array, _) -> Array:
-    inside = jnp.arange(each)[None] < parts.sum(axis=1, keepdims=True)
-    return jnp.where(inside, 0, -1).reshape(-1)
+    expert = jax.vmap(lambda sizes: group_of_row(sizes, each))(parts)
+    return jnp.where(expert < parts.shape[1], expert, -1).reshape(-1)
 
   return spmd.map_rows(held, parts, ())[None]

@@ -17,7 +17,7 @@ from effjax.parallel.shards import Shards
 
 
 @weights.register(static=("shards",), kind="wrapper")
-class Gathered(weights.Weight):
+class Gathered(weights.Over):
   """`base`, an array or `Weight` split over devices, gathered for each use.
 
   Invariants: `shape`, `dtype` and `parameters` are those of `base`; what is gathered in the
@@ -28,24 +28,7 @@ class Gathered(weights.Weight):
     shards: where the parts lie.
   """
 
-  base: PyTree
   shards: Shards
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return tuple(self.base.shape)
-
-  @property
-  def dtype(self) -> jnp.dtype:
-    return self.base.dtype
-
-  @property
-  def parameters(self) -> int:
-    return self.base.parameters if weights.is_weight(self.base) else super().parameters
-
-  @property
-  def flops(self) -> float:
-    return self.base.flops if weights.is_weight(self.base) else super().flops
 
   def materialize(self) -> Array:
     return weights.materialize(gather(self.base, self.shards))

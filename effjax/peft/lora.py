@@ -16,13 +16,21 @@ from effjax.core import trees, weights
 from effjax.core.known import number
 from effjax.core.trees import Chooser
 from effjax.core.typing import Array, Float, Int, Key, PyTree, Scalar, Size
-from effjax.core.weights import Weight, is_weight, linear, materialize, register, transpose
+from effjax.core.weights import (
+  Over,
+  Weight,
+  is_weight,
+  linear,
+  materialize,
+  register,
+  transpose,
+)
 
 TARGETS = r"mixer/(query|value)/kernel$"
 
 
 @register(trains=("a", "b"), kind="adapter")
-class LoRA(Weight):
+class LoRA(Over):
   """W = W0 + s·A B, computed as x W0 + s·(x A) B.
 
   Invariants:
@@ -32,18 +40,9 @@ class LoRA(Weight):
   The type is that of the base; a, b and scale are float32, and products are in the type of x.
   """
 
-  base: PyTree
   a: PyTree
   b: PyTree
   scale: PyTree
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return tuple(self.base.shape)
-
-  @property
-  def dtype(self) -> jnp.dtype:
-    return self.base.dtype
 
   @property
   def rank(self) -> int:
@@ -51,14 +50,12 @@ class LoRA(Weight):
 
   @property
   def parameters(self) -> int:
-    own = math.prod(self.a.shape) + math.prod(self.b.shape)
-    return trees.count({"base": self.base}) + own
+    return super().parameters + math.prod(self.a.shape) + math.prod(self.b.shape)
 
   @property
   def flops(self) -> float:
     D, F = self.shape[-2:]
-    base = self.base.flops if is_weight(self.base) else super().flops
-    return base + 2.0 * self.rank * (D + F)
+    return super().flops + 2.0 * self.rank * (D + F)
 
   def check(self) -> None:
     *batch, D, F = self.shape

@@ -12,7 +12,9 @@ from effjax.quant.int8 import Int8
 from effjax.quant.llm_int8 import LLMInt8, LLMInt8Exact, has_outliers, outliers
 from effjax.quant.model import dequantize, fake_quantize, methods, quantize
 from effjax.quant.palette import Palette, kmeans
+from effjax.quant.qmoe import qmoe
 from effjax.quant.smoothquant import smoothquant
+from effjax.quant.ternary import Ternary
 
 __all__ = [
   "FP4",
@@ -27,6 +29,7 @@ __all__ = [
   "LLMInt8",
   "LLMInt8Exact",
   "Palette",
+  "Ternary",
   "awq",
   "dequantize",
   "fake_quantize",
@@ -35,6 +38,7 @@ __all__ = [
   "kmeans",
   "methods",
   "outliers",
+  "qmoe",
   "quantize",
   "smoothquant",
 ]

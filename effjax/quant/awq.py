@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from effjax.core.typing import Array, Float, PyTree
 from effjax.core.weights import Weight
 from effjax.quant.calibrated import Statistics, calibrated, each_matrix, scaled
-from effjax.quant.model import representation
+from effjax.quant.model import representer
 
 RATIOS = tuple(i / 20 for i in range(20))  # exponents that are tried
 LEAST = 1e-4  # of a mean magnitude, below which inputs are told apart no more
@@ -39,12 +39,14 @@ def awq(
     options: of the method.
 
   Raises:
-    ValueError: for an unknown method; where there are no statistics, or one has no matrix in
-      `params`, or does not fit it.
+    ValueError: for an unknown method, or an option that it does not have; where there are no
+      statistics, or one has no matrix in `params`, or does not fit it.
   """
 
+  represent = representer(method, options)
+
   def change(path: str, w: Array, gram: Array, magnitude: Array) -> Weight:
-    quantise = functools.partial(representation(method).represent, path, **options)
+    quantise = functools.partial(represent, path)
     search = functools.partial(_searched, quantise=quantise)
     return scaled(quantise, w, each_matrix(search, w.ndim - 2, w, gram, magnitude))
 
@@ -59,6 +61,8 @@ def _searched(
   quantise: Callable,
 ) -> Float[Array, "D"]:
   """AWQ's scales."""
+  seen = jnp.trace(gram) > 0  # the mean over no tokens is none
+  magnitude = jnp.where(seen, magnitude, 0)
 
   def scales(ratio):
     s = jnp.maximum(magnitude, LEAST) ** ratio

@@ -1,4 +1,4 @@
-"""What GPTQ, AWQ and SmoothQuant share: matrices are changed by their layers' statistics.
+"""What GPTQ, QMoE, AWQ and SmoothQuant share: matrices are changed by their layers' statistics.
 
 A linear layer of inputs x errs by x (W − Ŵ), over a text by ‖X (W − Ŵ)‖² = tr (W − Ŵ)ᵀ H (W − Ŵ)
 with H = XᵀX. Statistics of X are what `layers.capture` gives. A matrix whose layer has none stays
@@ -58,15 +58,18 @@ def calibrated(
   return trees.update(params, lambda path, leaf: path in chosen, visit)
 
 
-def each_matrix(function: Callable, leading: int, *arguments: PyTree) -> PyTree:
-  """function(…) of matrices, one after the other along each of the leading axes."""
-  for _ in range(leading):
-    function = _mapped(function)
+def each_matrix(
+  function: Callable, leading: int, *arguments: PyTree, at_once: int | None = None
+) -> PyTree:
+  """function(…) of matrices along each of the leading axes, `at_once` of the last one together."""
+  for i in range(leading):
+    function = _mapped(function, None if i else at_once)
   return function(*arguments)
 
 
-def _mapped(function: Callable) -> Callable:
-  return lambda *arguments: jax.lax.map(lambda each: function(*each), arguments)
+def _mapped(function: Callable, at_once: int | None) -> Callable:
+  each = lambda arguments: function(*arguments)
+  return lambda *arguments: jax.lax.map(each, arguments, batch_size=at_once)
 
 
 def scaled(

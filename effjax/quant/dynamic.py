@@ -4,43 +4,23 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from effjax.core import numerics
+from effjax.core.numerics import rounded
 from effjax.core.register import register
-from effjax.core.typing import Array, Float, Int
+from effjax.core.typing import Array, Float
 from effjax.kernels.quantized_matmul import integer_matmul
 from effjax.quant.int8 import Int8
-
-
-def rounded(
-  x: Float[Array, "... D"], top: Float[Array, "... 1"] | None = None
-) -> tuple[Int[Array, "... D"], Float[Array, "... 1"]]:
-  """q = round(127 · x / a), a = max |x| of each row (absmax) unless it is given; (q, a / 127).
-
-  A row of zeros gives zeros, with a scale of 0. One that holds NaN or infinity has the scale NaN.
-
-  Example:
-    >>> q, scale = rounded(jnp.array([[1.0, -2.0], [0.0, 0.0]]))
-    >>> q.tolist(), (127 * scale).tolist()
-    ([[64, -127], [0, 0]], [[2.0], [0.0]])
-  """
-  x = x.astype(numerics.wide(x.dtype))
-  top = jnp.abs(x).max(-1, keepdims=True, initial=0) if top is None else top.astype(x.dtype)
-  usual = jnp.isfinite(top) & (top >= 127 * jnp.finfo(x.dtype).tiny)
-  q = jnp.round(x * (127 / jnp.where(usual, top, jnp.inf)))
-  scale = jnp.where(usual, top / 127, jnp.where(jnp.isfinite(top), 0, jnp.nan))
-  return q.astype(jnp.int8), scale
 
 
 @register(kind="quantised")
 class Int8Dynamic(Int8):
   """`Int8` whose products are of integers: activations are rounded too, one scale a row of x.
 
-  x W ≈ (Q(x) q) · s_x · scale, where Q(x) q is summed in int32 (`rounded`). Its derivative is that
-  of x W. Weights alone are rounded, as by `Int8`, in products with one scale a row of W, as the
-  table of an embedding has (the tied head is its transpose, and multiplies integers), and in those
-  of the experts of a mixture, which are not with a single matrix.
+  x W ≈ (Q(x) q) · s_x · scale, where Q(x) q is summed in int32 and Q is `rounded`. Its
+  derivative is that of x W. Weights alone are rounded, as by `Int8`, in products with one scale a
+  row of W, as the table of an embedding has (the tied head is its transpose, and multiplies
+  integers), and in those of the experts of a mixture, which are not with a single matrix.
   """
 
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:

@@ -105,5 +105,4 @@ def _encode(
   order = np.argsort(codebook, kind="stable")
   index = nearest(shares, np.asarray(codebook, np.float32)[order])
   codes = index if (order == np.arange(16)).all() else jnp.asarray(order)[index]
-  pairs = codes.astype(jnp.uint8).reshape(*m.shape[:-1], m.shape[-1] // 2, 2)
-  return pairs[..., 0] << 4 | pairs[..., 1], scale
+  return Nibbles(codebook, block).pack(codes.reshape(m.shape)), scale

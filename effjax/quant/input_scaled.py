@@ -1,18 +1,13 @@
 """A matrix whose inputs are scaled: what moves the difficulty of quantising between x and W."""
 
-from collections.abc import Sequence
-from typing import Any
-
-import jax.numpy as jnp
-
 from effjax.core import numerics, weights
 from effjax.core.register import register
 from effjax.core.typing import Array, Float, Int, PyTree
-from effjax.core.weights import Weight
+from effjax.core.weights import Over
 
 
 @register(kind="quantised")
-class InputScaled(Weight):
+class InputScaled(Over):
   """W = diag(scale) B: x W = (x · scale) B.
 
   With B a quantised form of diag(scale)⁻¹ W it stands for W, each input having a share of its own
@@ -23,7 +18,6 @@ class InputScaled(Weight):
     scale: [..., D, 1].
   """
 
-  base: PyTree
   scale: PyTree
 
   def check(self) -> None:
@@ -35,21 +29,8 @@ class InputScaled(Weight):
       )
 
   @property
-  def shape(self) -> tuple[int, ...]:
-    return tuple(self.base.shape)
-
-  @property
-  def dtype(self) -> jnp.dtype:
-    return self.base.dtype
-
-  @property
-  def parameters(self) -> int:
-    return self.base.parameters if isinstance(self.base, Weight) else self.base.size
-
-  @property
   def flops(self) -> float:
-    D, F = self.shape[-2:]
-    return D + (self.base.flops if isinstance(self.base, Weight) else 2.0 * D * F)
+    return super().flops + self.shape[-2]
 
   def materialize(self) -> Array:
     wide = numerics.wide(self.dtype)
@@ -63,8 +44,3 @@ class InputScaled(Weight):
   def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
     rows = weights.lookup(self.base, indices)
     return (rows * weights.lookup(self.scale, indices)).astype(self.dtype)
-
-  def specs(self, axes: Sequence[Any]) -> "InputScaled":
-    return InputScaled(
-      weights.specs(self.base, axes), weights.specs(self.scale, (*axes[:-1], None))
-    )

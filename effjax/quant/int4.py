@@ -72,13 +72,13 @@ class Int4(Packed):
     options: Any = {"bits": 4, "granularity": "group", "group": group, "scale_dtype": scale_dtype}
     q, *constants = quantise(m, **options)
     basics.check_scales(constants[0])
-    codes = jnp.matrix_transpose(q + 8 if symmetric else q).astype(jnp.uint8)
-    packed = codes[..., ::2] << 4 | codes[..., 1::2]
+    format = Nibbles(SIGNED if symmetric else UNSIGNED, group)
+    codes = format.pack(jnp.matrix_transpose(q + 8 if symmetric else q))
     scale, *zero = map(jnp.matrix_transpose, constants)
     fields: Any = {"group": group, "dtype": jax.typeof(w).dtype, "table": table}
     if symmetric:
-      return Int4(packed, scale, **fields)
-    return Int4Affine(packed, scale, zero[0].astype(jnp.uint8), **fields)
+      return Int4(codes, scale, **fields)
+    return Int4Affine(codes, scale, zero[0].astype(jnp.uint8), **fields)
 
 
 @register(kind="quantised")

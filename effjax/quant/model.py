@@ -1,5 +1,8 @@
 """Quantising the matrices of a model, and going back."""
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +38,43 @@ def representation(method: str) -> type[Weight]:
   return methods()[method]
 
 
+def representer(method: str, options: Mapping[str, Any]) -> Callable[[str, Any], Weight]:
+  """(path, matrix) → the weight that the method makes with `options`.
+
+  Raises:
+    ValueError: for an unknown method, and for an option that it does not have.
+
+  Example:
+    >>> representer("int4", {"bits": 3})
+    Traceback (most recent call last):
+    ValueError: method 'int4' has no option 'bits'; allowed: group, scale_dtype, symmetric, table
+  """
+  cls = representation(method)
+  allowed = _options(cls)
+  if allowed is not None and (unknown := sorted(options.keys() - allowed)):
+    raise ValueError(
+      f"method {method!r} has no option {', '.join(map(repr, unknown))}; allowed: "
+      f"{', '.join(sorted(allowed)) or 'none'}"
+    )
+  return functools.partial(cls.represent, **options)
+
+
+def _options(cls: Any) -> set[str] | None:
+  """What `represent` takes besides a path and a matrix; None where that cannot be told.
+
+  Its `**options` are those of `quantize`, whose own are those of the class that it is made from.
+  """
+  makers = [(cls.represent, 2)]
+  makers += [(each.quantize, 1) for each in cls.__mro__ if "quantize" in vars(each)]
+  found: set[str] = set()
+  for make, given in makers:
+    own = list(inspect.signature(make).parameters.values())[given:]
+    found |= {each.name for each in own if each.kind is not each.VAR_KEYWORD}
+    if not any(each.kind is each.VAR_KEYWORD for each in own):
+      return found
+  return None
+
+
 def quantize(
   params: PyTree, method: str = "int8", targets: Chooser = TARGETS, **options: Any
 ) -> PyTree:
@@ -45,15 +85,15 @@ def quantize(
   Args:
     params: a parameter tree; leading axes of a matrix (scanned layers, experts) are a batch.
     method: one of `methods()`: "int8", "int8dynamic", "llmint8", "llmint8exact", "int4",
-      "int4affine", "nf4", "fp4", "palette", "gguf".
+      "int4affine", "nf4", "fp4", "palette", "gguf", "ternary".
     targets: pattern or predicate on paths; by default all kernels and embedding tables, but not
       norms, biases, routers and convolutions.
     options: of the method, as its `quantize` has them: `double=True` for NF4, `group=32` for Int4.
 
   Raises:
-    ValueError: for an unknown method; when no matrix matches, one is quantised already or cannot
-      be, as one of integers, one whose inputs a block does not divide, or, where values are known,
-      one that holds NaN or infinity.
+    ValueError: for an unknown method, or an option that it does not have; when no matrix matches,
+      one is quantised already or cannot be, as one of integers, one whose inputs a block does not
+      divide, or, where values are known, one that holds NaN or infinity.
 
   Example:
     >>> import jax.numpy as jnp
@@ -64,7 +104,7 @@ def quantize(
     >>> quantize(params, "int4", group=2)["up"]["kernel"]
     Int4[4, 8] float32
   """
-  chosen = representation(method)
+  chosen = representer(method, options)
   found = trees.matrices(params, targets)
   for path, leaf in found.items():
     if is_weight(leaf):
@@ -72,7 +112,7 @@ def quantize(
 
   def represent(path: str, leaf: Any) -> Weight:
     try:
-      return chosen.represent(path, leaf, **options)
+      return chosen(path, leaf)
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Matrices whose codes stay packed in memory: what all of them have in common."""
+"""Matrices that lie in memory row by row, packed: what all of them have in common."""
 
 import abc
 import dataclasses
@@ -17,38 +17,71 @@ from effjax.kernels.quantized_matmul import Format, packed_product
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Packed(Weight):
-  """W = Mᵀ, or M as the table of an embedding, for a matrix M [..., O, I] of packed codes.
+class ByRows(Weight):
+  """W = Mᵀ, or M as the table of an embedding, for a matrix M [..., O, I].
 
-  The rows of M are the outputs of a product, so that blocks run along its inputs; those of a token
-  table are its tokens, which are the outputs of the tied head. How M lies in memory is said in
-  `effjax.kernels.quantized_matmul.formats`. A subclass adds the constants as fields, and `format`.
+  The rows of M are the outputs of a product, and those of a token table are its tokens, which are
+  the outputs of the tied head.
 
   Invariants:
-    codes: uint8 [..., O, n · size], n blocks of `format.size` bytes.
     dtype: type of the matrix that it stands for.
     table: whether W is M itself.
   """
 
   static = ("dtype", "table")
-  codes: PyTree
   dtype: Any = dataclasses.field(default=np.dtype(np.float32), kw_only=True)
   table: bool = dataclasses.field(default=False, kw_only=True)
 
   @property
   @abc.abstractmethod
-  def format(self) -> Format:
-    """What the codes stand for."""
+  def lying_shape(self) -> tuple[int, ...]:
+    """The shape of M."""
+
+  @abc.abstractmethod
+  def unpacked(self) -> Float[Array, "... O I"]:
+    """M."""
 
   @classmethod
   @abc.abstractmethod
-  def quantize(cls, w: Num[Array | np.ndarray, "... D F"], *, table: bool = False) -> "Packed":
+  def quantize(cls, w: Num[Array | np.ndarray, "... D F"], *, table: bool = False) -> "ByRows":
     """The nearest one of `w`."""
 
   @classmethod
-  def represent(cls, path: str, w: Num[Array | np.ndarray, "... D F"], **options: Any) -> "Packed":
-    """`quantize`, a parameter named "embedding" being a table."""
-    return cls.quantize(w, table=is_table(path), **options)
+  def represent(cls, path: str, w: Num[Array | np.ndarray, "... D F"], **options: Any) -> "ByRows":
+    """`quantize`, a parameter named "embedding" being a table unless the options say otherwise."""
+    return cls.quantize(w, **{"table": is_table(path), **options})
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    *batch, outputs, inputs = self.lying_shape
+    return (*batch, outputs, inputs) if self.table else (*batch, inputs, outputs)
+
+  def materialize(self) -> Array:
+    m = self.unpacked().astype(self.dtype)
+    return m if self.table else jnp.matrix_transpose(m)
+
+  @property
+  def T(self) -> "ByRows":
+    return dataclasses.replace(self, table=not self.table)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Packed(ByRows):
+  """M in blocks of consecutive inputs, which have as many bytes each.
+
+  How M lies in memory is said in `effjax.kernels.quantized_matmul.formats`. A subclass adds the
+  constants as fields, and `format`.
+
+  Invariants: as `ByRows`, and
+    codes: uint8 [..., O, n · size], n blocks of `format.size` bytes.
+  """
+
+  codes: PyTree
+
+  @property
+  @abc.abstractmethod
+  def format(self) -> Format:
+    """What the codes stand for."""
 
   @property
   def constants(self) -> tuple[Any, ...]:
@@ -74,15 +107,12 @@ class Packed(Weight):
         )
 
   @property
-  def shape(self) -> tuple[int, ...]:
+  def lying_shape(self) -> tuple[int, ...]:
     *batch, outputs, size = self.codes.shape
-    inputs = size // self.format.size * self.format.block
-    return (*batch, outputs, inputs) if self.table else (*batch, inputs, outputs)
+    return (*batch, outputs, size // self.format.size * self.format.block)
 
-  def materialize(self) -> Array:
-    constants = (weights.materialize(constant) for constant in self.constants)
-    lying = self.format.unpack(self.codes, *constants).astype(self.dtype)
-    return lying if self.table else jnp.matrix_transpose(lying)
+  def unpacked(self) -> Float[Array, "... O I"]:
+    return self.format.unpack(self.codes, *map(weights.materialize, self.constants))
 
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
     y = packed_product(x, self.format, self.codes, *self.constants, inputs=not self.table)
@@ -96,10 +126,6 @@ class Packed(Weight):
     constants = self.constants if self.format.shares else map(rows, self.constants)
     found = self.format.unpack(rows(self.codes), *constants).astype(self.dtype)
     return found.reshape(*indices.shape, self.shape[-1])
-
-  @property
-  def T(self) -> "Packed":
-    return dataclasses.replace(self, table=not self.table)
 
   def specs(self, axes: Sequence[Any]) -> "Packed":
     """As `Weight.specs`; a mesh axis that splits the inputs splits whole blocks of them."""

@@ -30,9 +30,10 @@ def kmeans(
   """K centres and the nearest of each point, after `steps` of Lloyd's algorithm.
 
   Σ |point − centre|² falls with each step: points go to their nearest centre, and a centre to the
-  mean of its points; one without points stays. The first centres are points in even steps along the
-  axis in which the points spread most, no two the same while there are others: where there are no
-  more than K different points, each is a centre. Nothing is drawn at random.
+  mean of its points; one without points stays. The first centres of numbers are numbers in even
+  steps among all that differ; those of other points the means of groups, of which again and again
+  the widest is cut at its mean. Where there are no more than K different points, each is a centre.
+  Nothing is drawn at random.
 
   Args:
     points: N points of C numbers.
@@ -66,15 +67,45 @@ def kmeans(
 
 
 def _start(points: Float[Array, "N C"], colours: int) -> Float[Array, "K C"]:
-  """Points that differ, in even steps along their principal axis."""
-  apart = points - points.mean(0, keepdims=True)
-  axis = jnp.linalg.eigh(apart.T @ apart)[1][:, -1] if points.shape[1] > 1 else jnp.ones(1)
-  order = jnp.lexsort((*points.T, apart @ axis) if points.shape[1] > 1 else (points[:, 0],))
-  along = points[order]
-  new = jnp.concatenate([jnp.ones(1, bool), (along[1:] != along[:-1]).any(-1)])
-  rank = jnp.cumsum(new) - 1  # among the points that differ
+  return (_spaced if points.shape[1] == 1 else _halved)(points, colours)
+
+
+def _spaced(points: Float[Array, "N 1"], colours: int) -> Float[Array, "K 1"]:
+  """Numbers that differ, in even steps among all that do."""
+  along = jnp.sort(points, axis=0)
+  rank = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), along[1:, 0] != along[:-1, 0]]))
   wanted = jnp.linspace(0, 1, colours) * rank[-1] if colours > 1 else rank[-1:] / 2
   return along[jnp.searchsorted(rank, jnp.round(wanted).astype(rank.dtype))]
+
+
+def _halved(points: Float[Array, "N C"], colours: int) -> Float[Array, "K C"]:
+  """The means of groups: again and again the widest is cut at its mean, across its main axis."""
+
+  def measured(mask, near):
+    """Mean, width and main axis of a group of points, the mean `near` if there are none."""
+    share = mask / jnp.maximum(mask.sum(), 1)
+    mean = near + share @ (points - near[None])
+    mean += share @ (points - mean[None])
+    apart = jnp.where(mask[:, None], points - mean[None], 0)
+    width, axes = jnp.linalg.eigh(apart.T @ apart)
+    return mean, width[-1], axes[:, -1]
+
+  def cut(new, state):
+    group, means, widths, axes = state
+    old = widths.argmax()
+    beyond = (points - means[old][None]) @ axes[old] > 0
+    group = jnp.where((group == old) & beyond, new, group)
+    for each in (old, new):
+      found = measured(group == each, means[old])
+      means, widths, axes = (
+        x.at[each].set(y) for x, y in zip((means, widths, axes), found, strict=True)
+      )
+    return group, means, widths, axes
+
+  group = jnp.zeros(len(points), jnp.int32)
+  found = measured(group == 0, points[0])
+  first = (jnp.zeros((colours, *x.shape)).at[0].set(x) for x in found)
+  return lax.fori_loop(1, colours, cut, (group, *first))[1]
 
 
 def _index(points: Float[Array, "N C"], centres: Float[Array, "K C"]) -> Int[Array, "N"]:

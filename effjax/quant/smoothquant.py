@@ -12,7 +12,7 @@ from effjax.core.known import number
 from effjax.core.typing import Array, PyTree, Scalar
 from effjax.core.weights import Weight
 from effjax.quant.calibrated import Statistics, calibrated, scaled
-from effjax.quant.model import representation
+from effjax.quant.model import representer
 
 
 def smoothquant(
@@ -35,8 +35,8 @@ def smoothquant(
     options: of the method.
 
   Raises:
-    ValueError: for an unknown method; an alpha outside 0 … 1; where there are no statistics, or one
-      has no matrix in `params`, or does not fit it.
+    ValueError: for an unknown method, or an option that it does not have; an alpha outside 0 … 1;
+      where there are no statistics, or one has no matrix in `params`, or does not fit it.
 
   Example:
     >>> w = jnp.array([[1.0], [1.0]])
@@ -46,11 +46,12 @@ def smoothquant(
   """
   if not 0 <= number("alpha", alpha) <= 1:
     raise ValueError(f"alpha={alpha}; allowed: 0 … 1")
+  represent = representer(method, options)
 
   def change(path: str, w: Array, peak: Array) -> Weight:
     largest = jnp.abs(w).max(-1)
     known = (peak > 0) & (largest > 0)
     scale = jnp.where(known, peak, 1) ** alpha / jnp.where(known, largest, 1) ** (1 - alpha)
-    return scaled(functools.partial(representation(method).represent, path, **options), w, scale)
+    return scaled(functools.partial(represent, path), w, scale)
 
   return calibrated(params, change, peaks, axes=(1,))

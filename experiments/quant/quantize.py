@@ -156,7 +156,7 @@ def compared(rows: list[harness.Row]) -> list[harness.Row]:
 
 def claims(rows: list[harness.Row]) -> dict[str, bool]:
   """What the papers promise, judged by perplexities over float32's."""
-  ratio = {row["name"]: row["ratio"] for row in rows}
+  ratio, bits = ({row["name"]: row.get(key) for row in rows} for key in ("ratio", "bits"))
   promised = {
     "int8: within 0.5 % of float32": lambda: ratio["int8"] < INT8,
     "LLM.int8(): within 0.3 % of float32": lambda: ratio["llm-int8"] < LLM_INT8,
@@ -169,6 +169,9 @@ def claims(rows: list[harness.Row]) -> dict[str, bool]:
     ),
     "GPTQ is better than the nearest at 4 bits": lambda: ratio["int4-gptq"] < ratio["int4"],
     "AWQ is better than the nearest at 4 bits": lambda: ratio["int4-awq"] < ratio["int4"],
+    "QMoE is better than the nearest of three numbers, in less than a bit a weight": (
+      lambda: ratio["ternary-qmoe"] < ratio["ternary"] and bits["ternary-qmoe"] < 1
+    ),
   }
   found = {}
   for text, holds in promised.items():

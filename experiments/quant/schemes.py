@@ -70,11 +70,15 @@ def awq(method: str, **options) -> Callable[[PyTree, Seen], PyTree]:
   return change
 
 
+def qmoe(params: PyTree, seen: Seen) -> PyTree:
+  return quant.qmoe(params, seen(reductions.gram))
+
+
 def smooth(params: PyTree, seen: Seen) -> PyTree:
   return quant.smoothquant(params, seen(reductions.absmax))
 
 
-EIGHT, FOUR, CALIBRATED = "8 bits", "4 bits, nearest", "calibrated"
+EIGHT, FOUR, THREE, CALIBRATED = "8 bits", "4 bits, nearest", "ternary, nearest", "calibrated"
 SCHEMES = {
   scheme.name: scheme
   for scheme in (
@@ -93,5 +97,7 @@ SCHEMES = {
     Scheme("int4-gptq", CALIBRATED, gptq("int4")),
     Scheme("int4-awq", CALIBRATED, awq("int4")),
     Scheme("nf4-gptq", CALIBRATED, gptq("nf4")),
+    Scheme("ternary", THREE, nearest("ternary")),
+    Scheme("ternary-qmoe", CALIBRATED, qmoe),
   )
 }

@@ -83,9 +83,16 @@ def with_lora(rank: int, *, merged: bool = False) -> Callable[[Subject, Key], Su
   return make
 
 
-def int8_lora(subject: Subject, key: Key) -> Subject:
-  """LoRA over an int8 base."""
-  return with_lora(8)(int8(subject, key), key)
+def nf4(subject: Subject, key: Key) -> Subject:
+  """Every matrix in NF4, its scales quantised again, and the token table in int8."""
+  params = quant.quantize(subject.params, "nf4", targets=KERNELS, double=True)
+  params = quant.quantize(params, targets=r"\bembedding$")
+  return dataclasses.replace(subject, params=params)
+
+
+def lora_over(base: Callable[[Subject, Key], Subject]) -> Callable[[Subject, Key], Subject]:
+  """LoRA over a quantised base; over NF4 it is QLoRA."""
+  return lambda subject, key: with_lora(8)(base(subject, key), key)
 
 
 def upcycled(experts: int, every: int = 1) -> Callable[[Subject, Key], Subject]:
@@ -169,7 +176,9 @@ TECHNIQUES = (
   Technique("int8", "weights", int8),
   Technique("lora-r8", "weights", with_lora(8), same_function=True),
   Technique("lora-r8-merged", "weights", with_lora(8, merged=True), same_function=True),
-  Technique("int8-lora-r8", "weights", int8_lora),
+  Technique("int8-lora-r8", "weights", lora_over(int8)),
+  Technique("nf4", "weights", nf4),
+  Technique("nf4-lora-r8", "weights", lora_over(nf4)),
   Technique("window-128", "mask", masked(masks.SlidingWindow(127, 0))),
   Technique("window-128-alternating", "mask", masked(masks.SlidingWindow(127, 0), every=2)),
   Technique("upcycled-4x2", "transform", upcycled(4, every=3), same_function=True),

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from effjax.core import spmd
 from effjax.core.typing import Array, Dim, Float, PyTree
-from effjax.core.weights import Weight, register, transpose
+from effjax.core.weights import Over, register, transpose
 from effjax.kernels.grouped_matmul.grouped_linear import grouped_linear
 from effjax.kernels.grouped_matmul.reference import group_of_row
 
 
 @register(static=("length",), kind="wrapper")
-class Grouped(Weight):
+class Grouped(Over):
   """W[e] for the rows of group e: a module that is given these computes E modules at once.
 
   A matrix multiplies by `grouped_linear`, and a vector, such as a bias or the scale of a norm,
@@ -31,7 +31,6 @@ class Grouped(Weight):
     ((1, 1), [[1.0], [10.0], [10.0]])
   """
 
-  base: PyTree
   sizes: PyTree
   length: Dim
 
@@ -43,10 +42,6 @@ class Grouped(Weight):
   @property
   def shape(self) -> tuple[int, ...]:
     return tuple(self.base.shape[1:])
-
-  @property
-  def dtype(self) -> jnp.dtype:
-    return self.base.dtype
 
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
     return self._affine(x, None)

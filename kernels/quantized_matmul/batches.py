@@ -33,9 +33,3 @@ def row_by_row(product: Callable[..., Array]) -> Callable[..., Array]:
     return jax.lax.map(one, jnp.arange(size)), True
 
   return mapped
-
-
-def like(x: Array, shape: tuple[int, ...], interpret: bool) -> jax.ShapeDtypeStruct:
-  """What a kernel gives in float32, which varies over the mesh axes that x varies over."""
-  varies = jax.typeof(1.0 if interpret else x).manual_axis_type
-  return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varies)

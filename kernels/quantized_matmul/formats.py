@@ -106,6 +106,11 @@ class Nibbles(Format):
   def size(self) -> int:
     return self.block // 2
 
+  def pack(self, codes: Integer[Array, "... I"]) -> Integer[Array, "... N"]:
+    """uint8 [..., I / 2] of codes 0 … 15."""
+    codes = codes.astype(jnp.uint8)
+    return codes[..., ::2] << 4 | codes[..., 1::2]
+
   @property
   def first(self) -> int | float | None:
     """z where table[code] = code + z, so that numbers are computed and not looked up; else None."""
@@ -136,10 +141,32 @@ class Nibbles(Format):
     return numbers.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Integers(Format):
+  """M = code, 8-bit integers as they lie, one an input, without constants.
+
+  Attributes:
+    block: any divisor of the inputs.
+
+  Example:
+    >>> Integers(2).unpack(jnp.array([[1, -2]], jnp.int8)).tolist()
+    [[1.0, -2.0]]
+  """
+
+  block: int
+
+  @property
+  def size(self) -> int:
+    return self.block
+
+  def unpack(self, codes, *constants):
+    return codes.astype(jnp.float32)
+
+
 def select(
   table: tuple[int | float, ...], codes: Integer[Array, "..."], shift: int = 0
 ) -> Float[Array, "..."]:
-  """table[code], a power of two of numbers: for each bit, the highest first, one of two halves.
+  """table[code], a power of two of numbers: for each bit, the lowest first, one of two neighbours.
 
   A code begins `shift` bits above the lowest; what is beyond it does not matter.
 
@@ -147,11 +174,13 @@ def select(
     >>> select((5.0, 6.0, 7.0, 8.0), jnp.array([2, 0, 3])).tolist()
     [7.0, 5.0, 8.0]
   """
-  if len(table) == 1:
-    return jnp.full(codes.shape, float(table[0]), jnp.float32)
-  half = len(table) // 2
-  upper, lower = (select(part, codes, shift) for part in (table[half:], table[:half]))
-  return jnp.where((codes & half << shift) != 0, upper, lower)
+  values = [jnp.full(codes.shape, x, jnp.float32) for x in table]
+  for bit in range(len(table).bit_length() - 1):
+    one = (codes & 1 << shift + bit) != 0
+    values = [
+      jnp.where(one, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)
+    ]
+  return values[0]
 
 
 @dataclasses.dataclass(frozen=True)

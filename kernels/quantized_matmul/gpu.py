@@ -14,9 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from effjax.core.typing import Array, Float, Integer
-from effjax.core.weights import Weight
-from effjax.kernels.quantized_matmul.batches import like
-from effjax.kernels.quantized_matmul.formats import Format, Nibbles
+from effjax.kernels.quantized_matmul.formats import Format
+from effjax.kernels.quantized_matmul.tiles import dot, known, like
 
 ROWS, OUTPUTS = 64, 64  # of a tile, at most
 LEAST = 16  # side of a product
@@ -25,10 +24,9 @@ TYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 def fits(x: Array, format: Format, codes: Array, constants: Sequence[Any]) -> bool:
   """Whether `outputs` and `inputs` can: codes of a block, as long as a power of two, in one run."""
-  arrays = not any(isinstance(c, Weight) for c in constants)
   size = format.size
-  runs = isinstance(format, Nibbles) and size >= LEAST and size & (size - 1) == 0
-  return arrays and runs and x.dtype in TYPES and len(codes) >= LEAST
+  runs = size >= LEAST and size & (size - 1) == 0
+  return known(format, constants) and runs and x.dtype in TYPES and len(codes) >= LEAST
 
 
 def outputs(
@@ -53,7 +51,7 @@ def outputs(
       for strand, plane in zip(strands, planes, strict=True):
         width = plane.shape[1]
         part = plgpu.load(strand.at[:, pl.ds(b * width, width)])
-        total += _dot(part, plane.astype(part.dtype), (1, 1))
+        total += dot(part, plane.astype(part.dtype), (1, 1))
       return total
 
     zeros = jnp.zeros((strands[0].shape[0], tile), jnp.float32)
@@ -89,7 +87,7 @@ def inputs(
       part = jnp.where(new, part, jnp.zeros_like(part))
       planes = _planes(format, codes, constants, pl.ds(first, tile), b)
       pairs = zip(totals, planes, strict=True)
-      return [total + _dot(part, plane.astype(part.dtype), (1, 0)) for total, plane in pairs]
+      return [total + dot(part, plane.astype(part.dtype), (1, 0)) for total, plane in pairs]
 
     zeros = [jnp.zeros((x.shape[0], width), jnp.float32) for width in widths]
     found = lax.fori_loop(0, pl.cdiv(len(codes), tile), some, zeros)
@@ -109,12 +107,6 @@ def _planes(format, codes, constants, here, b):
   """Those of some outputs and block b."""
   tile = plgpu.load(codes.at[here, pl.ds(b * format.size, format.size)])
   return format.planes(tile, *(plgpu.load(c.at[here, b])[:, None] for c in constants))
-
-
-def _dot(x, y, axes):
-  precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  dims = (((axes[0],), (axes[1],)), ((), ()))
-  return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _strands(x, format, n):

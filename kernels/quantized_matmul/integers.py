@@ -4,7 +4,7 @@ XLA's CPU backend never fuses a conversion into a product, and starts the conver
 of an unrolled model before the first product; what a scan over layers slices off for a loop, it
 copies. There a single row x multiplies a few parts of q, each in one pass over memory, in which the
 slices of scans and parts become one. More rows go through q in blocks. No part and no block is
-begun before those it follows are done.
+begun before those it follows are done. On GPUs and TPUs Pallas kernels widen q in tiles.
 """
 
 import functools
@@ -17,6 +17,8 @@ from effjax.core.linear_map import linear_map
 from effjax.core.numerics import vary_alike, wide
 from effjax.core.typing import Array, Float, Int
 from effjax.kernels.quantized_matmul.batches import row_by_row
+from effjax.kernels.quantized_matmul.formats import Integers
+from effjax.kernels.quantized_matmul.fused import branches
 from effjax.kernels.quantized_matmul.steps import (
   begin,
   even,
@@ -34,6 +36,7 @@ PARTS = 4  # of q, for which no loop is made: what one row needs
 SUMS_BYTES = 1 << 17  # of a loop's sums in memory should stay in a core's cache
 SUMS_SHARE = 9  # of the bytes of q, which its sums have at most
 LEAST_SUMS_BYTES = 1 << 13  # fewer would make a loop nothing but its overhead
+BLOCK = 64  # integers side by side that kernels on other devices take at once, at most
 
 
 def integer_product(
@@ -51,7 +54,7 @@ def integer_product(
     [3.5, 5.0]
   """
   lying = jnp.matrix_transpose(q) if turned else q
-  return _linear(vary_alike(x, q), lying, int(turned))
+  return _once(vary_alike(x, q), lying, int(turned))
 
 
 def integer_matmul(
@@ -70,7 +73,7 @@ def integer_matmul(
   axes = (((x.ndim - 1,), (int(turned),)), ((), ()))
   return jax.lax.platform_dependent(
     *vary_alike((x, lying), x, q),
-    cpu=lambda x, q: _linear(x.astype(jnp.float32), q, int(turned)).astype(jnp.int32),
+    cpu=lambda x, q: _once(x.astype(jnp.float32), q, int(turned)).astype(jnp.int32),
     default=lambda x, q: jax.lax.dot_general(x, q, axes, preferred_element_type=jnp.int32),
   )
 
@@ -87,17 +90,27 @@ def _linear(x, q, axis):
     q,
     cpu=lambda rows, q: on_cpu(rows.astype(wide(x.dtype)), q),
     default=functools.partial(_whole, axis=axis),
+    **_fused(rows, q, axis),
   )
   return y.reshape(*x.shape[:-1], q.shape[1 - axis])
+
+
+def _fused(x, q, axis):
+  block = min(BLOCK, q.shape[1] & -q.shape[1])
+  kernels = branches(Integers(block), bool(axis), x, (q, ()))
+  return {name: lambda x, q, run=run: run(x, (q, ())) for name, run in kernels.items()}
 
 
 @_linear.defjvp
 def _linear_jvp(axis, primals, tangents):
   (x, q), (dx, _) = primals, tangents
-  y = _linear(x, q, axis)
-  forward = lambda q, dx: _linear(dx, q, axis)
-  backward = lambda q, dy: _linear(dy, q, 1 - axis).astype(x.dtype)
+  y = _once(x, q, axis)
+  forward = lambda q, dx: _once(dx, q, axis)
+  backward = lambda q, dy: _once(dy, q, 1 - axis).astype(x.dtype)
   return y, linear_map(forward, backward, q, dx, y)
+
+
+_once = jax.jit(_linear, static_argnums=2)  # layers alike are traced and lowered once
 
 
 def _whole(x, q, axis):
@@ -126,17 +139,19 @@ def _by_outputs(x, q, axis):
 def _add(x, q):
   """Each part, rows of q [D, F], adds to all outputs; a term is several rows, side by side."""
   rows, outputs = q.shape
-  size = _size(q, rows, TERMS, len(x) * outputs * x.dtype.itemsize)
-  beside = -(-size // TERMS)
-  parts = parts_of(parts_of(x, size), beside)
+  beside = -(-_size(q, rows, TERMS, len(x) * outputs * x.dtype.itemsize) // TERMS)
+  size = beside * min(TERMS, rows // beside)
+  parts = parts_of(x, size)
 
   def add(i, after):
-    def term(j):
-      first = after + begin(i, size, rows) + begin(j, beside, size)
-      part = jax.lax.dynamic_index_in_dim(parts, i, 1, keepdims=False)[:, j, :, None]
-      return part * _slice(q, (first, 0), (beside, outputs))[None].astype(x.dtype)
+    part = jax.lax.dynamic_index_in_dim(parts, i, 1, keepdims=False)
+    first = begin(i, size, rows)
 
-    return pairwise([term(j) for j in range(parts.shape[2])])
+    def term(j):
+      lying = _slice(q, (after + (first + j), 0), (beside, outputs))
+      return part[:, j : j + beside, None] * lying[None].astype(x.dtype)
+
+    return pairwise([term(j) for j in range(0, size, beside)])
 
   if parts.shape[1] <= PARTS:
     out = zeros_after(x, (len(x), outputs))

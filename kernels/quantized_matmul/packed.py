@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core import spmd, weights
+from effjax.core import weights
 from effjax.core.linear_map import linear_map
 from effjax.core.numerics import vary_alike, wide
 from effjax.core.typing import Array, Float, Integer
-from effjax.kernels.quantized_matmul import gpu, tpu
 from effjax.kernels.quantized_matmul.batches import row_by_row
 from effjax.kernels.quantized_matmul.formats import Format
+from effjax.kernels.quantized_matmul.fused import branches
 from effjax.kernels.quantized_matmul.steps import (
   begin,
   even,
@@ -32,7 +32,6 @@ from effjax.kernels.quantized_matmul.steps import (
   zeros_after,
 )
 
-FUSED = {"cuda": gpu, "tpu": tpu}
 TERMS = 3  # runs of blocks that are added in registers before they are added in memory
 SUMS_BYTES = 1 << 17  # which should stay in a core's cache, as
 TILE_BYTES = 1 << 19  # of an expanded tile, which are many for its packed ones
@@ -66,7 +65,7 @@ def packed_product(
     [3.0, 6.0]
   """
   matrix = codes, constants
-  return _product(vary_alike(x, matrix), matrix, format, inputs)
+  return _once(vary_alike(x, matrix), matrix, format, inputs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -78,17 +77,12 @@ def _product(x, matrix, format, inputs):
   if not rows.size or not width:
     return jnp.zeros((*x.shape[:-1], width), wide(x.dtype))
   on_cpu = row_by_row(functools.partial(_outputs if inputs else _inputs, format))
-  alone = spmd.explicit_mesh((rows, matrix)) is None
-  fitting = {name: k for name, k in FUSED.items() if alone and k.fits(rows, format, *matrix)}
-  fused = {
-    name: functools.partial(_fused, kernels, format, inputs) for name, kernels in fitting.items()
-  }
   y = jax.lax.platform_dependent(
     rows,
     matrix,
     cpu=lambda rows, matrix: on_cpu(rows.astype(wide(x.dtype)), *matrix),
     default=functools.partial(_whole, format, inputs),
-    **fused,
+    **branches(format, inputs, rows, matrix),
   )
   return y.reshape(*x.shape[:-1], width)
 
@@ -96,9 +90,9 @@ def _product(x, matrix, format, inputs):
 @functools.partial(_product.defjvp, symbolic_zeros=True)
 def _product_jvp(format, inputs, primals, tangents):
   (x, matrix), (dx, (_, d_constants)) = primals, tangents
-  y = _product(x, matrix, format, inputs)
-  forward = lambda matrix, dx: _product(dx, matrix, format, inputs)
-  backward = lambda matrix, dy: _product(dy, matrix, format, not inputs).astype(x.dtype)
+  y = _once(x, matrix, format, inputs)
+  forward = lambda matrix, dx: _once(dx, matrix, format, inputs)
+  backward = lambda matrix, dy: _once(dy, matrix, format, not inputs).astype(x.dtype)
   zero = lambda x: isinstance(x, jax.custom_derivatives.SymbolicZero)
   none = lambda x: np.zeros if x.dtype == jax.dtypes.float0 else jnp.zeros
   dense = lambda x: none(x)(x.shape, x.dtype) if zero(x) else x
@@ -111,10 +105,7 @@ def _product_jvp(format, inputs, primals, tangents):
   return y, dy
 
 
-def _fused(kernels, format, inputs, x, matrix):
-  run = kernels.outputs if inputs else kernels.inputs
-  mapped = row_by_row(lambda x, codes, constants: run(x, format, codes, constants))
-  return spmd.map_rows(lambda x, matrix: mapped(x, *matrix), x, matrix)
+_once = jax.jit(_product, static_argnums=(2, 3))  # layers alike are traced and lowered once
 
 
 def _whole(format, inputs, x, matrix):

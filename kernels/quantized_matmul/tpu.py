@@ -13,9 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effjax.core.typing import Array, Float, Integer
-from effjax.core.weights import Weight
-from effjax.kernels.quantized_matmul.batches import like
-from effjax.kernels.quantized_matmul.formats import Format, Nibbles
+from effjax.kernels.quantized_matmul.formats import Format
+from effjax.kernels.quantized_matmul.tiles import dot, known, like
 
 ROWS = 256  # of a tile, at most
 LANES = 128  # outputs of a tile are a multiple of it
@@ -26,8 +25,7 @@ TYPES = (jnp.float32, jnp.bfloat16)
 
 def fits(x: Array, format: Format, codes: Array, constants: Sequence[Any]) -> bool:
   """Whether `outputs` and `inputs` can."""
-  arrays = not any(isinstance(c, Weight) for c in constants)
-  return arrays and isinstance(format, Nibbles) and x.dtype in TYPES and codes.shape[1] >= LANES
+  return known(format, constants) and x.dtype in TYPES and codes.shape[1] >= LANES
 
 
 def outputs(
@@ -47,7 +45,7 @@ def outputs(
   def kernel(strands, codes, constants, out):
     planes = _planes(format, codes, constants)
     pairs = zip(strands, planes, strict=True)
-    out[...] = sum(_dot(strand[...], plane.astype(strand.dtype), (1, 1)) for strand, plane in pairs)
+    out[...] = sum(dot(strand[...], plane.astype(strand.dtype), (1, 1)) for strand, plane in pairs)
 
   return pl.pallas_call(
     kernel,
@@ -83,7 +81,7 @@ def inputs(
     j = pl.program_id(1)
     there = j * tile + lax.broadcasted_iota(jnp.int32, (tile, length), 0) < count
     for ref, plane in zip(out, _planes(format, codes, constants), strict=True):
-      found = _dot(x[...], jnp.where(there, plane, 0.0).astype(x.dtype), (1, 0))
+      found = dot(x[...], jnp.where(there, plane, 0.0).astype(x.dtype), (1, 0))
       ref[...] = found + jnp.where(j == 0, 0.0, ref[...])
 
   found = pl.pallas_call(
@@ -112,15 +110,9 @@ def _planes(format, codes, constants):
     shape = c.shape[1], length
     block = lax.broadcasted_iota(jnp.int32, shape, 0)
     of = lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), jnp.int32(format.size)) == block
-    return _dot(c[...].astype(jnp.float32), of.astype(jnp.float32), (1, 0))
+    return dot(c[...].astype(jnp.float32), of.astype(jnp.float32), (1, 0))
 
   return format.planes(codes[...], *map(spread, constants))
-
-
-def _dot(x, y, axes):
-  precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  dims = (((axes[0],), (axes[1],)), ((), ()))
-  return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _height(x: Array) -> int:

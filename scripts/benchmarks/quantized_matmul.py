@@ -25,7 +25,9 @@ LAYERS = flags.DEFINE_integer("layers", 30, "Pairs of matrices.")
 ROWS = flags.DEFINE_list("rows", ["1", "8", "128"], "Rows of x.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of interleaved timings.")
 METHODS = flags.DEFINE_list(
-  "methods", ["float32", "int8", "int8dynamic", "int4", "nf4", "fp4"], "Which to time."
+  "methods",
+  ["float32", "int8", "int8dynamic", "int4", "nf4", "fp4", "gguf", "palette"],
+  "Which to time.",
 )
 
 

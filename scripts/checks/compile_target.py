@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from effjax.kernels.flash_attention.fused.jobs import Job
-from scripts.checks import balance, launches, reports
+from scripts.checks import balance, launches, quantized, reports, sass
 from scripts.checks.alone import Case, program
 from scripts.checks.processes import Row, answer
 from scripts.checks.targets import GPU, TARGETS, TPU, present
@@ -37,6 +37,21 @@ def kernel(
     weight = row["partial"] / row["rest"] if {"partial", "rest"} <= row.keys() else 1.0
     row |= balance.simulated(case, name, device.name, device.cores, weight)
   return row
+
+
+def product(
+  device: GPU | TPU, case: quantized.Case, name: str, dump: pathlib.Path, tools: reports.Tools
+) -> Row:
+  """The row of a product with a packed matrix; "tensor", whether its loop uses tensor cores."""
+  run = quantized.program(case, name, device.platform)
+  row = _compiled(device, run, case.arguments(name), dump)
+  if "error" in row:
+    return row
+  kernel = f"quantized_{name}"
+  if isinstance(device, TPU):
+    return row | reports.tpu(dump, kernel)
+  figures, code = reports.gpu(dump, kernel, tools, device.architecture)
+  return row | figures | ({"tensor": sass.tensor(code)} if code else {})
 
 
 def whole(device: GPU | TPU, case: Case, name: str, dump: pathlib.Path) -> Row:
@@ -64,10 +79,13 @@ def main(target: str, dump: str, *tools: str) -> None:
 
   def rows(job: str) -> list[Row]:
     name, what = job.split("/")
+    used = reports.Tools(*(path or None for path in tools))
+    if what in quantized.PRODUCTS:
+      return [product(device, quantized.Case.of(name), what, folder, used)]
     case = Case.of(name)
     if what in launches.PROGRAMS:
       return [whole(device, case, what, folder)]
-    return [kernel(device, case, what, folder, reports.Tools(*(path or None for path in tools)))]
+    return [kernel(device, case, what, folder, used)]
 
   answer(rows)
 

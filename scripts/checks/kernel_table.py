@@ -24,6 +24,7 @@ _GPU = {
   "partial": (max, "partial", "^(?!.*alibi)"),
   "scored": (max, "partial", "alibi"),
   "useful": (min, "useful", ""),
+  "tensor": (min, "tensor", ""),
 }
 _TPU = {
   "fails": (max, "fails", ""),
@@ -31,6 +32,7 @@ _TPU = {
   "gradients": (max, "gradients", "full"),
   "matmul": (min, "matmul", "full"),
   "spilling": (max, "spilling", "full"),
+  "spill": (max, "spill", "nf4|int"),
 }
 _Columns = dict[str, tuple[Callable, str, str]]
 
@@ -88,17 +90,18 @@ def _made(target: str, names: Iterable[str]) -> str:
   return "  \n".join(lines)
 
 
-_TEXT = """# What the compilers say of attention's kernels
+_TEXT = """# What the compilers say of kernels
 
 `scripts/check_kernels --save=NAME` makes this table of the first run that is kept and the last:
 where a figure is not the same in both, that of the first comes before the arrow. Each is the worst
-of all masks, with fewer key heads than query heads and with as many; a dash is none.
+of all masks, with fewer key heads than query heads and with as many; for products with packed
+matrices, `outputs` and `inputs`, of all formats and rows, and a head is a width. A dash is none.
 
 * fails: a case does not compile; spill: bytes;
 * wait: groups of loads on their way where a loop over tiles waits for the most;
 * rest: instructions of eight warps that are no product for a tile of 128 × 128 without a mask;
   partial: the same with a predicate; scored: with ALiBi too;
-* useful: what a tile must multiply, of what is multiplied;
+* useful: what a tile must multiply, of what is multiplied; tensor: instructions for tensor cores;
 * busy: the share of the time that an H100's or A100's multiprocessors work, simulated, for one
   batch row of 8 heads; launches: of whole programs;
 * pair: bundles for 512 × 512 scores without a mask; gradients: those of both gradients' kernels;

@@ -1,13 +1,15 @@
-"""Compiles fused attention for TPUs and NVIDIA GPUs on a machine that has neither.
+"""Compiles kernels for TPUs and NVIDIA GPUs on a machine that has neither.
 
     python -m scripts.checks.kernels --targets=h100,v5e --only=bfloat16-128-causal/
 
 Every mask with heads of 64, 128 and 256, with as many key heads as query heads and with half as
 many, in bfloat16 and float32: each kernel alone, in the tiles of
-`effjax.kernels.flash_attention.fused.sizes`, and what whole programs launch. A row for each:
+`effjax.kernels.flash_attention.fused.sizes`, and what whole programs launch; and products with
+packed matrices, as in bfloat16-576-nf4-1536-16/outputs. A row for each:
 
   * GPUs: registers of a thread and bytes it spills; shared memory of a block; of the loops over
-    tiles what `sass.figures` says; `balance.simulated`; launches of a whole program.
+    tiles what `sass.figures` says, or how many products of a packed matrix are for tensor cores;
+    `balance.simulated`; launches of a whole program.
   * TPUs: bundles of the static schedule, also for 512 × 512 pairs; the share of them with a matrix
     operation and with a spill; VMEM and the part of it that is spilled registers.
 
@@ -24,7 +26,7 @@ from collections.abc import Iterator
 
 from absl import app, flags
 
-from scripts.checks import bounds, kernel_table, launches, plugins
+from scripts.checks import bounds, kernel_table, launches, plugins, quantized
 from scripts.checks.alone import Case
 from scripts.checks.only import chosen
 from scripts.checks.processes import Row, Worker, spread
@@ -44,7 +46,7 @@ _TARGETS = flags.DEFINE_list("targets", list(TARGETS), "Devices to compile for."
 _SAVE = flags.DEFINE_string("save", None, f"Name of a folder in {kernel_table.FOLDER}.")
 _COLUMNS = {
   "gpu": (
-    *("seconds", "registers", "spill", "shared", "wait", "rest", "partial", "useful"),
+    *("seconds", "registers", "spill", "shared", "wait", "rest", "partial", "useful", "tensor"),
     *("busy 4k", "busy 8k", "busy 16k", "launches"),
   ),
   "tpu": ("seconds", "bundles", "pair", "matmul", "spilling", "vmem", "spill"),
@@ -57,7 +59,7 @@ def jobs(target: str) -> list[str]:
   for case in map(Case.of, CASES):
     wholes = launches.programs(case) if platform == "gpu" else ()
     names += [f"{case}/{name}" for name in (*case.kernels(platform), *wholes)]
-  return names
+  return names + [f"{x}/{y}" for x, y in itertools.product(quantized.CASES, quantized.PRODUCTS)]
 
 
 def rows(target: str, names: list[str]) -> Iterator[Row]:

@@ -109,6 +109,12 @@ def figures(code: str, kernel: str, job: Job, size: Size) -> dict[str, Any]:
   }
 
 
+def tensor(code: str) -> int:
+  """How many instructions for tensor cores the loops hold."""
+  instructions = (each for loop in loops(code) for each in loop.instructions)
+  return sum(_PRODUCT.search(each) is not None for each in instructions)
+
+
 def _lines(text: str) -> Iterator[tuple[str, str]]:
   return ((found[1], found[2]) for found in _LINE.finditer(text))
 

@@ -92,22 +92,22 @@ def test_a_model_on_an_explicit_mesh(place, params):
   chex.assert_trees_all_close(*jax.tree.map(np.asarray, ((y, grads), plain)), atol=1e-4)
 
 
-@pytest.mark.parametrize("context", [True, False])
-def test_decoding_on_an_explicit_mesh(context, params):
+@pytest.mark.parametrize(("context", "dtype"), [(True, None), (False, None), (True, jnp.int8)])
+def test_decoding_on_an_explicit_mesh(context, dtype, params):
   @jax.jit
   def decode(params, tokens, cache):
     y, cache = MODEL.apply({"params": params}, tokens[:, :4], cache=cache)
     z, cache = MODEL.apply({"params": params}, tokens[:, 4:], cache=cache)
     return jnp.concatenate([y, z], axis=1), cache
 
-  cache = MODEL.init_cache(4, 8)
+  cache = MODEL.init_cache(4, 8, dtype=dtype)
   want, _ = decode(params, TOKENS, cache)
-  plain = generate(MODEL, params, TOKENS, max_new_tokens=3)
+  plain = generate(MODEL, params, TOKENS, max_new_tokens=3, cache_dtype=dtype)
   with jax.set_mesh(MESH) if context else jax.default_matmul_precision("default"):
     placed, tokens = put(params), put(TOKENS, "data")
     cache = put(cache, "data")
     y, after = decode(placed, tokens, cache)
-    new = generate(MODEL, placed, TOKENS, max_new_tokens=3)
+    new = generate(MODEL, placed, TOKENS, max_new_tokens=3, cache_dtype=dtype)
   np.testing.assert_allclose(y, want, atol=1e-5)
   assert all(x.sharding.spec[0] == "data" for x in jax.tree.leaves(after))
   np.testing.assert_array_equal(new.tokens, plain.tokens)

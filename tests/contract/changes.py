@@ -23,6 +23,7 @@ from tests.contract.layers import GQA, KEY, MHA, SWIGLU, TOKENS, B, T, V, config
 from tests.modules import random_params
 
 DENSE = config(*[LayerSpec(GQA, SWIGLU)] * 2)
+EXPERTS = config(*[LayerSpec(GQA, moe.MoE(moe.TopK(3, 2), SWIGLU))] * 2)
 PLAIN = config(*[LayerSpec(MHA, SWIGLU)] * 2, positions="learned")
 Change = Callable[[TransformerConfig, Any], tuple[TransformerConfig, Any]]
 
@@ -37,6 +38,7 @@ class Transform:
     of: the functions of the library that it goes through.
     same: the model computes what it did, to this part of its largest logit; None promises nothing.
     config: what it starts from.
+    traced: whether it works in a program, and on shapes.
   """
 
   name: str
@@ -44,6 +46,7 @@ class Transform:
   of: tuple[Callable, ...]
   same: float | None = 1e-5
   config: TransformerConfig = DENSE
+  traced: bool = True
 
 
 def on_params(change: Callable) -> Change:
@@ -68,9 +71,9 @@ def exchanged(params: Any) -> Any:
   return lora.merge(peft.attach(*peft.detach(with_lora(params))))
 
 
-def seen(params: Any, reduce: Reduction) -> dict[str, Any]:
-  """What goes into the linear layers of `Transformer(DENSE)`."""
-  return capture(Transformer(DENSE), params, {"tokens": TOKENS}, reduce=reduce)
+def seen(params: Any, reduce: Reduction, config: TransformerConfig = DENSE) -> dict[str, Any]:
+  """What goes into the linear layers of a model."""
+  return capture(Transformer(config), params, {"tokens": TOKENS}, reduce=reduce)
 
 
 def rounded_by_gptq(params: Any) -> Any:
@@ -86,6 +89,11 @@ def smoothed(params: Any) -> Any:
   return quant.smoothquant(params, seen(params, reductions.absmax))
 
 
+def with_ternary_experts(params: Any) -> Any:
+  grams = seen(params, reductions.gram, EXPERTS)
+  return quant.qmoe(params, {path: h for path, h in grams.items() if "experts" in path})
+
+
 TRANSFORMS = [
   Transform("upcycle", lambda c, p: moe.upcycle(c, p, KEY, experts=3, top_k=2), (moe.upcycle,)),
   Transform("int8", on_params(quant.quantize), (quant.quantize,), same=0.1),
@@ -95,6 +103,7 @@ TRANSFORMS = [
             (quant.fake_quantize,), same=0.5),
   Transform("GPTQ", on_params(rounded_by_gptq), (quant.gptq,), same=0.5),
   Transform("AWQ", on_params(rounded_by_awq), (quant.awq,), same=0.5),
+  Transform("QMoE", on_params(with_ternary_experts), (quant.qmoe,), None, EXPERTS, traced=False),
   Transform("SmoothQuant", on_params(smoothed), (quant.smoothquant,), same=0.1),
   Transform("lora at its start", on_params(lambda p: lora.add(p, KEY, rank=2)), (lora.add,)),
   Transform("lora on int8", on_params(lambda p: lora.add(quant.quantize(p), KEY)),

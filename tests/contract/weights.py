@@ -39,21 +39,23 @@ class WeightRow:
     name: what the table calls it.
     represent: makes it.
     rounding: of the largest number, what its products are off by besides.
+    traced: whether it can be made in a program.
   """
 
   name: str
   represent: Represent
   rounding: float = 0.0
+  traced: bool = True
 
   def of(self, *shape: int) -> Any:
     """The representation of a random matrix."""
-    return represented(self.represent, shape)
+    return represented(self.represent, shape, self.traced)
 
 
 @functools.cache
-def represented(represent: Represent, shape: tuple[int, ...]) -> Any:
+def represented(represent: Represent, shape: tuple[int, ...], traced: bool = True) -> Any:
   matrix = np.asarray(normal(*shape, seed=sum(shape))) / np.float32(shape[-2] ** 0.5)
-  return jax.jit(represent)(matrix, jax.random.key(0))
+  return (jax.jit(represent) if traced else represent)(matrix, jax.random.key(0))
 
 
 def adapted(base: Any, key: jax.Array) -> LoRA:
@@ -82,7 +84,9 @@ BASES: dict[str, Represent] = {
   "Int4Affine": lambda w, key: quant.Int4Affine.quantize(w, group=8),
   "Palette": lambda w, key: quant.Palette.quantize(w, bits=3, steps=2),
   "GGUF": lambda w, key: quant.GGUF.quantize(w, type="Q4_1"),
+  "Ternary": lambda w, key: quant.Ternary.quantize(w),
 }
+UNTRACED = ("Ternary",)
 ROUNDING = {"Int8Dynamic": 0.02, "LLMInt8": 0.02, "LLMInt8Exact": 0.02}  # of activations
 WRAPPERS: dict[str, Represent] = {"LoRA": adapted, "InputScaled": scaled}
 STANDS_OVER = {"InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA")}  # others over all
@@ -92,9 +96,13 @@ def over(wrap: Represent, base: Represent) -> Represent:
   return lambda w, key: wrap(base(w, key), key)
 
 
-ROWS = [WeightRow(name, represent, ROUNDING.get(name, 0)) for name, represent in BASES.items()]
+def row(name: str, represent: Represent, base: str) -> WeightRow:
+  return WeightRow(name, represent, ROUNDING.get(base, 0), base not in UNTRACED)
+
+
+ROWS = [row(name, represent, name) for name, represent in BASES.items()]
 ROWS += [
-  WeightRow(f"{wrapper} over {name}", over(wrap, base), ROUNDING.get(name, 0))
+  row(f"{wrapper} over {name}", over(wrap, base), name)
   for wrapper, wrap in WRAPPERS.items()
   for name, base in (BASES | WRAPPERS).items()
   if name in STANDS_OVER.get(wrapper, (name,))

@@ -113,6 +113,8 @@ def test_bytes_of_a_cache_are_those_of_its_arrays():
   layers, kv_heads, head_width = 2, 2, 16
   slot = 2 * kv_heads * head_width * 2 + 1  # and whether it was written
   assert memory.cache_bytes(module, 2, 32) == 2 * (layers * 32 * slot + 4)  # and where a row ends
+  small = 2 * kv_heads * (head_width + 4) + 1  # a byte an entry, and a scale a head
+  assert memory.cache_bytes(module, 2, 32, dtype="int8") == 2 * (layers * 32 * small + 4)
 
 
 def test_bytes_of_a_state_do_not_grow_with_the_length():

@@ -136,6 +136,32 @@ def test_padding_of_any_id_is_not_there(mixed, padding):
     assert generate(*mixed, padded(prompts, junk, padding), **shape).tokens.tolist() == wanted
 
 
+def test_keys_and_values_in_int8(mixed):
+  """The choice is that of logits through one call with such a cache, up to rounding another way."""
+  module, params = mixed
+  prompts = ragged(0, 25)
+  shape = {"max_new_tokens": 8, "cache_dtype": jnp.int8}
+  new = np.asarray(generate(*mixed, prompts, **shape).tokens)
+  lengths = [len(prompt) for prompt in prompts]
+  left = generate(
+    *mixed, padded(prompts, -100, "left"), lengths=lengths, padding="left", **shape
+  ).tokens
+  np.testing.assert_array_equal(new, left)
+  rows = np.zeros((25, 32), np.int32)
+  for row, prompt, added in zip(rows, prompts, new, strict=True):
+    row[: len(prompt) + 8] = [*prompt, *added]
+  logits = {
+    dtype: np.asarray(apply(module, params, rows, cache=module.init_cache(25, 32, dtype=dtype))[0])
+    for dtype in ("int8", "float32")
+  }
+  places = np.array(lengths)[:, None] + np.arange(8) - 1
+  seen = np.take_along_axis(logits["int8"], places[..., None], axis=1)
+  short = seen.max(-1) - np.take_along_axis(seen, new[..., None], axis=2)[..., 0]
+  assert short.max() < 0.01 * seen.std()
+  off = np.abs(logits["int8"] - logits["float32"]).mean()
+  assert 1e-4 * seen.std() < off < 0.05 * seen.std()
+
+
 def test_rows_that_end_early_change_no_other(mixed):
   prompts = ragged(0, 25)
   free = np.asarray(generate(*mixed, prompts, max_new_tokens=8).tokens)
@@ -253,6 +279,7 @@ def test_any_weight_representation(model):
     ([[1]], {"temperature": -1.0}, "temperature -1.0"),
     ([[1]], {"eos_id": 512}, "eos_id 512"),
     ([[1]], {"pad_id": 2**31}, "pad_id 2147483648"),
+    ([[1]], {"cache_dtype": "int16"}, "dtype=int16 of a cache; allowed: types of floats, and int8"),
   ],
 )
 def test_bad_arguments(model, prompts, arguments, message):

@@ -374,9 +374,13 @@ def test_taps_see_what_routers_and_experts_are_given():
   found = capture(Model(), params, batch, reduce=sum_of_squares, kind=kinds)
   real = np.square(table[[1, 2, 3, 4]]).sum(0)
   np.testing.assert_allclose(found["layer/router"], real, rtol=1e-5)
-  # Every token goes to K experts.
-  np.testing.assert_allclose(found["layer/experts/up"], K * real, rtol=1e-5)
-  assert found["layer/experts/down"].shape == (F,)
+  # Every token goes to K experts, each of which has a statistic of what it is given itself.
+  np.testing.assert_allclose(found["layer/experts/up"].sum(0), K * real, rtol=1e-5)
+  logits = table[[1, 2, 3, 4]] @ np.asarray(params["layer"]["router"]["kernel"])
+  chosen = np.argsort(-logits, axis=1)[:, :K]
+  own = [np.square(table[[1, 2, 3, 4]][(chosen == e).any(1)]).sum(0) for e in range(E)]
+  np.testing.assert_allclose(found["layer/experts/up"], own, rtol=1e-5)
+  assert found["layer/experts/down"].shape == (E, F)
   assert np.isfinite(found["layer/experts/down"]).all()
 
 

@@ -86,6 +86,9 @@ def test_inputs_that_never_are_anything_are_rounded_to_the_nearest():
   still = {"up": jnp.zeros(D)}
   for changed in (
     awq({"up": {"kernel": w}}, {"up": jnp.zeros((D, D))}, still, group=GROUP),
+    awq(
+      {"up": {"kernel": w}}, {"up": jnp.zeros((D, D))}, {"up": jnp.full(D, jnp.nan)}, group=GROUP
+    ),
     smoothquant({"up": {"kernel": w}}, still, "int4", group=GROUP),
   ):
     off = np.abs(np.asarray(changed["up"]["kernel"].materialize()) - w)
@@ -136,6 +139,11 @@ def test_bad_input_is_named():
     "damping=-1": lambda: gptq(params, {"up": h}, damping=-1),
     "allowed: int4, int4affine, nf4, fp4": lambda: gptq(params, {"up": h}, "int8"),
     "'int3' is unknown": lambda: awq(params, {"up": h}, {"up": peak}, "int3"),
+    "'int4' has no option 'bits'; allowed: group": lambda: gptq(params, {"up": h}, bits=3),
+    "'nf4' has no option 'group'": lambda: awq(params, {"up": h}, {"up": peak}, "nf4", group=8),
+    "'int8dynamic' has no option 'beta'; allowed: granularity": (
+      lambda: smoothquant(params, {"up": peak}, beta=0.5)
+    ),
     "alpha=2": lambda: smoothquant(params, {"up": peak}, alpha=2),
     "of none": lambda: gptq(params, {}),
     "of the same layers": lambda: awq(params, {"up": h}, {"down": peak}),

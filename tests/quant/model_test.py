@@ -6,10 +6,12 @@ import pytest
 
 from effjax.attention.multi_head import Attention
 from effjax.core import trees
+from effjax.core.register import REPRESENTATIONS, register
 from effjax.layers import MLP
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.models.transformer import Transformer
-from effjax.quant import Int8, dequantize, fake_quantize, quantize
+from effjax.quant import Int8, dequantize, fake_quantize, methods, quantize
+from effjax.quant.model import representer
 from tests.modules import apply, random_params
 
 TOKENS = np.arange(12).reshape(2, 6)
@@ -78,9 +80,55 @@ def test_rounding_leaves_other_weights_alone(model):
   assert isinstance(trees.select(found, "query/kernel").popitem()[1], Int8)
 
 
-def test_what_a_method_does_not_take_is_named(model):
-  with pytest.raises(TypeError, match="bits"):
-    quantize(model[1], "int4", bits=3)
+@pytest.mark.parametrize("change", [quantize, fake_quantize])
+def test_what_a_method_does_not_take_is_named(model, change):
+  message = "'int4' has no option 'bits'; allowed: group, scale_dtype, symmetric, table"
+  with pytest.raises(ValueError, match=message):
+    change(model[1], "int4", bits=3)
+
+
+OPTIONS = {
+  "int8": "granularity scale_dtype",
+  "int8dynamic": "granularity scale_dtype",
+  "llmint8": "capacity exact granularity scale_dtype threshold",
+  "llmint8exact": "capacity exact granularity scale_dtype threshold",
+  "int4": "group scale_dtype symmetric table",
+  "int4affine": "group scale_dtype symmetric table",
+  "nf4": "block double table",
+  "fp4": "block double table",
+  "palette": "bits steps table",
+  "gguf": "table type",
+  "ternary": "scale_dtype table",
+}
+
+
+@pytest.mark.parametrize("method", methods())
+def test_options_are_those_of_the_method(method):
+  with pytest.raises(ValueError, match=f"{method!r} has no option 'w'; allowed: ") as found:
+    representer(method, {"w": 1, **dict.fromkeys(OPTIONS[method].split())})
+  assert str(found.value).endswith(f"allowed: {', '.join(OPTIONS[method].split())}")
+
+
+def test_options_of_a_method_of_the_users_own():
+  class Own(Int8):
+    @classmethod
+    def represent(cls, path, w, halves=False):
+      return super().represent(path, w, scale_dtype=jnp.float16 if halves else jnp.float32)
+
+  register(kind="quantised")(Own)
+  try:
+    assert quantize({"kernel": jnp.eye(2)}, "own", halves=True)["kernel"].scale.dtype == jnp.float16
+    with pytest.raises(ValueError, match="'own' has no option 'path', 'scale'; allowed: halves"):
+      quantize({"kernel": jnp.eye(2)}, "own", scale=1, path="")
+  finally:
+    REPRESENTATIONS.pop("Own")
+
+
+def test_whether_it_is_a_table_may_be_said():
+  params = {"embedding": jnp.ones((4, 6)), "kernel": jnp.ones((4, 6))}
+  usual, other = (quantize(params, "int4", group=2, **told) for told in ({}, {"table": True}))
+  assert [leaf.table for leaf in usual.values()] == [True, False]
+  assert [leaf.table for leaf in other.values()] == [True, True]
 
 
 @pytest.mark.parametrize(

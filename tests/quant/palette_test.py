@@ -33,6 +33,18 @@ def test_few_numbers_are_near_the_best_of_all_splits():
   assert best * (1 - 1e-5) <= found <= best * 1.2
 
 
+@pytest.mark.parametrize("colours", [1, 5, 8])
+def test_few_different_points_are_centres(colours):
+  """However often each occurs, and beside others that are far away."""
+  rng = np.random.default_rng(4)
+  kinds = rng.integers(0, 255, (5, 3)).astype(np.float32)
+  kinds[:2] = [[10, 10, 10], [10, 10, 11]]
+  points = np.repeat(kinds[:colours], [3000, 1, 500, 2, 1][:colours], axis=0)
+  centres, index = kmeans(rng.permutation(points), colours, steps=2)
+  np.testing.assert_array_equal(np.unique(np.asarray(centres)[np.asarray(index)], axis=0),
+                                np.unique(points, axis=0))  # fmt: skip
+
+
 @pytest.mark.parametrize("numbers", [1, 2, 3, 4])
 def test_a_matrix_of_few_numbers_is_exact(numbers):
   w = np.random.default_rng(2).choice([-3.0, 0.25, 0.5, 7.0][:numbers], (2, 16, 6))

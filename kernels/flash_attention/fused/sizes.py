@@ -51,6 +51,7 @@ _FEW, _ANY = 4, 1 << 30
 # Of a bias: all four operands of a tile lie in shared memory as often as there are stages.
 _BIAS, _TWO, _WIDE = Size(128, 64, 8), Size(128, 64, 8, 2), Size(64, 32, 8, 2)
 _SMALL, _SMALL_WIDE = Size(64, 64, 4, 2), Size(32, 32, 4, 2)
+_LEAST = Size(16, 16, 8, 1)
 # The first row that matches: part of the device's name, bytes of an element, widest head, most
 # arrays that the mask's predicate reads, which take registers of a GPU.
 # On GPUs of two bytes the largest found that compile for sm_90 and sm_80 by jax 0.10.2 without
@@ -65,8 +66,8 @@ _TABLE = {
     ("", 2, 128, _ANY, Sizes(Size(128, 64, 8), Size(64, 64, 8), Size(32, 64, 4), _SMALL)),
     ("", 2, 256, _ANY, Sizes(Size(64, 32, 8), Size(64, 16, 8), Size(32, 32, 8), _SMALL_WIDE)),
     ("", 4, 64, _ANY, Sizes(Size(32, 64, 8), Size(32, 32, 4, 2), Size(32, 32, 4, 2))),
-    ("", 4, 128, _ANY, Sizes(Size(32, 16, 4, 1), Size(16, 16, 4, 2), Size(16, 32, 8, 2))),
-    ("", 4, 256, _ANY, Sizes(Size(32, 16, 4, 1), Size(16, 16, 8, 2), Size(16, 16, 8, 1))),
+    ("", 4, 128, _ANY, Sizes(Size(32, 16, 4, 1), Size(16, 16, 4, 2), Size(16, 32, 8, 2), _LEAST)),
+    ("", 4, 256, _ANY, Sizes(Size(32, 16, 4, 1), Size(16, 16, 8, 2), _LEAST)),
   ],
   # For TPUs those of the fewest bundles to a pair of positions of which every mask and score fits
   # in what a program gets of VMEM, 16 MiB and on v6e 32, as libtpu of jax 0.10.2 compiles them.

@@ -72,8 +72,19 @@ def test_more_derivatives_and_maps():
 def test_a_map_of_gradients_keeps_one_matrix():
   x, q = jnp.ones((64, 32)), jnp.ones((32, 16), jnp.int8)
   gradients = jax.vmap(jax.grad(lambda x: jnp.sin(integer_product(x, q)).sum()))
-  sizes = [v.aval.size for eqn in jax.make_jaxpr(gradients)(x).eqns for v in eqn.outvars]
+  sizes = [
+    v.aval.size for eqn in equations(jax.make_jaxpr(gradients)(x).jaxpr) for v in eqn.outvars
+  ]
   assert max(sizes) == x.size
+
+
+def equations(jaxpr):
+  """Those of a program and of all that it calls."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in jax.tree.leaves(list(eqn.params.values())):
+      if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+        yield from equations(getattr(inner, "jaxpr", inner))
 
 
 def test_float64_and_strict_promotion():

@@ -8,7 +8,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from effjax.cost.compiled import compiled
-from effjax.kernels.quantized_matmul import gpu, tpu
+from effjax.kernels.quantized_matmul import Integers, gpu, tpu
+from effjax.kernels.quantized_matmul.fused import branches
 from effjax.quant import FP4, GGUF, NF4, Int4
 
 FORMATS = {
@@ -106,15 +107,45 @@ def test_unrolled_layers_hold_no_expanded_matrices(optimized, rows):
   assert compiled(chain, x, layers).temporaries < packed_bytes / 8 + held
 
 
-@pytest.mark.parametrize("kernels", [gpu, tpu])
-@pytest.mark.parametrize("name", ["nf4", "affine"])
-@pytest.mark.parametrize("rows", [1, 70])
-def test_the_fused_kernels_equal_the_matrix(kernels, name, rows):
-  make = {"nf4": NF4.quantize, "affine": functools.partial(Int4.quantize, symmetric=False)}[name]
+def nibbles(make):
   w = make(normal(128, 72))
-  m = np.asarray(w.materialize(), np.float64)
-  x, dy = normal(rows, 128, seed=1), normal(rows, 72, seed=2)
-  y = kernels.outputs(x, w.format, w.codes, w.constants, interpret=True)
-  dx = kernels.inputs(dy, w.format, w.codes, w.constants, interpret=True)
-  np.testing.assert_allclose(y, np.asarray(x) @ m, rtol=1e-4, atol=1e-4)
-  np.testing.assert_allclose(dx, np.asarray(dy) @ m.T, rtol=1e-4, atol=1e-4)
+  return w.format, w.codes, w.constants, np.asarray(w.materialize(), np.float64).T
+
+
+def integers():
+  q = np.random.default_rng(0).integers(-127, 128, (72, 128)).astype(np.int8)
+  return Integers(64), jnp.asarray(q), (), q.astype(np.float64)
+
+
+KERNELS_KNOW = {
+  "nf4": lambda: nibbles(NF4.quantize),
+  "affine": lambda: nibbles(functools.partial(Int4.quantize, symmetric=False)),
+  "integers": integers,
+}
+
+
+@pytest.mark.parametrize("kernels", [gpu, tpu])
+@pytest.mark.parametrize("name", KERNELS_KNOW)
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_the_fused_kernels_equal_the_matrix(kernels, name, rows):
+  format, codes, constants, m = KERNELS_KNOW[name]()
+  x, dy = normal(rows, 128, seed=1).at[-1, 3].set(jnp.nan), normal(rows, 72, seed=2)
+  dy = dy.at[0, 70].set(jnp.inf).at[0, 71].set(-jnp.inf)
+  assert kernels.fits(x, format, codes, constants)
+  y = kernels.outputs(x, format, codes, constants, interpret=True)
+  dx = kernels.inputs(dy, format, codes, constants, interpret=True)
+  for found, given, by in ((y, x, m.T), (dx, dy, m)):
+    given = np.asarray(given, np.float64)
+    known = np.isfinite(given).all(1)
+    np.testing.assert_allclose(
+      np.asarray(found)[known], given[known] @ by, rtol=1e-4, atol=3e-4 * np.abs(by).max()
+    )
+  assert np.isnan(np.asarray(y)[-1]).all()
+
+
+def test_kernels_serve_integers_where_they_fit():
+  x, q = jnp.ones((3, 576)), jnp.ones((1536, 576), jnp.int8)
+  of = lambda block, x: set(branches(Integers(block), True, x, (q, ())))
+  assert of(64, x) == {"cuda", "tpu"}
+  assert of(9, x) == {"tpu"}
+  assert of(64, x.astype(jnp.int32)) == set()

@@ -2,9 +2,10 @@
 
 import json
 
+import jax
 import pytest
 
-from scripts.checks import kernel_table, kernels, launches, plugins, reports
+from scripts.checks import kernel_table, kernels, launches, plugins, quantized, reports
 from scripts.checks.alone import Case
 from scripts.checks.targets import TARGETS
 
@@ -27,6 +28,16 @@ def test_jobs_are_every_mask_width_type_and_grouping():
     combinations = {job.split("/")[0] for job in jobs if job.endswith("/keys")}
     assert len(combinations) == 2 * 3 * 2 * len(kernels.MASKS) + 1
     assert ("bfloat16-128-causal/decode" in jobs) == (TARGETS[target].platform == "gpu")
+
+
+def test_products_with_packed_matrices_take_their_arguments():
+  for name in quantized.CASES:
+    case = quantized.Case.of(name)
+    assert str(case) == name
+    x, codes, constants = case.arguments("inputs")
+    outputs = jax.eval_shape(quantized.program(case, "outputs", "tpu"), *case.arguments("outputs"))
+    assert (case.rows, case.outputs) == x.shape == outputs.shape
+    assert codes.shape[0] == case.outputs and all(c.shape[0] == case.outputs for c in constants)
 
 
 def test_shared_memory_is_read_for_the_kernel_asked_for(tmp_path):
@@ -109,6 +120,8 @@ def test_runs_are_kept_and_compared_by_the_worst_of_all_masks(tmp_path, monkeypa
     ("h100", "bfloat16-64-causal/forward", {"shared", "busy 4k"}),
     ("h100", "bfloat16-128-causal/decode", {"launches"}),
     ("v5e", "bfloat16-128-full/forward", {"bundles", "matmul", "vmem", "pair"}),
+    ("h100", "bfloat16-576-nf4-1536-16/outputs", {"shared"}),
+    ("v5e", "bfloat16-576-int8-1536-16/inputs", {"bundles", "matmul"}),
   ],
 )
 def test_a_target_of_each_kind_compiles(target, job, figures):

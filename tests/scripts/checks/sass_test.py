@@ -72,6 +72,10 @@ def test_products_of_other_shapes_and_of_numbers():
   assert (loop.products, loop.multiplied) == (1, 32)
 
 
+def test_instructions_for_tensor_cores_are_counted():
+  assert [sass.tensor(code) for code in (HOPPER, AMPERE, NUMBERS, "")] == [3, 2, 0, 0]
+
+
 def test_figures_are_those_of_a_tile_of_128_squared_and_eight_warps():
   job = types.SimpleNamespace(
     any_full=True, any_partial=True, query=types.SimpleNamespace(shape=(1, 64, 1, 16))
