@@ -1,7 +1,6 @@
 """How busy a GPU's multiprocessors are, simulated: programs start in the order of their launch."""
 
 import heapq
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,15 +9,13 @@ import numpy as np
 
 from effjax.kernels.flash_attention.fused import programs
 from effjax.kernels.flash_attention.fused.jobs import Job
-from effjax.kernels.flash_attention.tile_map.blocks import TileList
+from effjax.kernels.flash_attention.fused.pieces import Pieces, lengths_of, longest_first
+from effjax.kernels.flash_attention.fused.sizes import Size
+from effjax.kernels.flash_attention.tile_map.blocks import TileList, tile_lists
+from effjax.kernels.flash_attention.tile_map.sight import Sight, Where
 from scripts.checks.alone import MASKS, Case, program
 
 LENGTHS = (4096, 8192, 16384)
-_PLACES = {
-  "forward": programs.by_rows,
-  "queries": programs.by_rows,
-  "keys": programs.by_columns,
-}
 
 
 def busy(work: Iterable[float], slots: int) -> float:
@@ -50,28 +47,32 @@ def tiles(job: Job, kernel: str, mask: Any) -> tuple[np.ndarray, np.ndarray]:
   Args:
     mask: of batch one, and concrete.
   """
-  (_, T, N, _), S = job.query.shape, job.key.shape[1]
-  place, per = _PLACES[kernel](job), job.group if kernel == "keys" else 1
-  lists = [
-    mask.blocks(T, S, job.size.queries, job.size.keys, head=head) for head in range(mask.heads)
-  ]
-  side = operator.attrgetter("columns" if kernel == "keys" else "rows")
-  rows = np.stack([_of_rows(side(each)) for each in lists])  # [heads, rows, 2]
-  rows = np.broadcast_to(rows, (N, *rows.shape[1:])).reshape(N // per, per, -1, 2).sum(1)
+  (B, T, N, _), S, by_keys = job.query.shape, job.key.shape[1], kernel == "keys"
+  heads, group = (N // job.group, job.group) if by_keys else (N, 1)
+  lists = _listed(mask, T, S, job.size, by_keys)
+  order = None
+  if isinstance(job.lists.offset, np.ndarray):
+    cut = Pieces.of(lists, B * heads, group)
+    lists, order = cut.lists, cut.order
+  else:  # known to the device alone, which puts them in order
+    order = longest_first(lengths_of(lists, group))
+  place = (programs.by_columns if by_keys else programs.by_rows)(job, lists.partial.shape[-1])
   ids = np.indices(place.grid).reshape(len(place.grid), -1, order="F")
-  head = np.asarray(jax.vmap(place.axes["m" if kernel == "keys" else "n"][1])(*ids))
-  offsets = np.stack([side(each).offset for each in lists])[None]
-  order = programs.longest_first(TileList(offsets, None, None), per)
-  row = ids[programs.ROWS]
+  head = np.asarray(jax.vmap(place.axes["m" if by_keys else "n"][1])(*ids))
+  piece = ids[programs.PIECES]
   if order is not None:
-    row = order[0, head * per % order.shape[1], row]
-  full, partial = rows[head, row].T
+    piece = order[0, head * group % order.shape[1], piece]
+  full = lists.partial - lists.offset[..., :-1]
+  both = np.stack([full, np.diff(lists.offset) - full], axis=-1)[0]  # [heads, pieces, 2]
+  both = np.broadcast_to(both, (N, *both.shape[1:])).reshape(heads, group, -1, 2).sum(1)
+  full, partial = both[head, piece].T
   return full, partial
 
 
-def _of_rows(lists: TileList) -> np.ndarray:
-  full = lists.partial - lists.offset[:-1]
-  return np.stack([full, np.diff(lists.offset) - full], axis=-1)
+def _listed(mask: Any, T: int, S: int, size: Size, by_keys: bool) -> TileList:
+  """[1, heads, …] of a concrete mask."""
+  sight = Sight.of(Where(jax.tree.map(np.asarray, mask), None, None), T, S, size.queries, size.keys)
+  return tile_lists(sight, -(-T // size.queries), -(-S // size.keys), by_columns=by_keys)
 
 
 def simulated(case: Case, kernel: str, device: str, slots: int, weight: float) -> dict[str, float]:

@@ -119,24 +119,10 @@ def _forward(settings, query, key, value, bias, where, terms):
   job = Job.of(settings, settings.sizes.forward, query, key, value, bias, where, terms)
   T = query.shape[1]
   out, *lines = settings.kernels.forward(job)
-  out = out[..., :T, :, : value.shape[-1]]
-  top, log_sum = (jnp.swapaxes(x, 2, 3)[:, :, :T] for x in lines)
-  if settings.splits == 1:
-    out, top, log_sum = out[0], top[0], log_sum[0]
-  else:
-    out, top, log_sum = _joined(out, top, log_sum, job.powers.outer)
+  out = out[:, :T, :, : value.shape[-1]]
+  top, log_sum = (jnp.swapaxes(x, 1, 2)[:, :T] for x in lines)
   lse = top * (job.powers.outer / steps.LOG2E) + log_sum * math.log(2)
-  return out.astype(query.dtype), lse, top, log_sum
-
-
-def _joined(out: Array, top: Array, log_sum: Array, log2: float) -> tuple[Array, Array, Array]:
-  """Attention from its parts over disjoint keys, along the first axis."""
-  most = top.max(axis=0)
-  base = jnp.where(most == -jnp.inf, 0.0, most)
-  sums = jnp.exp2((top - base[None]) * log2 + log_sum)
-  total = sums.sum(axis=0)
-  safe = jnp.where(total == 0, 1.0, total)
-  return jnp.sum(out * (sums / safe[None])[..., None], axis=0), most, jnp.log2(safe)
+  return out, lse, top, log_sum
 
 
 def _backward(settings, saved, cotangents):

@@ -1,7 +1,8 @@
 """Fused attention on NVIDIA GPUs, in Triton through Pallas.
 
 A program takes one tile of queries (for dK and dV one of keys), goes through its list of tiles,
-first those that need no mask, and keeps what it sums in registers.
+first those that need no mask, and keeps what it sums in registers. A long list is worked on by
+several programs, a piece of it by each.
 """
 
 import dataclasses
@@ -19,8 +20,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from effjax.core.typing import Array, Float
 from effjax.kernels.flash_attention import row_bias
-from effjax.kernels.flash_attention.fused import few, folding, frame, programs, steps
+from effjax.kernels.flash_attention.fused import few, folding, frame, joins, pieces, programs, steps
 from effjax.kernels.flash_attention.fused.jobs import Job, Kernels
+from effjax.kernels.flash_attention.fused.pieces import Pieces
 from effjax.kernels.flash_attention.fused.places import Place
 from effjax.kernels.flash_attention.fused.sizes import Sizes
 
@@ -34,11 +36,10 @@ def _scores(job: Job, x: Any, here: Any, there: Any, k: Array, queries: Any, how
 
 
 def _forward(job: Job) -> tuple[Array, ...]:
-  size, splits = job.size, job.settings.splits
+  size = job.size
 
-  def kernel(x, out, top, log_sum):
-    i, part = lax.div(pl.program_id(2), splits), lax.rem(pl.program_id(2), splits)
-    row = i if x.order is None else x.order[i]
+  def kernel(x, *results):
+    piece, row, store = _piece(x, pl.program_id(2), size.queries, results)
 
     def put(here, rows, exact):
       def tiles(masked):
@@ -53,28 +54,27 @@ def _forward(job: Job) -> tuple[Array, ...]:
         return tile
 
       start = steps.start(rows, job.value.shape[-1])
-      carry = _visit(job, x.lists, (), row, size.keys, tiles, start, exact, (part, splits))
+      carry = _visit(job, x.lists, (), piece, size.keys, tiles, start, exact)
       result, *sums = steps.finish(*carry)
-      out[here, :] = result.astype(out.dtype)
-      top[here], log_sum[here] = (x[:, 0] for x in sums)
+      store(here, result, *(line[:, 0] for line in sums))
       return result
 
     _exactly(job, put, row, size.queries)
 
   B, T, N, _ = job.query.shape
-  kind = job.query.dtype if splits == 1 else jnp.float32
-  out = jax.ShapeDtypeStruct((splits, B, T, N, job.value.shape[-1]), kind)
-  line = jax.ShapeDtypeStruct((splits, B, N, T), jnp.float32)
-  place, order = programs.by_rows(job, splits), programs.longest_first(job.lists)
-  return _call(job, kernel, place, order, ("pbqnh", out), ("pbnq", line), ("pbnq", line))
+  out = jax.ShapeDtypeStruct((B, T, N, job.value.shape[-1]), job.query.dtype)
+  line = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+  cut = Pieces.of(job.lists, B * N, splits=job.settings.splits)
+  place = programs.by_rows(job, cut.count)
+  join = functools.partial(joins.attended, log2=job.powers.outer)
+  return _whole(job, kernel, place, cut, join, ("bqnh", out), ("bnq", line), ("bnq", line))
 
 
 def _queries(job: Job) -> Array:
   size = job.size
 
-  def kernel(x, d_query):
-    i = pl.program_id(2)
-    row = i if x.order is None else x.order[i]
+  def kernel(x, *results):
+    piece, row, store = _piece(x, pl.program_id(2), size.queries, results)
 
     def put(here, rows, exact):
       top, log_sum, delta = (x.lines[name][here][:, None] for name in _LINES)
@@ -93,23 +93,24 @@ def _queries(job: Job) -> Array:
         return tile
 
       start = jnp.zeros((rows, job.query.shape[-1]), jnp.float32)
-      total = _visit(job, x.lists, (), row, size.keys, tiles, start, exact)
+      total = _visit(job, x.lists, (), piece, size.keys, tiles, start, exact)
       total = total * (job.settings.scale * jnp.exp2(-log_sum))
-      d_query[here, :] = total.astype(d_query.dtype)
+      store(here, total)
       return total
 
     _exactly(job, put, row, size.queries)
 
-  place, order = programs.by_rows(job), programs.longest_first(job.lists)
-  return _call(job, kernel, place, order, ("bqnh", job.query))[0]
+  B, _, N, _ = job.query.shape
+  cut = Pieces.of(job.lists, B * N)
+  place = programs.by_rows(job, cut.count)
+  return _whole(job, kernel, place, cut, joins.added, ("bqnh", job.query))[0]
 
 
 def _keys(job: Job) -> tuple[Array, Array]:
   size = job.size
 
-  def kernel(x, d_key, d_value):
-    j = pl.program_id(1)
-    column = j if x.order is None else x.order[0, j]
+  def kernel(x, *results):
+    piece, column, store = _piece(x, pl.program_id(1), size.keys, results, (0,))
 
     def put(here, rows, exact):
       k, v = x.key[here, :], x.value[here, :]
@@ -140,19 +141,19 @@ def _keys(job: Job) -> tuple[Array, Array]:
           return tile
 
         listed = of_head(x.lists.offset)
-        return _visit(job, x.lists, (listed,), column, size.queries, tiles, carry, exact)
+        return _visit(job, x.lists, (listed,), piece, size.queries, tiles, carry, exact)
 
       start = tuple(jnp.zeros((rows, a.shape[-1]), jnp.float32) for a in (k, v))
       d_k, d_v = lax.fori_loop(0, job.group, head, start)
-      d_key[here, :] = (d_k * job.settings.scale).astype(d_key.dtype)
-      d_value[here, :] = d_v.astype(d_value.dtype)
+      store(here, d_k * job.settings.scale, d_v)
       return d_k  # not finite where d_v is not
 
     _exactly(job, put, column, size.keys, always=True)
 
-  place, order = programs.by_columns(job), programs.longest_first(job.lists, job.group)
-  results = ("bkmh", job.key), ("bkmh", job.value)
-  d_key, d_value = _call(job, kernel, place, order, *results)
+  B, _, K, _ = job.key.shape
+  cut = Pieces.of(job.lists, B * K, job.group)
+  place, results = programs.by_columns(job, cut.count), (("bkmh", job.key), ("bkmh", job.value))
+  d_key, d_value = _whole(job, kernel, place, cut, joins.added, *results)
   return d_key, d_value
 
 
@@ -183,7 +184,7 @@ def _bias(job: Job) -> Array:
     start = jnp.zeros((size.queries, size.keys), jnp.float32)
     d_bias[0, 0] = lax.fori_loop(0, batch * shared, add, start).astype(d_bias.dtype)
 
-  return _call(job, kernel, programs.by_bias(job, bias), None, ("bnqk", bias))[0]
+  return _call(job, kernel, programs.by_bias(job, bias), Pieces(job.lists), ("bnqk", bias))[0]
 
 
 def _visit(
@@ -195,32 +196,25 @@ def _visit(
   tiles: Any,
   carry: Any,
   exact: bool,
-  part: tuple[Any, int] = (0, 1),
 ) -> Any:
-  """Folds `tiles(masked)(j, size, carry)` over the list of tile i, or over part (p, of P) of it.
+  """Folds `tiles(masked)(j, size, carry)` over the list of piece i.
 
   The full tiles come first, then the partial ones: what `tiles` reads takes registers in one loop
-  alone. Exactly, all count as partial and are taken in pieces, tiles of size `_PIECE`.
+  alone. Exactly, all count as partial and are taken in parts, tiles of size `_PART`.
   """
   begin, middle, end = lists.offset[*head, i], lists.partial[*head, i], lists.offset[*head, i + 1]
-  which, parts = part
-  if parts > 1:
-    share = lax.div(end - begin + parts - 1, parts)
-    begin = jnp.minimum(begin + which * share, end)
-    end = jnp.minimum(begin + share, end)
-    middle = jnp.clip(middle, begin, end)
-  pieces = size // _PIECE if exact else 1
-  at = lambda n: lists.index[*head, lax.div(n, pieces)] * pieces + lax.rem(n, pieces)
+  parts = size // _PART if exact else 1
+  at = lambda n: lists.index[*head, lax.div(n, parts)] * parts + lax.rem(n, parts)
   loops = [(begin, middle, False)] * job.any_full + [(middle, end, True)] * job.any_partial
   if exact:
     loops = [(begin, end, job.any_partial)]
 
-  state = at(begin * pieces), carry
+  state = at(begin * parts), carry
   for first, last, masked in loops:
     tile = tiles(masked)
     # The next tile's number is read an iteration ahead: its loads would wait for it.
-    step = lambda n, state, tile=tile: (at(n + 1), tile(state[0], size // pieces, state[1]))
-    state = lax.fori_loop(first * pieces, last * pieces, step, state)
+    step = lambda n, state, tile=tile: (at(n + 1), tile(state[0], size // parts, state[1]))
+    state = lax.fori_loop(first * parts, last * parts, step, state)
   return state[1]
 
 
@@ -248,9 +242,9 @@ def _exactly(job: Job, put: Callable[..., Any], i: Array, rows: int, always: boo
     @pl.when(~good)
     def _():
 
-      @pl.loop(0, rows // _PIECE)
+      @pl.loop(0, rows // _PART)
       def _(n):
-        put(pl.ds(i * rows + n * _PIECE, _PIECE), _PIECE, True)
+        put(pl.ds(i * rows + n * _PART, _PART), _PART, True)
 
 
 def _across(keys: Any, here: Any) -> Any:
@@ -271,10 +265,38 @@ def _cap(x: Any) -> Array | None:
   return None if x.cap is None else x.cap[0, 0]
 
 
+def _piece(
+  x: Any, i: Array, size: int, results: tuple[Any, ...], head: tuple[int, ...] = ()
+) -> tuple[Any, Any, Callable[..., None]]:
+  """The piece that comes i-th, its row of tiles, and what stores its results of some rows."""
+  piece = i if x.order is None else x.order[*head, i]
+
+  def put(refs, at, values):
+    for ref, value in zip(refs, values, strict=True):
+      ref[at] = value.astype(ref.dtype)
+
+  if x.row is None:
+    return piece, piece, lambda here, *values: put(results, here, values)
+  row, slot, number = x.row[*head, piece], x.slot[*head, piece], len(results) // 2
+
+  def store(here, *values):
+    @pl.when(slot < 0)
+    def _():
+      put(results[:number], here, values)
+
+    @pl.when(slot >= 0)
+    def _():
+      put(results[number:], (slot, pl.ds(here.start - row * size, here.size)), values)
+
+  return piece, row, store
+
+
 _LINES = "top", "log_sum", "delta"
 _OPERANDS = {
   "lists": "bn.",
   "order": "bn.",
+  "row": "bn.",
+  "slot": "bn.",
   "queries": "bnq",
   "keys": "bnk",
   "query": "bqnh",
@@ -286,13 +308,25 @@ _OPERANDS = {
   "line": "bn.",
   "cap": "..",
 }
+_OF_PIECES = "lists", "order", "row", "slot"
+
+
+def _whole(
+  job: Job, kernel: Any, place: Place, cut: Pieces, join: Any, *results: joins.Result
+) -> tuple[Array, ...]:
+  """`_call`, with pieces of rows joined where lists are cut."""
+  size = job.size.keys if "k" in results[0][0] else job.size.queries
+  parts = joins.slots(cut, results, size)
+  found = _call(job, kernel, place, cut, *results, *parts)
+  return joins.joined(job, cut, join, results, parts, found) if parts else found
 
 
 def _call(
-  job: Job, kernel: Any, place: Place, order: Any, *results: tuple[str, Any]
+  job: Job, kernel: Any, place: Place, cut: Pieces, *results: joins.Result
 ) -> tuple[Array, ...]:
   """Runs `kernel(operands, *results)` over the grid; an operand there is not is None."""
-  operands = {name: order if name == "order" else getattr(job, name) for name in _OPERANDS}
+  source = lambda name: cut if name in _OF_PIECES else job
+  operands = {name: getattr(source(name), name) for name in _OPERANDS}
   spec = lambda name: jax.tree.map(lambda x: place.spec(x.shape, _OPERANDS[name]), operands[name])
   call = pl.pallas_call(
     lambda refs, *outputs: kernel(SimpleNamespace(**refs), *outputs),
@@ -307,8 +341,7 @@ def _call(
   return job.settings.run(call, operands)
 
 
-_PIECE = 16  # the least side of a product
-_PROGRAMS = 256  # about as many as fill a device
+_PART = 16  # the least side of a product
 _LEAST = 256  # keys for which a part is worth its own program
 _FEW = 64  # queries that one tile holds
 
@@ -344,8 +377,8 @@ def attention(
   (B, T, N, _), (S, K) = query.shape, key.shape[1:3]
   folded = folding.fits(query, key, **arguments)
   if splits is None:
-    programs = B * (K if folded else N)
-    splits = max(1, min(_PROGRAMS // programs, S // _LEAST)) if T <= _FEW else 1
+    heads = B * (K if folded else N)
+    splits = max(1, min(pieces.PROGRAMS // heads, S // _LEAST)) if T <= _FEW else 1
   kernels = dataclasses.replace(KERNELS, few=few.forward) if folded else KERNELS
   run: Callable[..., Any] = functools.partial(
     frame.attention, kernels, sizes=sizes, splits=splits, interpret=interpret

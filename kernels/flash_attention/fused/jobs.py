@@ -26,8 +26,8 @@ class Kernels:
   """A platform's kernels; each takes a `Job` and returns padded arrays.
 
   Attributes:
-    forward: of P parts of each row's tiles out [P, B, T, N, Hv] and, [P, B, N, T], the maximum of
-      the scores in their unit and log₂ of the sum of 2^(score − maximum).
+    forward: out [B, T, N, Hv] and, [B, N, T], the maximum of the scores in their unit and log₂ of
+      the sum of 2^(score − maximum).
     queries: dQ [B, T, N, H], or None where `keys` gives it.
     keys: dK [B, S, K, H] and dV [B, S, K, Hv], then dQ if no other kernel does.
     bias: the bias's gradient, in its shape.

@@ -5,53 +5,31 @@ keys (or queries) start together and find them in the cache; among them the long
 first, so that what is left at the end is short and no part of the device waits for long.
 """
 
-import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from effjax.core.typing import Array
 from effjax.kernels.flash_attention.fused.jobs import Job
 from effjax.kernels.flash_attention.fused.places import Place
-from effjax.kernels.flash_attention.tile_map.blocks import Index, TileList
 
-ROWS = -2  # the axis of a grid that counts tiles of queries or keys, the longest lists first
+PIECES = -2  # the axis of a grid that counts pieces, the longest first
 _CACHE = 2**25  # bytes that a device keeps beside what is streamed: less than an A100's L2
 
 
-def longest_first(lists: TileList, group: int = 1) -> Index | None:
-  """[b, h, rows], the rows by falling length of their lists; None if they all have one length.
-
-  Args:
-    group: heads that are worked on by one program, whose lengths count together.
-  """
-  known = isinstance(lists.offset, np.ndarray)
-  xp = np if known else jnp
-  lengths = xp.diff(lists.offset, axis=-1)
-  b, h, rows = lengths.shape
-  if h > 1:
-    lengths = lengths.reshape(b, h // group, group, rows)
-    lengths = xp.broadcast_to(lengths.sum(2, keepdims=True), lengths.shape).reshape(b, h, rows)
-  if rows == 1 or (known and not np.ptp(lengths)):
-    return None
-  return xp.argsort(-lengths, axis=-1, stable=True).astype(xp.int32)
-
-
-def by_rows(job: Job, splits: int = 1) -> Place:
-  """A program for each tile of queries (and part of its list), query head and batch row."""
+def by_rows(job: Job, pieces: int) -> Place:
+  """A program for each piece of a list of a tile of queries, query head and batch row."""
   (B, S, K, _), G = job.key.shape, job.group
   near = _together(B * K, S * _bytes(job))
   of = lambda t, z: z * near + t
   axes = {
-    "p": (None, lambda g, t, i, z: lax.rem(i, splits)),
     "b": (None, lambda g, t, i, z: lax.div(of(t, z), K)),
     "n": (None, lambda g, t, i, z: lax.rem(of(t, z), K) * G + g),
     "m": (None, lambda g, t, i, z: lax.rem(of(t, z), K)),
   }
-  return Place((G, near, job.tiles[0] * splits, B * K // near), axes)
+  return Place((G, near, pieces, B * K // near), axes)
 
 
-def by_columns(job: Job) -> Place:
-  """A program for each tile of keys, key-value head and batch row."""
+def by_columns(job: Job, pieces: int) -> Place:
+  """A program for each piece of a list of a tile of keys, key-value head and batch row."""
   (B, T, *_), K = job.query.shape, job.key.shape[2]
   near = _together(B * K, T * job.group * _bytes(job))
   of = lambda t, z: z * near + t
@@ -61,7 +39,7 @@ def by_columns(job: Job) -> Place:
     "n": (job.group, head),
     "m": (None, head),
   }
-  return Place((near, job.tiles[1], B * K // near), axes)
+  return Place((near, pieces, B * K // near), axes)
 
 
 def by_bias(job: Job, bias: Array) -> Place:

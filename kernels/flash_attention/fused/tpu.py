@@ -64,7 +64,7 @@ def _forward(job: Job) -> tuple[Array, ...]:
   results = ("bgqh", (B, N, T, Hv), job.query.dtype), line, line
   scratch = [_floats(route.repeats, rows, width) for width in (totals.LANES, totals.LANES, Hv)]
   out, *sums = call(job, kernel, route, results, scratch)
-  return jnp.swapaxes(out, 1, 2)[None], *(x[None, :, :, 0] for x in sums)
+  return jnp.swapaxes(out, 1, 2), *(x[:, :, 0] for x in sums)
 
 
 def _keys(job: Job) -> tuple[Array, Array, Array]:

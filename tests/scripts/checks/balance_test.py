@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from effjax.attention import masks
+from effjax.kernels.flash_attention.fused import pieces
 from scripts.checks import balance
 from scripts.checks.alone import HEADS, Case
 
@@ -34,7 +35,8 @@ def test_no_work_is_in_balance():
 
 @pytest.mark.parametrize("kernel", ["forward", "queries", "keys"])
 @pytest.mark.parametrize("name", ["causal", "longformer"])
-def test_tiles_of_all_programs_are_those_of_the_dense_mask(kernel, name):
+def test_tiles_of_all_programs_are_those_of_the_dense_mask(kernel, name, monkeypatch):
+  monkeypatch.setattr(pieces, "_long", lambda lengths, programs: np.ones_like(lengths))
   case, length, batch = Case.of(f"bfloat16-128-{name}"), 1024, 2
   mask = masks.Causal() if name == "causal" else masks.longformer(100, 2)
   job = balance.job_of(case, kernel, "NVIDIA H100", length, batch)
@@ -50,6 +52,18 @@ def test_tiles_of_all_programs_are_those_of_the_dense_mask(kernel, name):
   assert full.sum() <= sum(count(every))
   if name == "causal":
     assert sorted(full.tolist()) == count(every)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "queries", "keys"])
+def test_long_lists_are_simulated_in_pieces(kernel, monkeypatch):
+  case, mask = Case.of("bfloat16-128-longformer"), masks.longformer(256, 2)
+  job = balance.job_of(case, kernel, "NVIDIA H100", 4096)
+  cut = balance.tiles(job, kernel, mask)
+  monkeypatch.setattr(pieces, "_long", lambda lengths, programs: np.ones_like(lengths))
+  whole = balance.tiles(job, kernel, mask)
+  for some, every in zip(cut, whole, strict=True):
+    assert some.sum() == every.sum() and some.size > every.size
+  assert sum(cut).max() < sum(whole).max() / 2
 
 
 def test_what_is_simulated_follows_the_order_of_launch():
