@@ -42,10 +42,11 @@ _EVEN = r"\d+-(full|causal|window|documents|alibi)(-1)? "
 _CUT = r"bfloat16-128-(longformer|bigbird)(-1)?"
 BOUNDS = (
   Bound("fails", "", 0),
-  Bound("spill", "^h100 bfloat16-128.* keys$", 0, now=16),
-  Bound("spill", "^h100 bfloat16-256.* queries$", 0, now=24),
+  Bound("spill", "^h100 bfloat16-128.* keys$", 0, now=72),
+  Bound("spill", "^h100 bfloat16-256.* queries$", 0, now=40),
   Bound("spill", "^h100 bfloat16-256.* keys$", 0, now=536),
   Bound("spill", "^a100 bfloat16-64.* (queries|bias)$", 0, now=112),
+  Bound("spill", "^a100 bfloat16-128.* keys$", 0, now=24),
   Bound("spill", "^(h100|a100) float32-128.* forward$", 0, now=120),
   Bound("spill", "^(h100|a100) float32", 0, now=96),
   Bound("spill", "^(h100|a100)", 0),

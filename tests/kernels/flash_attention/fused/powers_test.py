@@ -52,11 +52,13 @@ def test_what_is_flushed_to_zero_is_lost_in_rounding(monkeypatch):
   run = functools.partial(
     gpu.attention, scale=0.25, sizes=Sizes(size, size, size), interpret=True, logit_softcap=None
   )
-  found = lambda: jax.jit(functools.partial(cases.evaluate, run))(
-    (*arrays, d_out, d_lse), {"mask": Causal()}
-  )
-  plain = found()
-  power = lambda x, factor, y: jnp.where(x * factor - y < -126, 0.0, jnp.exp2(x * factor - y))
-  monkeypatch.setattr(steps, "power", power)
-  for x, y in zip(plain, found(), strict=True):
+
+  def found(least):
+    """With powers below 2^least flushed: one program but for a number, so that no other rounds."""
+    power = lambda x, factor, y: jnp.where(x * factor - y < least, 0.0, jnp.exp2(x * factor - y))
+    monkeypatch.setattr(steps, "power", power)
+    evaluate = jax.jit(functools.partial(cases.evaluate, run))
+    return evaluate((*arrays, d_out, d_lse), {"mask": Causal()})
+
+  for x, y in zip(found(-1000.0), found(-126.0), strict=True):
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.abs(y).max())
