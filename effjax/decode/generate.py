@@ -108,9 +108,7 @@ def generate(
   _check(module.config, tokens, counts, max_new_tokens)
   rule = _rule(key, counts.shape, temperature=temperature, top_k=top_k, top_p=top_p)
   context, longest = module.config.context, int(counts.max())
-  width = min(bucket(longest), context)
-  prompt = np.zeros((len(tokens), width), np.int32)
-  prompt[:, :longest] = tokens[:, :longest]
+  prompt = _widened(tokens[:, :longest], min(bucket(longest), context))
   tokens, counts = _run(
     module,
     params,
@@ -121,11 +119,16 @@ def generate(
     np.int32(pad_id),
     key if rule else None,
     rule,
-    slots=min(bucket(max(longest + max_new_tokens, width)), context),
+    slots=min(bucket(max(longest + max_new_tokens, prompt.shape[1])), context),
     room=bucket(max_new_tokens),
     cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype),
   )
   return Generation(tokens[:, :max_new_tokens], counts)
+
+
+def _widened(tokens: np.ndarray, width: int) -> np.ndarray:
+  """Rows of tokens with zeros up to `width`."""
+  return np.pad(tokens, ((0, 0), (0, width - tokens.shape[1]))).astype(np.int32)
 
 
 def _rule(key: Key | None, shape: tuple[int, ...], **given: Any) -> dict[str, Array]:
