@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import inspect
 import io
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -75,6 +76,41 @@ def chosen(text: str, known: Iterable[str], *, what: str) -> list[str]:
     wrong = ", ".join(map(repr, unknown)) or "(none)"
     raise ValueError(f"unknown {what} {wrong}; allowed: all, {', '.join(known)}")
   return known if "all" in names else [name for name in known if name in names]
+
+
+def numbers(
+  name: str,
+  text: str,
+  kind: Callable[[str], Any] = float,
+  *,
+  least: float,
+  most: float = math.inf,
+  count: int = 1,
+) -> list[Any]:
+  """Those in the comma-separated list of a setting, each once, in order.
+
+  Args:
+    name: of the setting.
+    kind: float or int.
+    count: how many there are to be, or more.
+
+  Raises:
+    ValueError: for what is no such list of finite numbers from `least` to `most`.
+
+  Example:
+    >>> numbers("bits", "6, 2", int, least=1)
+    [2, 6]
+  """
+  try:
+    found = sorted({kind(part) for part in text.split(",")})
+  except ValueError:
+    found = []
+  if len(found) < count or not all(least <= x <= most and math.isfinite(x) for x in found):
+    many = {1: "", 2: "two or more ", 3: "three or more "}[count]
+    words = "integers" if kind is int else "numbers"
+    end = "" if most == math.inf else f" to {most}"
+    raise ValueError(f"{name}={text!r}; allowed: {many}{words} from {least}{end}, comma-separated")
+  return found
 
 
 def compute(

@@ -136,7 +136,7 @@ KINDS = {
 def run(config: Config, workdir: str) -> list[harness.Row]:
   """A row a contender; writes `metrics.jsonl`, `result.csv` and `plot.png` to `workdir`."""
   names = harness.chosen(config.names, KINDS, what="contender")
-  lengths = _lengths(config)
+  lengths = harness.numbers("lengths", config.lengths, int, least=1)
   folder = files.claim(workdir, config)
   tasks = {f"N={n}": functools.partial(held, config, names, n) for n in lengths}
   points = harness.compute(folder, tasks, label="lengths")
@@ -259,13 +259,6 @@ def panels(points: list[harness.Row], names: list[str]) -> list[Panel]:
   contenders = Axis("contender", LINEAR, dict(enumerate(names)))
   powers = Axis(f"exponent over the {LAST} greatest lengths")
   return [*found, Panel("Exponents", contenders, powers, slopes, bounds)]
-
-
-def _lengths(config: Config) -> list[int]:
-  parts = {part.strip() for part in config.lengths.split(",")}
-  if not all(part.isdecimal() and int(part) > 0 for part in parts):
-    raise ValueError(f"lengths={config.lengths!r}; allowed: integers from 1, comma-separated")
-  return sorted(map(int, parts))
 
 
 if __name__ == "__main__":

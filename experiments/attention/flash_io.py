@@ -102,11 +102,7 @@ def sweeps(config: Config) -> dict[str, list[tuple[int, int, int]]]:
   """
   lists = {}
   for name in ("lengths", "widths", "memories"):
-    text = getattr(config, name)
-    parts = {part.strip() for part in text.split(",")}
-    if len(parts) < 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-      raise ValueError(f"{name}={text!r}; allowed: two or more integers from 1, comma-separated")
-    lists[name] = sorted(map(int, parts))
+    lists[name] = harness.numbers(name, getattr(config, name), int, least=1, count=2)
   return {
     "N": [(n, config.width, config.memory) for n in lists["lengths"]],
     "d": [(config.length, d, config.memory) for d in lists["widths"]],

@@ -176,13 +176,9 @@ def sizes(config: Config) -> tuple[list[int], list[int]]:
   Raises:
     ValueError: for lists or a length that do not fit the bins or one another.
   """
-  lists = []
-  for name in ("windows", "sinks"):
-    parts = {part.strip() for part in getattr(config, name).split(",")}
-    if not all(map(str.isdecimal, parts)):
-      raise ValueError(f"{name}={getattr(config, name)!r}; allowed: integers, comma-separated")
-    lists.append(sorted(map(int, parts)))
-  windows, sinks = lists
+  windows, sinks = (
+    harness.numbers(name, getattr(config, name), int, least=0) for name in ("windows", "sinks")
+  )
   fits = lambda w: w % BIN == 0 and 0 < w < config.length and config.length % (w // 2) == 0
   if config.length % BIN or not all(map(fits, windows)):
     raise ValueError(

@@ -93,7 +93,7 @@ class Config:
 
 def run(config: Config, workdir: str) -> list[harness.Row]:
   """A row a pattern and size; writes `metrics.jsonl`, `result.csv` and `plot.png`."""
-  sizes = _sizes(config.blocks)
+  sizes = harness.numbers("blocks", config.blocks, int, least=8, count=3)
   folder = files.claim(workdir, config)
   tasks = {
     f"{name} N={length} seed={seed}": functools.partial(measured, name, length, seed, config)
@@ -251,14 +251,6 @@ def _over_log(rows: list[harness.Row]) -> Line:
   fit = np.polyfit(np.log2(x), y, 1) if len(x) > 1 else [0.0, *y]
   words = "nearest line over log N, with random blocks"
   return Line(words, x, np.polyval(fit, np.log2(x)).tolist())
-
-
-def _sizes(text: str) -> list[int]:
-  """Raises ValueError for what is not a list of at least three numbers of blocks."""
-  parts = {part.strip() for part in text.split(",")}
-  if len(parts) < 3 or not all(part.isdecimal() and int(part) >= 8 for part in parts):
-    raise ValueError(f"blocks={text!r}; allowed: three or more integers from 8, comma-separated")
-  return sorted(map(int, parts))
 
 
 if __name__ == "__main__":

@@ -170,11 +170,8 @@ def panels(rows: list[harness.Row]) -> list[Panel]:
 
 
 def _rates(text: str) -> list[float]:
-  try:
-    rates = sorted({float(part) for part in text.split(",")})
-  except ValueError as error:
-    raise ValueError(f"rates={text!r}; allowed: numbers, comma-separated") from error
-  if rates[0] <= 0:
+  rates = harness.numbers("rates", text, least=0)
+  if not rates[0]:
     raise ValueError(f"rates={text!r}; allowed: above 0")
   return rates
 

@@ -38,9 +38,8 @@ import numpy as np
 from flax import traverse_util
 
 from effjax import data, quant
-from effjax.core import trees
 from effjax.core.typing import PyTree
-from effjax.layers import LayerSpec, capture, reductions, stack
+from effjax.layers import capture, reductions, stack
 from effjax.layers.reductions import Reduction
 from effjax.train import perplexity
 from effjax.train import workdir as files
@@ -49,6 +48,7 @@ from experiments.lab import provenance
 from experiments.lab.held_out import HeldOut, held_out
 from experiments.lab.plots import LOG, Axis, Line, Panel, Series
 from experiments.lab.subject import Subject, load, token_nll
+from experiments.quant.planting import planted
 from experiments.quant.schemes import BASELINE, LINEAR
 
 PUBLISHED, CLOSE = 6.0, 1.003  # the paper's threshold, and most that perplexity may grow with it
@@ -97,8 +97,8 @@ class Config:
 
 def run(config: Config, workdir: str) -> list[harness.Row]:
   """Rows of all three parts; writes `metrics.jsonl`, `result.csv`, `plot.png` to `workdir`."""
-  thresholds = numbers("thresholds", config.thresholds, least=0)
-  factors = numbers("factors", config.factors, least=1)
+  thresholds = harness.numbers("thresholds", config.thresholds, least=0)
+  factors = harness.numbers("factors", config.factors, least=1)
   folder = files.claim(workdir, config, free=("thresholds", "factors"))
   corpus = data.text(config.text)
   provenance.write(folder, corpus)
@@ -190,34 +190,6 @@ class Study:
     return held_out(self._corpus, self._loaded[1], **sizes)
 
 
-def planted(subject: Subject, factor: float, channels: int) -> Subject:
-  """The same function with outliers: gains of `channels` channels grow, the rows behind shrink.
-
-  Raises:
-    ValueError: for more channels than there are, and for a model whose norms end its layers: what
-      they give is not for matrices alone.
-  """
-  config = subject.config
-  if not 0 <= channels <= config.width:
-    raise ValueError(f"channels={channels}; allowed: 0 … {config.width}, the width of the model")
-  if config.arrangement == "post":
-    raise ValueError("arrangement='post' of the model; allowed: norms before the layers")
-  grow = np.ones(config.width, np.float32)
-  grow[np.linspace(0, config.width, channels, endpoint=False, dtype=int)] = factor
-
-  def change(_, spec: LayerSpec, tree: PyTree) -> tuple[LayerSpec, PyTree]:
-    for place in ("mixer", "ffn"):
-      if place in spec.modules:
-        roles = spec.modules[place].axes
-        reads = lambda path, w, roles=roles: roles.get(path, ())[-2:-1] == ("embed",)
-        shrunk = trees.update(tree[place], reads, lambda path, w: w / grow[:, None])
-        grown = jax.tree.map(lambda x: x * grow, tree[f"{place}_norm"])
-        tree = {**tree, place: shrunk, f"{place}_norm": grown}
-    return spec, tree
-
-  return Subject(*stack.change(config, subject.params, change))
-
-
 def integers(method: str, params: PyTree, threshold: float) -> PyTree:
   """The linear layers in int8, with what is rounded of activations below a threshold alone."""
   return quant.quantize(params, method, targets=LINEAR, threshold=threshold)
@@ -230,25 +202,6 @@ SCHEMES: dict[str, Callable[[PyTree, float], PyTree]] = {
   APART: functools.partial(integers, "llmint8"),
   EXACT: functools.partial(integers, "llmint8exact"),
 }
-
-
-def numbers(name: str, text: str, *, least: float) -> list[float]:
-  """Those in a comma-separated list, in order.
-
-  Raises:
-    ValueError: for what is no list of finite numbers from `least` on.
-
-  Example:
-    >>> numbers("thresholds", "6, 0", least=0)
-    [0.0, 6.0]
-  """
-  try:
-    found = sorted({float(part) for part in text.split(",")})
-  except ValueError:
-    found = []
-  if not found or not all(least <= x < math.inf for x in found):
-    raise ValueError(f"{name}={text!r}; allowed: numbers from {least}, comma-separated")
-  return found
 
 
 def compared(rows: list[harness.Row]) -> list[harness.Row]:

@@ -60,7 +60,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
 
   The pictures are `kmeans_16.png`, `grid_16.png` and so on.
   """
-  bits = _bits(config.bits)
+  bits = harness.numbers("bits", config.bits, int, least=1, most=MOST)
   pixels = picture(config.picture, config.stride)
   folder = files.claim(workdir, config, free=("bits",))
   tasks = {
@@ -169,14 +169,6 @@ def panels(rows: list[harness.Row]) -> list[Panel]:
   lines = [Line("16 colours, the lecture's picture", x=4.0)]
   bits, decibel = Axis("bits a pixel, of 24, colours included"), Axis("PSNR in dB")
   return [Panel("Pictures of few colours", bits, decibel, series, lines)]
-
-
-def _bits(text: str) -> list[int]:
-  """Raises ValueError for what is no list of integers from 1 to 8."""
-  parts = {part.strip() for part in text.split(",")}
-  if not all(part.isdecimal() and 1 <= int(part) <= MOST for part in parts):
-    raise ValueError(f"bits={text!r}; allowed: integers from 1 to {MOST}, comma-separated")
-  return sorted(map(int, parts))
 
 
 if __name__ == "__main__":
