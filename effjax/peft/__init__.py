@@ -1,7 +1,8 @@
 """Parameter-efficient fine-tuning: small trained additions to a frozen model."""
 
 from effjax.peft import lora
-from effjax.peft.files import attach, detach, load, save
+from effjax.peft.detached import attach, detach
+from effjax.peft.files import load, save
 from effjax.peft.lora import LoRA
 from effjax.peft.trainable import trainable
 
