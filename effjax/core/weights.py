@@ -63,7 +63,11 @@ class Weight(abc.ABC):
 
   def affine(self, x: Float[Array, "... D"], bias: Any) -> Float[Array, "... F"]:
     """x @ W + bias; `bias` is [F] or None."""
-    return _add_bias(self.matmul(x), bias)
+    return _add_bias(self.matmul(x), offset(self, bias))
+
+  def offset(self, bias: Any) -> Any:
+    """What x @ W + bias adds: `bias` [..., F] or None, but for weights that scale outputs whole."""
+    return bias
 
   def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
     """x W by `multiply(x, array)`, another product than that of rows with one matrix.
@@ -204,6 +208,9 @@ class Over(Weight):
   def flops(self) -> float:
     return self.base.flops if isinstance(self.base, Weight) else super().flops
 
+  def offset(self, bias: Any) -> Any:
+    return offset(self.base, bias)
+
   def drawn(self, key: Key) -> "Weight":
     if not isinstance(self.base, Weight):
       return self
@@ -308,6 +315,11 @@ def lookup(w: Any, indices: Int[Array, "..."]) -> Array:
 def product(x: Array, w: Any, multiply: Callable[[Array, Array], Array]) -> Array:
   """multiply(x, w), by parts where `w` is a `Weight` made of several."""
   return w.product(x, multiply) if isinstance(w, Weight) else multiply(x, w)
+
+
+def offset(w: Any, bias: Any) -> Any:
+  """What is added to a product with `w`, an array or a `Weight`, for the sake of `bias`."""
+  return w.offset(bias) if isinstance(w, Weight) and bias is not None else bias
 
 
 def along(vector: Any, x: Float[Array, "... F"]) -> Array:

@@ -1,9 +1,27 @@
 """Parameter-efficient fine-tuning: small trained additions to a frozen model."""
 
-from effjax.peft import lora
+from effjax.peft import ia3, lora
+from effjax.peft.adapter import Tuned
 from effjax.peft.detached import attach, detach
 from effjax.peft.files import load, save
+from effjax.peft.ia3 import IA3
 from effjax.peft.lora import LoRA
+from effjax.peft.merging import merge
 from effjax.peft.trainable import trainable
+from effjax.peft.tuning import bitfit, tune
 
-__all__ = ["LoRA", "attach", "detach", "load", "lora", "save", "trainable"]
+__all__ = [
+  "IA3",
+  "LoRA",
+  "Tuned",
+  "attach",
+  "bitfit",
+  "detach",
+  "ia3",
+  "load",
+  "lora",
+  "merge",
+  "save",
+  "trainable",
+  "tune",
+]
