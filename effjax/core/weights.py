@@ -78,6 +78,14 @@ class Weight(abc.ABC):
     """
     return multiply(x, self.materialize())
 
+  @property
+  def by_parts(self) -> bool:
+    """Whether it is to be multiplied by `product` alone, since not all fields have its first axis.
+
+    So it is where one matrix stands for several.
+    """
+    return any(isinstance(value, Weight) and value.by_parts for _, value in _arrays(self))
+
   def along(self, x: Float[Array, "... F"]) -> Array:
     """A vector [F] as it is added to x, or multiplies it: of a shape that broadcasts."""
     return numerics.expand(self.materialize(), x.ndim)

@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning: small trained additions to a frozen model."""
 
-from effjax.peft import ia3, lora
+from effjax.peft import bottleneck, experts, ia3, lora
 from effjax.peft.adapter import Tuned
 from effjax.peft.detached import attach, detach
 from effjax.peft.files import load, save
@@ -16,7 +16,9 @@ __all__ = [
   "Tuned",
   "attach",
   "bitfit",
+  "bottleneck",
   "detach",
+  "experts",
   "ia3",
   "load",
   "lora",

@@ -77,6 +77,9 @@ def _on_parts(implementation: str | None, rows: tuple[Array, Array], params: PyT
 def _on_part(implementation: str | None, x: Array, sizes: Array, params: PyTree) -> Array:
   if implementation == "reference":
     return _dense(reference.grouped_matmul, x, params, sizes)
+  if isinstance(params[0], Weight) and params[0].by_parts:
+    multiply = functools.partial(grouped_linear, implementation=implementation)
+    return _dense(multiply, x, params, sizes)
   rows = x.shape[0]
   if not is_size(rows):  # so that it is known that there are as many as a tile has
     x = jnp.pad(x, ((0, tiles.HIGHEST), (0, 0)))
