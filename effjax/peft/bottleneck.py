@@ -7,6 +7,7 @@ code of the latter gives it norm(x + f(x)), by the layer's own norm; here both a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -204,6 +205,7 @@ def chosen_layers(
   return found
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _drawn(module: nn.Module, width: int, key: Key, stddev: Any) -> PyTree:
   """Parameters of a module as new ones that train."""
   x, tokens = jnp.zeros((1, 1, width)), jnp.zeros((1, 1), jnp.int32)
