@@ -15,21 +15,14 @@ from effjax.core import trees, weights
 from effjax.core.known import number
 from effjax.core.trees import Chooser
 from effjax.core.typing import Array, Float, Int, Key, PyTree, Scalar, Size
-from effjax.core.weights import (
-  Over,
-  Weight,
-  is_weight,
-  linear,
-  materialize,
-  register,
-  transpose,
-)
+from effjax.core.weights import Weight, is_weight, linear, materialize, register, transpose
+from effjax.peft.adapter import Adapter
 
 TARGETS = r"mixer/(query|value)/kernel$"
 
 
 @register(trains=("a", "b"), kind="adapter")
-class LoRA(Over):
+class LoRA(Adapter):
   """W = W0 + s·A B, computed as x W0 + s·(x A) B.
 
   Invariants:
@@ -84,8 +77,8 @@ class LoRA(Over):
     base = materialize(self.base)
     return (base.astype(jnp.float32) + self.delta()).astype(base.dtype)
 
-  def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-    return linear(x, self.base) + self._scaled(linear(linear(x, self.a), self.b))
+  def added(self, x: Float[Array, "... D"], y: Float[Array, "... F"], bias: Any) -> Array:
+    return self._scaled(linear(linear(x, self.a), self.b))
 
   def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
     low_rank = multiply(multiply(x, self.a * self.scale), self.b)
