@@ -137,7 +137,8 @@ def _less(w: Array, a: Array, b: Array, scale: Scalar) -> Array:
 def _check(start: str, w: Any, scale: Scalar) -> None:
   if is_weight(w):
     raise ValueError(
-      f"{start} over {w!r}; allowed: a plain matrix; {start}(represent) quantises what is left of it"
+      f"{start} over {w!r}; allowed: a plain matrix, what is left of which {start}(represent) "
+      "quantises"
     )
   if (values := known(scale)) is not None and not values.all():
     raise ValueError(f"alpha 0 with {start}; allowed: any other, by which it divides")
