@@ -3,15 +3,17 @@
 from effjax.peft import bottleneck, experts, ia3, lora
 from effjax.peft.adapter import Tuned
 from effjax.peft.detached import attach, detach
+from effjax.peft.dora import DoRA
 from effjax.peft.files import load, save
 from effjax.peft.ia3 import IA3
-from effjax.peft.lora import LoRA
-from effjax.peft.merging import merge
+from effjax.peft.lora import merge, unmerge
+from effjax.peft.low_rank import LoRA
 from effjax.peft.trainable import trainable
 from effjax.peft.tuning import bitfit, tune
 
 __all__ = [
   "IA3",
+  "DoRA",
   "LoRA",
   "Tuned",
   "attach",
@@ -26,4 +28,5 @@ __all__ = [
   "save",
   "trainable",
   "tune",
+  "unmerge",
 ]

@@ -198,8 +198,8 @@ def chosen_layers(
   count = len(config.layers)
   if layers is None:
     layers = [index for index, spec in enumerate(config.layers) if suits(spec)]
-  bound = {"integer": True, "least": -count, "most": count - 1}
-  found = {number("layers", index, **bound) % count for index in layers}
+  within = functools.partial(number, "layers", integer=True, least=-count, most=count - 1)
+  found = {within(index) % count for index in layers}
   if not found:
     raise ValueError(f"layers={layers!r} of {config}; allowed: one at least that suits")
   return found

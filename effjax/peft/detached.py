@@ -95,10 +95,11 @@ def _without(tree: Any, names: list[str]) -> Any:
     raise ValueError(f"params: {first!r} is new in a {type(tree).__name__}; allowed: in a dict")
   inner = _without(tree[first], rest) if rest else None
   kept = {name: value for name, value in tree.items() if name != first}
-  return type(tree)(kept | {first: inner} if inner else kept)
+  same: Any = type(tree)
+  return same(kept | {first: inner} if inner else kept)
 
 
-def _with(tree: Mapping, names: list[str], leaf: Any) -> Any:
+def _with(tree: Any, names: list[str], leaf: Any) -> Any:
   first, *rest = names
   inner = _with(tree.get(first, {}), rest, leaf) if rest else leaf
   return type(tree)({**tree, first: inner})

@@ -1,7 +1,8 @@
 """An expert as the adapter: a mixture of LoRA experts over one frozen feed-forward layer.
 
-Li et al., MixLoRA, arXiv 2404.15159, section 3.1; Zadouri et al., MoLoRA, arXiv 2309.05444. The
-experts' matrices are the frozen one plus factors of their own; the frozen one is not copied.
+Li et al., MixLoRA, arXiv 2404.15159, section 3.1: the experts' matrices are the frozen one, which is
+not copied, plus factors of their own, and one router chooses for the whole feed-forward layer. In
+MoLoRA (Zadouri et al., arXiv 2309.05444) each matrix has a router, and all its experts are mixed.
 """
 
 import dataclasses
@@ -120,13 +121,14 @@ def add(
   def of_layer(index: int, spec: LayerSpec, tree: PyTree) -> tuple[LayerSpec, PyTree]:
     if index not in chosen:
       return spec, tree
-    _check_layer(index, spec, tree)
-    layer = mixture(spec.ffn)
+    layer: Any = mixture(_mlp(index, spec, tree))
     _check_mixture(layer, spec.ffn)
     layer_key = jax.random.fold_in(key, index)
     share = lambda path, x: Shared(x, layer.router.experts, 1 if path.endswith("bias") else 2)
     experts = {"experts": trees.update(tree["ffn"], "", share)}
     experts = lora.add(experts, layer_key, targets=targets, **options)
+    if not all(_shared(leaf) for leaf in trees.items(experts).values()):
+      raise ValueError("experts: start changes the shared matrix; allowed: one that leaves it")
     router = _router(layer.router, config.width, trees.path_key(layer_key, "router"))
     ffn = experts | ({"router": router} if router else {})
     _check_parameters(layer, ffn, config.width)
@@ -149,7 +151,8 @@ def remove(config: TransformerConfig, params: Params) -> tuple[TransformerConfig
       return spec, tree
     removed.append(index)
     ffn = trees.update(tree["ffn"]["experts"], "", lambda path, leaf: _shared(leaf).base)
-    return dataclasses.replace(spec, ffn=spec.ffn.expert), {**tree, "ffn": ffn}
+    mixture: Any = spec.ffn
+    return dataclasses.replace(spec, ffn=mixture.expert), {**tree, "ffn": ffn}
 
   changed = change(config, params, of_layer)
   if not removed:
@@ -173,7 +176,8 @@ def _router(router: nn.Module, width: int, key: Key) -> PyTree:
   return jax.tree.map(lambda x: Tuned(None, x), made.get("params", {}))
 
 
-def _check_layer(index: int, spec: LayerSpec, tree: PyTree) -> None:
+def _mlp(index: int, spec: LayerSpec, tree: PyTree) -> MLP:
+  """The ffn of a layer, without adapters; ValueError for another."""
   if not isinstance(spec.ffn, MLP):
     given = f"experts: the ffn of layer {index} is {type(spec.ffn).__name__}"
     raise ValueError(f"{given}; allowed: MLP")
@@ -181,9 +185,10 @@ def _check_layer(index: int, spec: LayerSpec, tree: PyTree) -> None:
     if is_adapter(leaf):
       given = f"experts: ffn/{path} of layer {index} is a {type(leaf).__name__}"
       raise ValueError(f"{given}; merge or detach it first")
+  return spec.ffn
 
 
-def _check_mixture(layer: Any, expert: nn.Module) -> None:
+def _check_mixture(layer: Any, expert: nn.Module | None) -> None:
   if not isinstance(getattr(layer, "router", None), Router) or layer.expert != expert:
     allowed = "a layer with a router and that expert, as partial(MoE, TopK(8, 2)) gives"
     raise ValueError(f"experts: mixture gives {type(layer).__name__}; allowed: {allowed}")

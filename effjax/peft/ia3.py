@@ -56,6 +56,10 @@ class IA3(Adapter):
     base = materialize(self.base)
     return (base.astype(jnp.float32) * self.scale).astype(base.dtype)
 
+  def beneath(self, w: Float[Array, "... D F"]) -> Array:
+    base = (w.astype(jnp.float32) / jnp.where(self.scale == 0, 1, self.scale)).astype(w.dtype)
+    return jnp.where(self.scale == 0, materialize(self.base), base)
+
   def affine(self, x: Float[Array, "... D"], bias: Any) -> Float[Array, "... F"]:
     if self.of_inputs:
       return linear(self._times(x), self.base, bias)

@@ -10,7 +10,7 @@ from jax import lax
 from effjax.core import numerics, spmd, trees
 from effjax.core.known import is_size, known
 from effjax.core.typing import Array, Dim, Float, Int, PyTree
-from effjax.core.weights import Weight, offset, product
+from effjax.core.weights import Weight, offset, product, within
 from effjax.kernels.grouped_matmul import reference, tiles
 
 IMPLEMENTATIONS = (None, "tiles", "ragged", "reference")
@@ -59,7 +59,7 @@ def grouped_linear(
     on_part = functools.partial(_on_parts, implementation)
     return spmd.map_rows(on_part, (x, sizes), (w, bias))
 
-  return w.within(parts, x, sizes, bias) if isinstance(w, Weight) else parts(w, x, sizes, bias)
+  return within(w, parts, x, sizes, bias)
 
 
 def _on_parts(implementation: str | None, rows: tuple[Array, Array], params: PyTree) -> Array:
@@ -78,7 +78,7 @@ def _on_part(implementation: str | None, x: Array, sizes: Array, params: PyTree)
   if implementation == "reference":
     return _dense(reference.grouped_matmul, x, params, sizes)
   if isinstance(params[0], Weight) and params[0].by_parts:
-    multiply = functools.partial(grouped_linear, implementation=implementation)
+    multiply = lambda x, w, sizes: _on_part(implementation, x, sizes, (w, None))
     return _dense(multiply, x, params, sizes)
   rows = x.shape[0]
   if not is_size(rows):  # so that it is known that there are as many as a tile has

@@ -70,6 +70,11 @@ def merged_and_back(params: Any) -> Any:
   return lora.merge(lora.unmerge(lora.merge(adapted), adapted))
 
 
+def stored_without_its_base(params: Any) -> Any:
+  started = lora.add(params, KEY, rank=2, start="pissa")
+  return lora.rebase(started, started, params)
+
+
 def exchanged(params: Any) -> Any:
   return lora.merge(peft.attach(*peft.detach(with_lora(params))))
 
@@ -124,6 +129,8 @@ TRANSFORMS = [
             (lora.add, quant.quantize), same=0.1),
   Transform("lora merged", on_params(lambda p: lora.merge(with_lora(p))), (lora.merge,), same=None),
   Transform("lora merged, unmerged", on_params(merged_and_back), (lora.unmerge,), same=None),
+  Transform("PiSSA over the base that it began with", on_params(stored_without_its_base),
+            (lora.rebase,)),
   Transform("adapters exchanged", on_params(exchanged), (peft.detach, peft.attach), same=None),
   Transform("tuned", on_params(lambda p: peft.tune(peft.bitfit(p), "norm/scale$")),
             (peft.tune, peft.bitfit), config=WITH_BIASES),

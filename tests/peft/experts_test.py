@@ -25,6 +25,7 @@ from tests.peft.bottleneck_test import CONFIG, TOKENS, drawn
 
 KEY = jax.random.key(0)
 MIXTURE = functools.partial(MoE, TopK(4, 2))
+ONE = TransformerConfig(24, 8, (LayerSpec(None, MLP(12, "relu", use_bias=True)),), context=8)
 E, D, F = 3, 8, 4
 
 
@@ -94,10 +95,20 @@ def test_at_the_start_it_is_the_mlp_and_comes_off_bit_identically(tmp_path):
   assert_trees_all_equal(peft.load(peft.detach(params)[0], tmp_path), moved(params))
 
 
+@pytest.mark.parametrize("options", [{"dora": True}, {"dropout": 0.5}], ids=["dora", "dropout"])
+def test_the_experts_may_be_of_any_kind_of_lora(options):
+  base, x = drawn(ONE), normal(2, 6, 8, seed=5)
+  changed, params = experts.add(ONE, base, KEY, MIXTURE, rank=2, **options)
+  ffn = params["segments_0"]["layers_0"]["ffn"]
+  plain = apply(ONE.layers[0].ffn, base["segments_0"]["layers_0"]["ffn"], x)
+  at_start = apply(changed.layers[0].ffn, trees.drawn(ffn, KEY), x)
+  np.testing.assert_allclose(at_start, plain, atol=1e-5)
+  assert_trees_all_equal(experts.remove(changed, params)[1], base)
+
+
 def test_each_expert_is_the_mlp_with_its_own_lora():
-  config = TransformerConfig(24, 8, (LayerSpec(None, MLP(12, "relu", use_bias=True)),), context=8)
-  base = drawn(config)
-  changed, params = experts.add(config, base, KEY, MIXTURE, rank=2)
+  base = drawn(ONE)
+  changed, params = experts.add(ONE, base, KEY, MIXTURE, rank=2)
   ffn = moved(params)["segments_0"]["layers_0"]["ffn"]
   x = normal(2, 6, 8, seed=5)
   p = jax.nn.softmax(x @ ffn["router"]["kernel"].value)
@@ -109,7 +120,7 @@ def test_each_expert_is_the_mlp_with_its_own_lora():
       LoRA(w.base.base, w.a[e], w.b[e], w.scale[e]) if isinstance(w, LoRA) else w.base
     )
     tree = jax.tree.map(pick, ffn["experts"], is_leaf=trees.is_weight)
-    return np.asarray(apply(config.layers[0].ffn, tree, x))
+    return np.asarray(apply(ONE.layers[0].ffn, tree, x))
 
   each = np.stack([expert(e) for e in range(4)], axis=2)
   expected = np.einsum("btkd,btk->btd", np.take_along_axis(each, chosen[..., None], 2), gates)
@@ -139,6 +150,7 @@ def test_factors_and_router_train_alone_under_remat_and_zero_3():
     ({"layers": [5]}, "layers 5; allowed: -3 … 2"),
     ({"targets": "bias"}, "matches no parameter|selects no matrix"),
     ({"rank": 9}, "rank 9 .* allowed: 1 … 8"),
+    ({"start": "pissa"}, "experts/down/kernel: PiSSA over Shared"),
     ({"mixture": lambda mlp: mlp}, "mixture gives MLP; allowed: a layer with a router"),
     ({"mixture": lambda mlp: MIXTURE(MLP(3))}, "mixture gives MoE; allowed"),
     ({"mixture": lambda mlp: MIXTURE(mlp, MLP(3))}, "mixture has shared/.* besides"),

@@ -112,6 +112,7 @@ def test_logits_one_step_and_merged_weights_equal_pefts(peers):
   logits = apply(model.module, params, TOKENS)
   np.testing.assert_allclose(logits, expected, atol=1e-4)
   merged = peft.merge(params)
+  assert_trees_all_equal(peft.unmerge(merged, params), params)
   np.testing.assert_allclose(apply(model.module, merged, TOKENS), expected, atol=1e-4)
 
   optimizer = optax.sgd(0.1)

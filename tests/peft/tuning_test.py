@@ -101,8 +101,8 @@ def test_a_step_moves_what_is_tuned_and_the_base_comes_back(represent):
     (lambda p: peft.tune(p, "ids"), "targets: ids holds int32; allowed: floats"),
     (lambda p: peft.tune(peft.tune(p, "kernel"), "k"), "query/kernel is a Tuned already"),
     (peft.bitfit, r"params has no bias, but ids, query/kernel; allowed: a model with biases"),
-    (peft.merge, "no adapter to merge"),
-    (lambda p: peft.merge(p | {"new": Tuned(None, jnp.ones(2))}), "merge: new is a new parameter"),
+    (peft.merge, "params has no adapter"),
+    (lambda p: peft.merge(p | {"new": Tuned(None, jnp.ones(2))}), "new: is new in the model"),
     (lambda p: Tuned(p["ids"], jnp.ones(2)), r"value has shape \(2,\); allowed: \(3,\)"),
   ],
 )
