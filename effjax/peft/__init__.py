@@ -1,8 +1,32 @@
 """Parameter-efficient fine-tuning: small trained additions to a frozen model."""
 
-from effjax.peft import lora
-from effjax.peft.files import attach, detach, load, save
-from effjax.peft.lora import LoRA
+from effjax.peft import bottleneck, experts, ia3, lora
+from effjax.peft.adapter import Tuned
+from effjax.peft.detached import attach, detach
+from effjax.peft.dora import DoRA
+from effjax.peft.files import load, save
+from effjax.peft.ia3 import IA3
+from effjax.peft.lora import merge, unmerge
+from effjax.peft.low_rank import LoRA
 from effjax.peft.trainable import trainable
+from effjax.peft.tuning import bitfit, tune
 
-__all__ = ["LoRA", "attach", "detach", "load", "lora", "save", "trainable"]
+__all__ = [
+  "IA3",
+  "DoRA",
+  "LoRA",
+  "Tuned",
+  "attach",
+  "bitfit",
+  "bottleneck",
+  "detach",
+  "experts",
+  "ia3",
+  "load",
+  "lora",
+  "merge",
+  "save",
+  "trainable",
+  "tune",
+  "unmerge",
+]

@@ -1,6 +1,7 @@
 """Transforms, objectives, routers and placements: what they are and what they promise."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax import moe, peft, quant
-from effjax.attention import longformer
+from effjax.attention import Attention, longformer
 from effjax.distill import kd_objective
-from effjax.layers import Router, capture, reductions
+from effjax.layers import MLP, Router, capture, reductions
 from effjax.layers.reductions import Reduction
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models import Transformer
 from effjax.parallel import Anywhere, Placement, Zero, make_mesh
-from effjax.peft import lora
+from effjax.peft import bottleneck, experts, ia3, lora
 from effjax.train import next_token
 from tests.contract.layers import GQA, KEY, MHA, SWIGLU, TOKENS, B, T, V, config
 from tests.modules import random_params
@@ -25,6 +26,8 @@ from tests.modules import random_params
 DENSE = config(*[LayerSpec(GQA, SWIGLU)] * 2)
 EXPERTS = config(*[LayerSpec(GQA, moe.MoE(moe.TopK(3, 2), SWIGLU))] * 2)
 PLAIN = config(*[LayerSpec(MHA, SWIGLU)] * 2, positions="learned")
+WITH_BIASES = config(LayerSpec(Attention(4, use_bias=True), SWIGLU))
+MIXTURE = functools.partial(moe.MoE, moe.TopK(3, 2))
 Change = Callable[[TransformerConfig, Any], tuple[TransformerConfig, Any]]
 
 
@@ -67,6 +70,11 @@ def merged_and_back(params: Any) -> Any:
   return lora.merge(lora.unmerge(lora.merge(adapted), adapted))
 
 
+def stored_without_its_base(params: Any) -> Any:
+  started = lora.add(params, KEY, rank=2, start="pissa")
+  return lora.rebase(started, started, params)
+
+
 def exchanged(params: Any) -> Any:
   return lora.merge(peft.attach(*peft.detach(with_lora(params))))
 
@@ -94,6 +102,17 @@ def with_ternary_experts(params: Any) -> Any:
   return quant.qmoe(params, {path: h for path, h in grams.items() if "experts" in path})
 
 
+def with_modules(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
+  """LoRA experts, and a mixture of adapters after them."""
+  config, params = experts.add(config, params, KEY, MIXTURE, rank=2)
+  inner = MIXTURE(MLP(4, use_bias=True))
+  return bottleneck.insert(config, params, KEY, inner, places=("after_ffn",))
+
+
+def without_modules(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
+  return experts.remove(*bottleneck.remove(*with_modules(config, params)))
+
+
 TRANSFORMS = [
   Transform("upcycle", lambda c, p: moe.upcycle(c, p, KEY, experts=3, top_k=2), (moe.upcycle,)),
   Transform("int8", on_params(quant.quantize), (quant.quantize,), same=0.1),
@@ -110,7 +129,15 @@ TRANSFORMS = [
             (lora.add, quant.quantize), same=0.1),
   Transform("lora merged", on_params(lambda p: lora.merge(with_lora(p))), (lora.merge,), same=None),
   Transform("lora merged, unmerged", on_params(merged_and_back), (lora.unmerge,), same=None),
+  Transform("PiSSA over the base that it began with", on_params(stored_without_its_base),
+            (lora.rebase,)),
   Transform("adapters exchanged", on_params(exchanged), (peft.detach, peft.attach), same=None),
+  Transform("tuned", on_params(lambda p: peft.tune(peft.bitfit(p), "norm/scale$")),
+            (peft.tune, peft.bitfit), config=WITH_BIASES),
+  Transform("IA3 and merged", on_params(lambda p: peft.merge(ia3.add(p))), (ia3.add, peft.merge)),
+  Transform("Houlsby", lambda c, p: bottleneck.add(c, p, KEY, width=4), (bottleneck.add,), 0.1),
+  Transform("modules", with_modules, (experts.add, bottleneck.insert), 0.1),
+  Transform("modules and removed", without_modules, (experts.remove, bottleneck.remove), 0),
   Transform("unscan", unscan, (unscan,)),
   Transform("Longformer", lambda c, p: longformer.convert(c, p, window=T, positions=1),
             (longformer.convert,), config=PLAIN),

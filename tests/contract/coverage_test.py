@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 import effjax
+from effjax.core import trees
 from effjax.core.register import REPRESENTATIONS, register
 from effjax.core.typing import PyTree
 from effjax.core.weights import Weight
@@ -76,6 +77,8 @@ def covered() -> set[Any]:
   found: set[Any] = set()
   for row in ROWS:
     found |= inside(row.module)
+    for leaf in trees.items(row.params).values():
+      found |= weights.classes(leaf)
   for row in weights.ROWS:
     found |= weights.classes(row.of(weights.D, weights.F))
   found |= {type(row.router) for row in changes.ROUTERS}
