@@ -9,6 +9,7 @@ Invariants of a `Weight`:
   * it is a pytree (`register`), so jit, grad, scan, sharding and checkpoints see its arrays;
   * `shape` is the logical shape [..., D, F]: leading axes (stacked layers, experts) are batch axes
     and every array field carries them, so indexing each field indexes the weight;
+  * a field may be a dict of such arrays and weights;
   * `matmul(x)` equals `x @ materialize()` up to the representation's own rounding.
 """
 
@@ -105,6 +106,10 @@ class Weight(abc.ABC):
     One with leading axes draws for each of its matrices, in an array that has these axes too.
     """
     return self
+
+  def moves(self, name: str, value: Any) -> bool:
+    """Whether training moves what is in a field: an array of `trains`, or another weight's."""
+    return isinstance(value, Weight) or name in self.trains
 
   def specs(self, axes: Sequence[Any]) -> "Weight":
     """How its fields are split when the matrix is split over mesh axes `axes`, one for each axis.
@@ -249,7 +254,7 @@ def trained(path: str, leaf: Any) -> Iterator[tuple[str, str]]:
       yield path, "matrix"
     return
   for name, value in _arrays(leaf):
-    if isinstance(value, Weight) or name in leaf.trains:
+    if leaf.moves(name, value):
       for inner, kind in trained(f"{path}/{name}", value):
         yield inner, kind if isinstance(value, Weight) else leaf.kind
 
@@ -340,9 +345,16 @@ def _add_bias(y: Array, bias: Any) -> Array:
 
 
 def _arrays(w: Weight) -> list[tuple[str, Any]]:
-  """Names and values of the fields that are not static."""
+  """Names and values of the fields that are not static; of one that is a dict, of its entries."""
   fields = (field.name for field in dataclasses.fields(w))
-  return [(name, getattr(w, name)) for name in fields if name not in w.static]
+  values = [(name, getattr(w, name)) for name in fields if name not in w.static]
+  return [each for name, value in values for each in _entries(name, value)]
+
+
+def _entries(name: str, value: Any) -> list[tuple[str, Any]]:
+  if not isinstance(value, dict):
+    return [(name, value)]
+  return [(f"{name}/{key}", value[key]) for key in sorted(value)]
 
 
 def _is_array(value: Any) -> bool:

@@ -1,9 +1,21 @@
 """Parameter-efficient fine-tuning: small trained additions to a frozen model."""
 
-from effjax.peft import lora
+from effjax.peft import lora, named
 from effjax.peft.combine import combine
 from effjax.peft.files import attach, detach, load, save
 from effjax.peft.lora import LoRA
+from effjax.peft.mixture import Named
 from effjax.peft.trainable import trainable
 
-__all__ = ["LoRA", "attach", "combine", "detach", "load", "lora", "save", "trainable"]
+__all__ = [
+  "LoRA",
+  "Named",
+  "attach",
+  "combine",
+  "detach",
+  "load",
+  "lora",
+  "named",
+  "save",
+  "trainable",
+]

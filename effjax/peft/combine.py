@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import trees
-from effjax.core.known import number
+from effjax.core.known import known, number
 from effjax.core.typing import Array, Float, Key, PyTree, Scalar, Size
 from effjax.peft.adapter import is_adapter
 from effjax.peft.files import attach, detach
@@ -92,7 +92,7 @@ def combine(
   """
   _check(method, rank=rank, density=density, sign=sign, key=key)
   weights = _numbers(adapters, weights)
-  found = [_loras(i, adapter) for i, adapter in enumerate(adapters)]
+  found = [family(f"number {i}", adapter) for i, adapter in enumerate(adapters)]
   paths = dict.fromkeys(path for each in found for path in each)
 
   def at(path: str) -> LoRA:
@@ -191,26 +191,42 @@ def _is_detached(adapter: PyTree) -> bool:
   return all(is_adapter(leaf) and leaf.base is None for leaf in leaves)
 
 
-def _loras(number: int, adapter: PyTree) -> dict[str, LoRA]:
-  """Path → LoRA of what `combine` was given.
+def family(of: str, adapters: PyTree) -> dict[str, LoRA]:
+  """Path → LoRA, or what is made from it, of a tree or of what `detach` takes off one.
 
   Raises:
-    ValueError: where it holds none, or something else too.
+    ValueError: where it holds none, several at a path, or an adapter of another kind.
   """
-  found = {path: leaf for path, leaf in trees.items(adapter).items() if is_adapter(leaf)}
+  found = {path: leaf for path, leaf in trees.items(adapters).items() if is_adapter(leaf)}
   for path, leaf in found.items():
-    if type(leaf) is not LoRA:
+    if not isinstance(leaf, LoRA):
       kind = type(leaf).__name__
-      raise ValueError(f"adapters: number {number} has a {kind} at {path}; allowed: LoRA")
+      raise ValueError(f"adapters: {of} has {kind} at {path}; allowed: LoRA")
     if is_adapter(leaf.base):
-      raise ValueError(f"adapters: number {number} has several at {path}; allowed: one")
+      raise ValueError(f"adapters: {of} has several at {path}; allowed: one")
   if not found:
-    raise ValueError(f"adapters: number {number} has none; allowed: a tree with LoRA")
+    raise ValueError(f"adapters: {of} has none; allowed: a tree with LoRA, or what detach gives")
   return found
+
+
+def is_same(one: Any, other: Any) -> bool:
+  """Whether two matrices, arrays or weights, are equal, as far as their values are known."""
+  if one is other:
+    return True
+  (x, form), (y, other_form) = jax.tree.flatten(one), jax.tree.flatten(other)
+  equal = [known(jnp.array_equal(a, b, equal_nan=True)) for a, b in zip(x, y, strict=False)]
+  return form == other_form and all(same is None or bool(same) for same in equal)
 
 
 def _check_alike(path: str, loras: Sequence[LoRA], method: str, rank: Size | None) -> None:
   """Raises ValueError where the factors at a path cannot be combined."""
+  for lora in loras:
+    if type(lora) is not LoRA:
+      raise ValueError(f"adapters: {type(lora).__name__} at {path}; allowed: LoRA without more")
+    if not is_same(lora.base, loras[0].base):
+      raise ValueError(
+        f"adapters: over several bases at {path}; allowed: one, or what detach gives"
+      )
   shapes = [(*lora.a.shape[:-1], lora.b.shape[-1]) for lora in loras]
   if len(set(shapes)) > 1:
     raise ValueError(f"adapters: at {path} they are of matrices {shapes}; allowed: one shape")
