@@ -2,12 +2,14 @@
 
 from effjax.peft import lora, named
 from effjax.peft.combine import combine
+from effjax.peft.dora import DoRA
 from effjax.peft.files import attach, detach, load, save
-from effjax.peft.lora import LoRA
+from effjax.peft.low_rank import LoRA
 from effjax.peft.mixture import Named
 from effjax.peft.trainable import trainable
 
 __all__ = [
+  "DoRA",
   "LoRA",
   "Named",
   "attach",

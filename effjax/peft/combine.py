@@ -17,7 +17,7 @@ from effjax.core.known import known, number
 from effjax.core.typing import Array, Float, Key, PyTree, Scalar, Size
 from effjax.peft.adapter import is_adapter
 from effjax.peft.files import attach, detach
-from effjax.peft.lora import LoRA
+from effjax.peft.low_rank import LoRA
 
 
 class _Rule(NamedTuple):
@@ -222,14 +222,12 @@ def _check_alike(path: str, loras: Sequence[LoRA], method: str, rank: Size | Non
   """Raises ValueError where the factors at a path cannot be combined."""
   for lora in loras:
     if type(lora) is not LoRA:
-      raise ValueError(f"adapters: {type(lora).__name__} at {path}; allowed: LoRA without more")
-    if not is_same(lora.base, loras[0].base):
-      raise ValueError(
-        f"adapters: over several bases at {path}; allowed: one, or what detach gives"
-      )
+      raise ValueError(f"adapters: {type(lora).__name__} at {path}; allowed: plain LoRA")
   shapes = [(*lora.a.shape[:-1], lora.b.shape[-1]) for lora in loras]
   if len(set(shapes)) > 1:
     raise ValueError(f"adapters: at {path} they are of matrices {shapes}; allowed: one shape")
+  if not all(is_same(lora.base, loras[0].base) for lora in loras):
+    raise ValueError(f"adapters: over several bases at {path}; allowed: one, or what detach gives")
   ranks = {lora.rank for lora in loras}
   if method in RULES and len(ranks) > 1:
     raise ValueError(

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from effjax.core import trees, weights
 from effjax.core.register import register
 from effjax.core.typing import Array, Float, Int, Key, PyTree
-from effjax.core.weights import Weight
+from effjax.core.weights import Transposed, Weight
 from effjax.peft.adapter import Adapter
-from effjax.peft.lora import LoRA
+from effjax.peft.low_rank import LoRA
 
 
 @register(static=("training",), trains=(), kind="adapter")
@@ -101,6 +101,11 @@ class Named(Adapter):
 
   def within(self, function: Callable, *arguments: Any) -> Any:
     return function(self._each(lambda name, w: w.within(lambda w: w)), *arguments)
+
+  @property
+  def T(self) -> Any:
+    whole = self._each(lambda name, member: dataclasses.replace(member, key=None))
+    return Transposed(whole)
 
   def member(self, name: str) -> Adapter:
     """The adapter called `name`, over the base."""

@@ -34,6 +34,7 @@ def join(adapters: Mapping[str, PyTree], base: PyTree = None) -> PyTree:
     ValueError: as `add`, and for no adapter at all.
 
   Example:
+    >>> import jax
     >>> from effjax.peft import lora
     >>> base = {"kernel": jnp.ones((3, 4))}
     >>> adapted = lambda i: lora.add(base, jax.random.key(i), rank=i, targets="kernel")
@@ -63,6 +64,7 @@ def add(params: PyTree, name: str, adapters: PyTree) -> PyTree:
       several at a path, over another base, or do not fit it.
 
   Example:
+    >>> import jax
     >>> from effjax.peft import lora
     >>> base = {"kernel": jnp.ones((3, 4))}
     >>> params = add(base, "it", lora.add(base, jax.random.key(0), rank=2, targets="kernel"))
@@ -110,6 +112,7 @@ def take(params: PyTree, name: str) -> PyTree:
     ValueError: for a name that there is none of.
 
   Example:
+    >>> import jax
     >>> from effjax.peft import lora
     >>> base = {"kernel": jnp.ones((3, 4))}
     >>> params = join({"fr": lora.add(base, jax.random.key(0), rank=2, targets="kernel")})
