@@ -2,8 +2,9 @@
 
 from effjax.peft import lora, named
 from effjax.peft.combine import combine
+from effjax.peft.detached import attach, detach
 from effjax.peft.dora import DoRA
-from effjax.peft.files import attach, detach, load, save
+from effjax.peft.files import load, save
 from effjax.peft.low_rank import LoRA
 from effjax.peft.mixture import Named
 from effjax.peft.trainable import trainable

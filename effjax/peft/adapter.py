@@ -41,16 +41,24 @@ class Adapter(Over):
     raise ValueError(f"{self!r} cannot be taken out of a matrix again; allowed: to keep its base")
 
 
-@register(trains=("value",), kind="adapter")
+@register(static=("new",), trains=("value",), kind="adapter")
 class Tuned(Over):
   """A parameter that trains beside frozen ones: a bias in BitFit, a prefix, an adapter's matrix.
 
   Invariants:
     base: the frozen array or `Weight` in whose place it stands, or None for one that is new.
-    value: what stands there, of any shape, that of `base` where there is one.
+    value: the array that stands there, of any shape, that of `base` where there is one.
+    new: whether it stands where there was nothing; None means that `base` says so. It is known
+      where the base has been taken away, too.
   """
 
   value: PyTree
+  new: bool | None = None
+
+  def __post_init__(self):
+    if self.new is None:
+      object.__setattr__(self, "new", self.base is None)
+    super().__post_init__()
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -62,7 +70,7 @@ class Tuned(Over):
 
   @property
   def parameters(self) -> int:
-    return math.prod(self.shape)
+    return 0 if self.value is None else math.prod(self.shape)
 
   @property
   def flops(self) -> float:
@@ -74,7 +82,7 @@ class Tuned(Over):
 
   def specs(self, axes: Sequence[Any]) -> "Tuned":
     base = None if self.base is None else weights.specs(self.base, axes)
-    return Tuned(base, weights.specs(self.value, axes))
+    return Tuned(base, weights.specs(self.value, axes), self.new)
 
   def materialize(self) -> Array:
     return self.value

@@ -16,7 +16,7 @@ from effjax.core import trees
 from effjax.core.known import known, number
 from effjax.core.typing import Array, Float, Key, PyTree, Scalar, Size
 from effjax.peft.adapter import is_adapter
-from effjax.peft.files import attach, detach
+from effjax.peft.detached import attach, detach
 from effjax.peft.low_rank import LoRA
 
 
