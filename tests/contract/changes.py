@@ -17,7 +17,7 @@ from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models import Transformer
 from effjax.parallel import Anywhere, Placement, Zero, make_mesh
-from effjax.peft import lora
+from effjax.peft import lora, named
 from effjax.train import next_token
 from tests.contract.layers import GQA, KEY, MHA, SWIGLU, TOKENS, B, T, V, config
 from tests.modules import random_params
@@ -71,6 +71,16 @@ def exchanged(params: Any) -> Any:
   return lora.merge(peft.attach(*peft.detach(with_lora(params))))
 
 
+def mixed(params: Any) -> Any:
+  return named.use(named.add(params, "trained", with_lora(params)), {"trained": 0.5})
+
+
+def alone(params: Any) -> Any:
+  """One that changes nothing yet, after another has come and gone."""
+  both = named.add(mixed(params), "new", lora.add(params, KEY, rank=3))
+  return named.take(named.remove(both, "trained"), "new")
+
+
 def seen(params: Any, reduce: Reduction, config: TransformerConfig = DENSE) -> dict[str, Any]:
   """What goes into the linear layers of a model."""
   return capture(Transformer(config), params, {"tokens": TOKENS}, reduce=reduce)
@@ -111,6 +121,8 @@ TRANSFORMS = [
   Transform("lora merged", on_params(lambda p: lora.merge(with_lora(p))), (lora.merge,), same=None),
   Transform("lora merged, unmerged", on_params(merged_and_back), (lora.unmerge,), same=None),
   Transform("adapters exchanged", on_params(exchanged), (peft.detach, peft.attach), same=None),
+  Transform("named adapters", on_params(mixed), (named.add, named.use), same=None),
+  Transform("one named adapter alone", on_params(alone), (named.take, named.remove)),
   Transform("unscan", unscan, (unscan,)),
   Transform("Longformer", lambda c, p: longformer.convert(c, p, window=T, positions=1),
             (longformer.convert,), config=PLAIN),

@@ -21,7 +21,7 @@ from effjax.core.weights import Weight
 from effjax.kernels.grouped_matmul import grouped_linear
 from effjax.layers import MLP, Embed, LayerSpec, Linear, TransformerConfig, stack
 from effjax.parallel import Zero, make_mesh
-from effjax.peft import LoRA, lora
+from effjax.peft import LoRA, Named, lora, named
 from effjax.quant import NF4, Int8
 from tests.modules import normal
 
@@ -64,6 +64,14 @@ def adapted(base: Any, key: jax.Array) -> LoRA:
   return dataclasses.replace(w, b=jax.random.normal(key, w.b.shape) / 10)
 
 
+def mixed(base: Any, key: jax.Array) -> Named:
+  """A weighted sum of two adapters."""
+  keys = {"fr": key, "de": jax.random.fold_in(key, 1)}
+  alone = lambda key: {"w": dataclasses.replace(adapted(base, key), base=None)}
+  params = named.join({name: alone(key) for name, key in keys.items()}, {"w": base})
+  return named.use(params, {"fr": 0.7, "de": -0.4})["w"]
+
+
 def scaled(base: Any, key: jax.Array) -> quant.InputScaled:
   """Inputs scaled by up to 2 either way."""
   exponents = jax.random.uniform(key, (*base.shape[:-1], 1), minval=-1, maxval=1)
@@ -88,8 +96,11 @@ BASES: dict[str, Represent] = {
 }
 UNTRACED = ("Ternary",)
 ROUNDING = {"Int8Dynamic": 0.02, "LLMInt8": 0.02, "LLMInt8Exact": 0.02}  # of activations
-WRAPPERS: dict[str, Represent] = {"LoRA": adapted, "InputScaled": scaled}
-STANDS_OVER = {"InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA")}  # others over all
+WRAPPERS: dict[str, Represent] = {"LoRA": adapted, "Named": mixed, "InputScaled": scaled}
+STANDS_OVER = {  # others over all
+  "InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA"),
+  "Named": ("array", "Int8", "NF4", "LoRA"),
+}
 
 
 def over(wrap: Represent, base: Represent) -> Represent:
