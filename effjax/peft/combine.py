@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import trees
-from effjax.core.known import known, number
+from effjax.core.known import number
 from effjax.core.typing import Array, Float, Key, PyTree, Scalar, Size
 from effjax.peft.adapter import is_adapter
 from effjax.peft.detached import attach, detach
 from effjax.peft.low_rank import LoRA
+from effjax.peft.members import family, is_same
 
 
 class _Rule(NamedTuple):
@@ -76,7 +77,7 @@ def combine(
     key: PRNG key of DARE's draws.
 
   Returns:
-    A tree, or path → LoRA, as the adapters are given.
+    A tree, or path → LoRA, as the adapters are given; scales are 1, dropout is the first's.
 
   Raises:
     ValueError: for adapters of another kind than LoRA or several at a path, factors that do not
@@ -96,14 +97,14 @@ def combine(
   paths = dict.fromkeys(path for each in found for path in each)
 
   def at(path: str) -> LoRA:
-    there = [(w, each[path]) for w, each in zip(weights, found, strict=True) if path in each]
-    _check_alike(path, [lora for _, lora in there], method, rank)
+    shares = [w for w, each in zip(weights, found, strict=True) if path in each]
+    loras = [each[path] for each in found if path in each]
+    _check_alike(path, loras, method, rank)
     draw = None if key is None else trees.path_key(key, path)
     mix = functools.partial(_mixed, density=density, sign=sign, key=draw)
-    like = there[0][1]
-    a, b = _combined(*zip(*there, strict=True), method, rank, mix)
-    scale = jnp.ones(like.scale.shape, jnp.float32)
-    return dataclasses.replace(like, base=None, a=a, b=b, scale=scale)
+    a, b = _combined(shares, loras, method, rank, mix)
+    scale = jnp.ones(loras[0].scale.shape, jnp.float32)
+    return dataclasses.replace(loras[0], base=None, a=a, b=b, scale=scale)
 
   combined = {path: at(path) for path in paths}
   return combined if _is_detached(adapters[0]) else attach(detach(adapters[0])[0], combined)
@@ -142,8 +143,10 @@ def truncated(
     [0.0, 3.0, 2.0]
   """
   (left, r_a), (right, r_b) = jnp.linalg.qr(a), jnp.linalg.qr(jnp.matrix_transpose(b))
-  u, s, vt = jnp.linalg.svd(r_a @ jnp.matrix_transpose(r_b), full_matrices=False)
-  u, vt = (left @ u)[..., :rank], (s[..., None] * (vt @ jnp.matrix_transpose(right)))[..., :rank, :]
+  times = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  u, s, vt = jnp.linalg.svd(times(r_a, jnp.matrix_transpose(r_b)), full_matrices=False)
+  vt = s[..., None] * times(vt, jnp.matrix_transpose(right))
+  u, vt = times(left, u)[..., :rank], vt[..., :rank, :]
   lack = [(0, rank - u.shape[-1])]
   none = [(0, 0)]
   lead = none * (u.ndim - 2)
@@ -158,7 +161,7 @@ def _mixed(
   *,
   density: Scalar | None,
   sign: str,
-  key: Key | None,
+  key: Any,
 ) -> Array:
   """The sum by `rule` of tensors [..., D, F] with weights; `part` tells draws apart."""
   if rule.keep == "largest":
@@ -189,33 +192,6 @@ def _drawn(x: Array, density: Any, key: Key) -> Array:
 def _is_detached(adapter: PyTree) -> bool:
   leaves = trees.items(adapter).values()
   return all(is_adapter(leaf) and leaf.base is None for leaf in leaves)
-
-
-def family(of: str, adapters: PyTree) -> dict[str, LoRA]:
-  """Path → LoRA, or what is made from it, of a tree or of what `detach` takes off one.
-
-  Raises:
-    ValueError: where it holds none, several at a path, or an adapter of another kind.
-  """
-  found = {path: leaf for path, leaf in trees.items(adapters).items() if is_adapter(leaf)}
-  for path, leaf in found.items():
-    if not isinstance(leaf, LoRA):
-      kind = type(leaf).__name__
-      raise ValueError(f"adapters: {of} has {kind} at {path}; allowed: LoRA")
-    if is_adapter(leaf.base):
-      raise ValueError(f"adapters: {of} has several at {path}; allowed: one")
-  if not found:
-    raise ValueError(f"adapters: {of} has none; allowed: a tree with LoRA, or what detach gives")
-  return found
-
-
-def is_same(one: Any, other: Any) -> bool:
-  """Whether two matrices, arrays or weights, are equal, as far as their values are known."""
-  if one is other:
-    return True
-  (x, form), (y, other_form) = jax.tree.flatten(one), jax.tree.flatten(other)
-  equal = [known(jnp.array_equal(a, b, equal_nan=True)) for a, b in zip(x, y, strict=False)]
-  return form == other_form and all(same is None or bool(same) for same in equal)
 
 
 def _check_alike(path: str, loras: Sequence[LoRA], method: str, rank: Size | None) -> None:

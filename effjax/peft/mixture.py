@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from effjax.core import trees, weights
 from effjax.core.register import register
 from effjax.core.typing import Array, Float, Int, Key, PyTree
-from effjax.core.weights import Transposed, Weight
+from effjax.core.weights import Transposed
 from effjax.peft.adapter import Adapter
 from effjax.peft.low_rank import LoRA
 
@@ -19,7 +19,8 @@ from effjax.peft.low_rank import LoRA
 class Named(Adapter):
   """x W = x W0 + Σₙ mixₙ (x Wₙ − x W0), where Wₙ is what adapter n alone makes of W0.
 
-  One that is not chosen has no influence, and no gradient, whatever numbers it holds.
+  One that is not chosen has no influence, and no gradient, whatever numbers it holds. Each costs
+  its product for all rows, chosen or not.
 
   Invariants:
     base: W0, an array or `Weight` [..., D, F].
@@ -90,13 +91,13 @@ class Named(Adapter):
     return dataclasses.replace(split, base=weights.specs(self.base, axes), mix=mix, chosen=mix)
 
   def drawn(self, key: Key) -> "Named":
-    below = super().drawn(trees.path_key(key, "base"))
+    below: Any = super().drawn(trees.path_key(key, "base"))
     draw = lambda name, member: member.drawn(trees.path_key(key, f"members/{name}"))
     return dataclasses.replace(self._each(draw), base=below.base)
 
   def from_row(self, first: Int[Array, ""]) -> "Named":
     self._refuse_rows("rows in another order than the batch's, such as an expert's")
-    below = super().from_row(first)
+    below: Any = super().from_row(first)
     return dataclasses.replace(self._each(lambda name, w: w.from_row(first)), base=below.base)
 
   def within(self, function: Callable, *arguments: Any) -> Any:
@@ -104,10 +105,9 @@ class Named(Adapter):
 
   @property
   def T(self) -> Any:
-    whole = self._each(lambda name, member: dataclasses.replace(member, key=None))
-    return Transposed(whole)
+    return Transposed(self._each(lambda name, member: dataclasses.replace(member, key=None)))
 
-  def member(self, name: str) -> Adapter:
+  def member(self, name: str) -> LoRA:
     """The adapter called `name`, over the base."""
     return dataclasses.replace(self.members[name], base=self.base)
 
@@ -179,7 +179,7 @@ class Named(Adapter):
       found.append((member, weight[..., i], self.chosen[..., i]))
     return found
 
-  def _each(self, change: Callable[[str, Adapter], Weight]) -> "Named":
+  def _each(self, change: Callable[[str, LoRA], Any]) -> "Named":
     """Itself with change(name, member over the base), the base taken off again."""
     changed = {name: change(name, self.member(name)) for name in self.members}
     members = {name: dataclasses.replace(w, base=None) for name, w in changed.items()}

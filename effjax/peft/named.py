@@ -14,8 +14,8 @@ import numpy as np
 from effjax.core import trees
 from effjax.core.known import number
 from effjax.core.typing import Array, Float, PyTree, Scalar
-from effjax.peft.combine import family, is_same
 from effjax.peft.detached import detach
+from effjax.peft.members import family, is_same
 from effjax.peft.mixture import Named
 
 __all__ = ["Named", "add", "join", "names", "remove", "take", "use"]
