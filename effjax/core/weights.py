@@ -9,6 +9,7 @@ Invariants of a `Weight`:
   * it is a pytree (`register`), so jit, grad, scan, sharding and checkpoints see its arrays;
   * `shape` is the logical shape [..., D, F]: leading axes (stacked layers, experts) are batch axes
     and every array field carries them, so indexing each field indexes the weight;
+  * a field may be a dict of such arrays and weights;
   * `matmul(x)` equals `x @ materialize()` up to the representation's own rounding;
   * an array field whose default is None may be absent, as what a step of training draws is before
     and after it.
@@ -119,6 +120,10 @@ class Weight(abc.ABC):
     One with leading axes draws for each of its matrices, in an array that has these axes too.
     """
     return self
+
+  def moves(self, name: str, value: Any) -> bool:
+    """Whether training moves what is in a field: an array of `trains`, or another weight's."""
+    return isinstance(value, Weight) or name in self.trains
 
   def from_row(self, first: Int[Array, ""]) -> "Weight":
     """Itself for the rows from number `first` on, where rows are multiplied some at a time.
@@ -279,7 +284,7 @@ def trained(path: str, leaf: Any) -> Iterator[tuple[str, str]]:
       yield path, "matrix"
     return
   for name, value in _arrays(leaf):
-    if isinstance(value, Weight) or name in leaf.trains:
+    if leaf.moves(name, value):
       for inner, kind in trained(f"{path}/{name}", value):
         yield inner, kind if isinstance(value, Weight) else leaf.kind
 
@@ -385,9 +390,16 @@ def _add_bias(y: Array, bias: Any) -> Array:
 
 
 def _arrays(w: Weight) -> list[tuple[str, Any]]:
-  """Names and values of the fields that are neither static nor absent."""
+  """Names and values of the fields that are neither static nor absent, and of dicts in them."""
   fields = ((f, getattr(w, f.name)) for f in dataclasses.fields(w) if f.name not in w.static)
-  return [(f.name, value) for f, value in fields if value is not None or f.default is not None]
+  there = [(f.name, value) for f, value in fields if value is not None or f.default is not None]
+  return [each for name, value in there for each in _entries(name, value)]
+
+
+def _entries(name: str, value: Any) -> list[tuple[str, Any]]:
+  if not isinstance(value, dict):
+    return [(name, value)]
+  return [(f"{name}/{key}", value[key]) for key in sorted(value)]
 
 
 def _is_array(value: Any) -> bool:

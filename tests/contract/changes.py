@@ -18,7 +18,7 @@ from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models import Transformer
 from effjax.parallel import Anywhere, Placement, Zero, make_mesh
-from effjax.peft import bottleneck, experts, ia3, lora
+from effjax.peft import bottleneck, experts, ia3, lora, named
 from effjax.train import next_token
 from tests.contract.layers import GQA, KEY, MHA, SWIGLU, TOKENS, B, T, V, config
 from tests.modules import random_params
@@ -77,6 +77,16 @@ def stored_without_its_base(params: Any) -> Any:
 
 def exchanged(params: Any) -> Any:
   return lora.merge(peft.attach(*peft.detach(with_lora(params))))
+
+
+def mixed(params: Any) -> Any:
+  return named.use(named.add(params, "trained", with_lora(params)), {"trained": 0.5})
+
+
+def alone(params: Any) -> Any:
+  """One that changes nothing yet, after another has come and gone."""
+  both = named.add(mixed(params), "new", lora.add(params, KEY, rank=3))
+  return named.take(named.remove(both, "trained"), "new")
 
 
 def seen(params: Any, reduce: Reduction, config: TransformerConfig = DENSE) -> dict[str, Any]:
@@ -138,6 +148,8 @@ TRANSFORMS = [
   Transform("Houlsby", lambda c, p: bottleneck.add(c, p, KEY, width=4), (bottleneck.add,), 0.1),
   Transform("modules", with_modules, (experts.add, bottleneck.insert), 0.1),
   Transform("modules and removed", without_modules, (experts.remove, bottleneck.remove), 0),
+  Transform("named adapters", on_params(mixed), (named.add, named.use), same=None),
+  Transform("one named adapter alone", on_params(alone), (named.take, named.remove)),
   Transform("unscan", unscan, (unscan,)),
   Transform("Longformer", lambda c, p: longformer.convert(c, p, window=T, positions=1),
             (longformer.convert,), config=PLAIN),
