@@ -83,7 +83,7 @@ class Weight(abc.ABC):
     return take(self, indices)
 
   def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    """Rows W[indices], the indices all within 0 … rows − 1: what `take` asks for."""
+    """Rows W[indices], the indices all within 0 … entries − 1: what `take` asks for."""
     return lookup(self.materialize(), indices)
 
   @property
@@ -120,7 +120,7 @@ class Weight(abc.ABC):
     return jax.tree.unflatten(jax.tree.structure(self, is_leaf=lambda x: x is not self), fields)
 
   @property
-  def rows(self) -> int:
+  def entries(self) -> int:
     """How many rows `take` knows by an index."""
     return self.shape[0]
 
@@ -210,8 +210,8 @@ class Over(Weight):
     return self.base.flops if isinstance(self.base, Weight) else super().flops
 
   @property
-  def rows(self) -> int:
-    return rows(self.base)
+  def entries(self) -> int:
+    return entries(self.base)
 
   def drawn(self, key: Key) -> "Weight":
     if not isinstance(self.base, Weight):
@@ -297,21 +297,21 @@ def take(
     name: what a message calls them.
 
   Raises:
-    ValueError: for ids, where they are known, that are not among the `rows` of the table.
+    ValueError: for ids, where they are known, that are not among the `entries` of the table.
 
   Example:
     >>> table = jnp.arange(6.0).reshape(3, 2)
     >>> take(table, jnp.array([2, 0])).tolist(), jax.jit(take)(table, jnp.array([-1])).tolist()
     ([[4.0, 5.0], [0.0, 1.0]], [[nan, nan]])
   """
-  check_ids(name, indices, rows(w))
-  there = is_id(indices, rows(w))
+  check_ids(name, indices, entries(w))
+  there = is_id(indices, entries(w))
   return numerics.nan_unless(there, lookup(w, jnp.where(there, indices, 0).astype(jnp.int32)))
 
 
-def rows(w: Any) -> int:
+def entries(w: Any) -> int:
   """How many rows of an array or a `Weight` [V, D] have an index: V, unless it knows more."""
-  return w.rows if isinstance(w, Weight) else w.shape[0]
+  return w.entries if isinstance(w, Weight) else w.shape[0]
 
 
 def lookup(w: Any, indices: Int[Array, "..."]) -> Array:

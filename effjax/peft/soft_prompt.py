@@ -5,7 +5,7 @@ of embeddings knows: wherever tokens go, they go, and `prepend` puts them there.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from effjax.core import trees, weights
 from effjax.core.known import check_ids, number
 from effjax.core.register import register
-from effjax.core.typing import Array, Float, Int, Key, Params, PyTree, Scalar, Size
+from effjax.core.typing import Array, Float, Int, Key, Params, PyTree, Size
 from effjax.core.weights import Over, Weight
 from effjax.layers.spec import TransformerConfig
 from effjax.peft.virtual import widened
@@ -31,9 +31,9 @@ class Prompted(Over):
   ids V + m·P + j gives prompt[m, j] / scale.
 
   Invariants:
-    base: W, an array or `Weight` [V, D].
-    prompt: [M, P, D] float32, as it goes into the model.
-    scale: [], by which the model multiplies embeddings.
+    base: W, an array or `Weight` [..., V, D].
+    prompt: [..., M, P, D] float32, as it goes into the model.
+    scale: [..., 1, 1], by which the model multiplies embeddings.
   """
 
   prompt: PyTree
@@ -44,20 +44,24 @@ class Prompted(Over):
     return super().parameters + math.prod(self.prompt.shape)
 
   @property
-  def rows(self) -> int:
-    return self.shape[0] + math.prod(self.prompt.shape[:2])
+  def entries(self) -> int:
+    return self.shape[-2] + math.prod(self.prompt.shape[-3:-1])
 
   def check(self) -> None:
-    given = tuple(self.prompt.shape)
-    if len(given) != 3 or (self.base is not None and given[2] != self.shape[-1]):
-      allowed = "[M, P, D]" if self.base is None else f"[M, P, {self.shape[-1]}]"
-      raise ValueError(f"Prompted: prompt has shape {given}; allowed: {allowed}")
-    if self.base is not None and len(self.shape) != 2:
-      raise ValueError(f"Prompted: base has shape {self.shape}; allowed: [V, D]")
+    if self.base is None:
+      return
+    *batch, _, D = self.shape
+    prompt, scale = tuple(self.prompt.shape), tuple(self.scale.shape)
+    if len(prompt) != len(batch) + 3 or prompt != (*batch, *prompt[-3:-1], D):
+      raise ValueError(f"Prompted: prompt has shape {prompt}; allowed: {(*batch, 'M', 'P', D)}")
+    if scale != (*batch, 1, 1):
+      raise ValueError(f"Prompted: scale has shape {scale}; allowed: {(*batch, 1, 1)}")
 
   def specs(self, axes: Sequence[Any]) -> "Prompted":
-    prompt = weights.specs(self.prompt, (None, None, axes[-1]))
-    return Prompted(weights.specs(self.base, axes), prompt, weights.specs(self.scale, ()))
+    *batch, _, columns = axes
+    prompt = weights.specs(self.prompt, (*batch, None, None, columns))
+    scale = weights.specs(self.scale, (*batch, None, None))
+    return Prompted(weights.specs(self.base, axes), prompt, scale)
 
   def materialize(self) -> Array:
     return weights.materialize(self.base)
@@ -65,10 +69,13 @@ class Prompted(Over):
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
     return weights.linear(x, self.base)
 
+  def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
+    return weights.product(x, self.base, multiply)
+
   def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
     virtual = indices - self.shape[0]
     rows = weights.lookup(self.base, jnp.where(virtual < 0, indices, 0))
-    prompt = (self.prompt / self.scale).reshape(-1, self.shape[-1])
+    prompt = (self.prompt / self.scale.reshape(())).reshape(-1, self.shape[-1])
     own = jnp.take(prompt, jnp.maximum(virtual, 0), axis=0, mode="clip")
     return jnp.where((virtual < 0)[..., None], rows, own.astype(rows.dtype))
 
@@ -104,7 +111,7 @@ def add(
     >>> params = Transformer(presets.TINY).init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     >>> _, params = add(presets.TINY, params, jax.random.key(1), length=4, start=[5, 6])
     >>> table = params["embed"]["embedding"]
-    >>> table.shape, table.prompt.shape, table.rows
+    >>> table.shape, table.prompt.shape, table.entries
     ((512, 64), (1, 4, 64), 516)
 
   Reference: sections 2 and 3.2; ids of a text are repeated or cut as in Hugging Face's peft.
@@ -114,7 +121,7 @@ def add(
     raise ValueError(f"{PATH} has a prompt already; allowed: one (soft_prompt.remove)")
   sizes = {"length": length, "prompts": prompts}
   P, M = (number(name, n, integer=True, least=1) for name, n in sizes.items())
-  scale = jnp.float32(config.embed_scale)
+  scale = jnp.full((1, 1), config.embed_scale, jnp.float32)
   prompt = _start(table, key, start, M, P, scale)
   return config, trees.update(params, f"^{PATH}$", lambda path, w: Prompted(w, prompt, scale))
 
@@ -168,7 +175,7 @@ def prepend(
     >>> from effjax.models import Transformer, presets
     >>> params = Transformer(presets.TINY).init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     >>> _, params = add(presets.TINY, params, jax.random.key(1), length=2)
-    >>> [row.tolist() for row in prepend(params, [[7], [8, 9]])]
+    >>> prepend(params, [[7], [8, 9]])
     [[512, 513, 7], [512, 513, 8, 9]]
     >>> tokens, ids = np.array([[5, 6, 7]]), np.array([[0, 0, 1]])
     >>> packed = prepend(params, {"tokens": tokens, "targets": tokens + 1, "segment_ids": ids})
@@ -184,7 +191,7 @@ def prepend(
   if whole or hasattr(tokens, "shape"):
     found = widened(batch if whole else {"tokens": tokens}, np.stack(virtual))
     return found if whole else found["tokens"]
-  return [np.concatenate([own, row]) for own, row in zip(virtual, tokens, strict=True)]
+  return [[*own.tolist(), *row] for own, row in zip(virtual, tokens, strict=True)]
 
 
 def _prompted(params: Params) -> Prompted:
@@ -200,7 +207,7 @@ def _layers(w: Any) -> list[Any]:
 
 
 def _start(
-  table: Array | Weight, key: Key, start: Any, M: int, P: int, scale: Scalar
+  table: Array | Weight, key: Key, start: Any, M: int, P: int, scale: Array
 ) -> Float[Array, "M P D"]:
   V, D = table.shape
   if isinstance(start, str):
@@ -215,4 +222,4 @@ def _start(
       raise ValueError(f"start: shape {text.shape}; allowed: ids [N], one or more")
     check_ids("start", text, V)
     chosen = jnp.broadcast_to(jnp.asarray(np.resize(text, P), jnp.int32), (M, P))
-  return weights.lookup(table, chosen).astype(jnp.float32) * scale
+  return weights.lookup(table, chosen).astype(jnp.float32) * scale[None]

@@ -17,7 +17,7 @@ from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models import Transformer
 from effjax.parallel import Anywhere, Placement, Zero, make_mesh
-from effjax.peft import lora
+from effjax.peft import lora, prefix, soft_prompt
 from effjax.train import next_token
 from tests.contract.layers import GQA, KEY, MHA, SWIGLU, TOKENS, B, T, V, config
 from tests.modules import random_params
@@ -94,6 +94,20 @@ def with_ternary_experts(params: Any) -> Any:
   return quant.qmoe(params, {path: h for path, h in grams.items() if "experts" in path})
 
 
+def with_modules(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
+  """A prefix whose three modules became two, then one prefix."""
+  model = prefix.add(config, params, KEY, length=2, modules=2, mean=True)
+  return prefix.fold(*prefix.remove_modules(*prefix.add_modules(*model), [0]), {0: 1.0, 1: 0.5})
+
+
+def there_and_back(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
+  """A prefix that was trained through its reparametrisation, taken away again."""
+  config, params = prefix.add(config, params, KEY, length=2)
+  trained, view = prefix.reparametrize(config, params, KEY, hidden=4)
+  params = prefix.put(config, params, prefix.flat(config, view(trained)))
+  return soft_prompt.remove(*soft_prompt.add(*prefix.remove(config, params), KEY, length=2))
+
+
 TRANSFORMS = [
   Transform("upcycle", lambda c, p: moe.upcycle(c, p, KEY, experts=3, top_k=2), (moe.upcycle,)),
   Transform("int8", on_params(quant.quantize), (quant.quantize,), same=0.1),
@@ -111,6 +125,15 @@ TRANSFORMS = [
   Transform("lora merged", on_params(lambda p: lora.merge(with_lora(p))), (lora.merge,), same=None),
   Transform("lora merged, unmerged", on_params(merged_and_back), (lora.unmerge,), same=None),
   Transform("adapters exchanged", on_params(exchanged), (peft.detach, peft.attach), same=None),
+  Transform("prefix", lambda c, p: prefix.add(c, p, KEY, length=2), (prefix.add,), same=None),
+  Transform("prefix of a text", lambda c, p: prefix.from_tokens(c, p, [1, 2]),
+            (prefix.from_tokens,), same=None, config=PLAIN),
+  Transform("prefix, modules folded", with_modules,
+            (prefix.add_modules, prefix.remove_modules, prefix.fold), same=None),
+  Transform("prefix and back", there_and_back, (prefix.reparametrize, prefix.put, prefix.flat,
+            prefix.remove, soft_prompt.remove), same=0.0),
+  Transform("soft prompt", lambda c, p: soft_prompt.add(c, p, KEY, length=2), (soft_prompt.add,),
+            same=0.0),
   Transform("unscan", unscan, (unscan,)),
   Transform("Longformer", lambda c, p: longformer.convert(c, p, window=T, positions=1),
             (longformer.convert,), config=PLAIN),

@@ -21,7 +21,7 @@ from effjax.core.weights import Weight
 from effjax.kernels.grouped_matmul import grouped_linear
 from effjax.layers import MLP, Embed, LayerSpec, Linear, TransformerConfig, stack
 from effjax.parallel import Zero, make_mesh
-from effjax.peft import LoRA, lora
+from effjax.peft import LoRA, lora, soft_prompt
 from effjax.quant import NF4, Int8
 from tests.modules import normal
 
@@ -70,6 +70,13 @@ def scaled(base: Any, key: jax.Array) -> quant.InputScaled:
   return quant.InputScaled(base, 2**exponents)
 
 
+def prompted(base: Any, key: jax.Array) -> soft_prompt.Prompted:
+  """A table with two virtual tokens, which none of the ids is."""
+  *batch, _, width = base.shape
+  prompt = jax.random.normal(key, (*batch, 1, 2, width))
+  return soft_prompt.Prompted(base, prompt, jnp.full((*batch, 1, 1), 2.0))
+
+
 BASES: dict[str, Represent] = {
   "array": lambda w, key: w,
   "Int8": lambda w, key: Int8.quantize(w),
@@ -88,8 +95,11 @@ BASES: dict[str, Represent] = {
 }
 UNTRACED = ("Ternary",)
 ROUNDING = {"Int8Dynamic": 0.02, "LLMInt8": 0.02, "LLMInt8Exact": 0.02}  # of activations
-WRAPPERS: dict[str, Represent] = {"LoRA": adapted, "InputScaled": scaled}
-STANDS_OVER = {"InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA")}  # others over all
+WRAPPERS: dict[str, Represent] = {"LoRA": adapted, "InputScaled": scaled, "Prompted": prompted}
+STANDS_OVER = {
+  "InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA"),
+  "Prompted": ("array", "NF4", "LoRA"),
+}  # others over all
 
 
 def over(wrap: Represent, base: Represent) -> Represent:
