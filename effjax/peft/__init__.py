@@ -1,8 +1,9 @@
 """Parameter-efficient fine-tuning: small trained additions to a frozen model."""
 
-from effjax.peft import bottleneck, experts, ia3, lora, named
+from effjax.peft import bottleneck, experts, ia3, lora, named, prefix, soft_prompt
 from effjax.peft.adapter import Tuned
 from effjax.peft.combine import combine
+from effjax.peft.compose import compose
 from effjax.peft.detached import attach, detach
 from effjax.peft.dora import DoRA
 from effjax.peft.files import load, save
@@ -23,6 +24,7 @@ __all__ = [
   "bitfit",
   "bottleneck",
   "combine",
+  "compose",
   "detach",
   "experts",
   "ia3",
@@ -30,7 +32,9 @@ __all__ = [
   "lora",
   "merge",
   "named",
+  "prefix",
   "save",
+  "soft_prompt",
   "trainable",
   "tune",
   "unmerge",

@@ -21,7 +21,7 @@ from effjax.core.weights import Weight
 from effjax.kernels.grouped_matmul import grouped_linear
 from effjax.layers import MLP, Embed, LayerSpec, Linear, TransformerConfig, stack
 from effjax.parallel import Zero, make_mesh
-from effjax.peft import IA3, DoRA, LoRA, Named, Tuned, lora, named
+from effjax.peft import IA3, DoRA, LoRA, Named, Tuned, lora, named, soft_prompt
 from effjax.quant import NF4, Int8
 from tests.modules import normal
 
@@ -107,6 +107,13 @@ def tuned(base: Any, key: jax.Array) -> Tuned:
   return Tuned(base, w + jax.random.normal(key, w.shape) / 10)
 
 
+def prompted(base: Any, key: jax.Array) -> soft_prompt.Prompted:
+  """A table with two virtual tokens, which none of the ids is."""
+  *batch, _, width = base.shape
+  prompt = jax.random.normal(key, (*batch, 1, 2, width))
+  return soft_prompt.Prompted(base, prompt, jnp.full((*batch, 1, 1), 2.0))
+
+
 BASES: dict[str, Represent] = {
   "array": lambda w, key: w,
   "Int8": lambda w, key: Int8.quantize(w),
@@ -133,6 +140,7 @@ WRAPPERS: dict[str, Represent] = {
   "IA3 of inputs": ia3_of(-2),
   "Tuned": tuned,
   "Named": mixed,
+  "Prompted": prompted,
 }
 STANDS_OVER = {  # others over all
   "DoRA": ("array", "Int8", "NF4"),
@@ -141,6 +149,7 @@ STANDS_OVER = {  # others over all
   "IA3 of inputs": ("array", "Int8"),
   "Tuned": ("array", "Int8"),
   "Named": ("array", "Int8", "NF4", "LoRA"),
+  "Prompted": ("array", "NF4", "LoRA"),
 }
 
 
