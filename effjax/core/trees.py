@@ -8,13 +8,14 @@ two factors of a LoRA weight and leave its base alone: ".../kernel/a".
 
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
 from effjax.core import weights
-from effjax.core.typing import PyTree
+from effjax.core.typing import Key, PyTree
 from effjax.core.weights import Weight, is_weight
 
 Chooser = str | Callable[[str, Any], bool]
@@ -136,6 +137,23 @@ def trained(params: PyTree) -> frozenset[str]:
   found = [each for path, leaf in items(params).items() for each in weights.trained(path, leaf)]
   adapters = [path for path, kind in found if kind == "adapter"]
   return frozenset(adapters or [path for path, _ in found])
+
+
+def drawn(params: PyTree, key: Key) -> PyTree:
+  """`params` as one step of training has them: each weight draws its randomness, such as dropout.
+
+  Each path draws from a key of its own, whatever else is there.
+  """
+
+  def of(path, leaf):
+    return leaf.drawn(path_key(key, path_string(path))) if is_weight(leaf) else leaf
+
+  return jax.tree_util.tree_map_with_path(of, params, is_leaf=is_weight)
+
+
+def path_key(key: Key, path: str) -> Key:
+  """A key for what is drawn at `path`."""
+  return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def count(params: PyTree) -> int:

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 from effjax.core import numerics
 from effjax.core.known import check_ids, is_id
 from effjax.core.register import register
-from effjax.core.typing import Array, Float, Int, Integer, PyTree
+from effjax.core.typing import Array, Float, Int, Integer, Key, PyTree
 
 
 class Weight(abc.ABC):
@@ -98,6 +98,13 @@ class Weight(abc.ABC):
     what it has become.
     """
     return function(self, *arguments)
+
+  def drawn(self, key: Key) -> "Weight":
+    """Itself as one step of training has it: a representation with randomness draws it from `key`.
+
+    One with leading axes draws for each of its matrices, in an array that has these axes too.
+    """
+    return self
 
   def specs(self, axes: Sequence[Any]) -> "Weight":
     """How its fields are split when the matrix is split over mesh axes `axes`, one for each axis.
@@ -196,6 +203,11 @@ class Over(Weight):
   @property
   def flops(self) -> float:
     return self.base.flops if isinstance(self.base, Weight) else super().flops
+
+  def drawn(self, key: Key) -> "Weight":
+    if not isinstance(self.base, Weight):
+      return self
+    return dataclasses.replace(self, base=self.base.drawn(key))
 
   def __repr__(self) -> str:
     over = f" over {type(self.base).__name__}" if isinstance(self.base, Weight) else ""

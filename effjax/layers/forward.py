@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.core import trees
 from effjax.core.trees import path_string
 from effjax.core.typing import Array, Key, Params
 from effjax.layers.context import Context
@@ -33,7 +34,7 @@ def forward(
     module: called with the tokens, and by keyword with whatever else in the batch it reads.
     params: its parameters.
     batch: tokens [B, T], and whatever else.
-    rng: key of all randomness in layers; None switches it off.
+    rng: key of all randomness in layers and weights; None switches it off.
     read: entries of the batch that the caller reads itself.
     collections: what layers may sow.
 
@@ -56,6 +57,7 @@ def forward(
   if rng is not None:
     keys = jax.random.split(rng, len(RNG_STREAMS))
     given["rngs"] = dict(zip(RNG_STREAMS, keys, strict=True))
+    params = trees.drawn(params, rng)
   return module.apply({"params": params}, *first, **given, mutable=list(collections))
 
 

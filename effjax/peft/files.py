@@ -14,7 +14,7 @@ from effjax.core import trees
 from effjax.core.register import REPRESENTATIONS
 from effjax.core.typing import PyTree
 from effjax.core.weights import Weight
-from effjax.peft.trainable import is_adapter
+from effjax.peft.adapter import is_adapter
 
 FILE = "adapters.safetensors"
 FORMAT = "effjax adapters 1"

@@ -5,7 +5,6 @@ over a quantised one this is QLoRA (Dettmers et al., arXiv 2305.14314), with not
 """
 
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -148,8 +147,9 @@ def add(
   alpha = number("alpha", alpha)
 
   def change(path: str, base):
-    path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    return init(base, path_key, rank=rank, scale=alpha / (math.sqrt(rank) if rs else rank))
+    return init(
+      base, trees.path_key(key, path), rank=rank, scale=alpha / (math.sqrt(rank) if rs else rank)
+    )
 
   return trees.update(params, lambda path, leaf: path in found, change)
 

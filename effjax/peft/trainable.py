@@ -5,7 +5,7 @@ from typing import Any
 
 from effjax.core import trees
 from effjax.core.typing import PyTree
-from effjax.core.weights import Weight
+from effjax.peft.adapter import is_adapter
 
 
 def trainable(params: PyTree) -> Callable[[str, Any], bool]:
@@ -29,8 +29,3 @@ def trainable(params: PyTree) -> Callable[[str, Any], bool]:
     raise ValueError("params has nothing to train; allowed: what lora.add returns")
   paths = trees.trained(params)
   return lambda path, leaf: path in paths
-
-
-def is_adapter(leaf: Any) -> bool:
-  """Whether `leaf` is a weight with trained arrays beside a frozen base."""
-  return isinstance(leaf, Weight) and leaf.kind == "adapter"

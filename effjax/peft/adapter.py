@@ -1,0 +1,81 @@
+"""What adapters are: weights with trained arrays beside a frozen base.
+
+An `Adapter` adds to what its base gives; `Tuned` is a parameter of its own, new or in place of a
+frozen one. Both are known by their kind, so that `trees.trained`, checkpoints, `detach` and
+`attach` treat every method alike.
+"""
+
+import abc
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from effjax.core import weights
+from effjax.core.register import register
+from effjax.core.typing import Array, Float, PyTree
+from effjax.core.weights import Over, Weight, linear
+
+
+class Adapter(Over):
+  """x W + b = y + added(x, y, b), where y = x W0 + b is what the frozen `base` W0 gives."""
+
+  @abc.abstractmethod
+  def added(self, x: Float[Array, "... D"], y: Float[Array, "... F"], bias: Any) -> Array:
+    """What it adds to y = x W0 + bias, in the type of x."""
+
+  def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+    return self.affine(x, None)
+
+  def affine(self, x: Float[Array, "... D"], bias: Any) -> Float[Array, "... F"]:
+    y = linear(x, self.base, bias)
+    return y + self.added(x, y, bias)
+
+
+@register(trains=("value",), kind="adapter")
+class Tuned(Over):
+  """A parameter that trains beside frozen ones: a bias in BitFit, a prefix, an adapter's matrix.
+
+  Invariants:
+    base: the frozen array or `Weight` in whose place it stands, or None for one that is new.
+    value: what stands there, of any shape, that of `base` where there is one.
+  """
+
+  value: PyTree
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.value.shape)
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.value.dtype
+
+  @property
+  def parameters(self) -> int:
+    return math.prod(self.shape)
+
+  @property
+  def flops(self) -> float:
+    return 2.0 * self.shape[-2] * self.shape[-1] if self.ndim > 1 else 0.0
+
+  def check(self) -> None:
+    if self.base is not None and tuple(self.base.shape) != self.shape:
+      raise ValueError(f"Tuned: value has shape {self.shape}; allowed: {tuple(self.base.shape)}")
+
+  def specs(self, axes: Sequence[Any]) -> "Tuned":
+    base = None if self.base is None else weights.specs(self.base, axes)
+    return Tuned(base, weights.specs(self.value, axes))
+
+  def materialize(self) -> Array:
+    return self.value
+
+  @property
+  def T(self) -> Any:
+    return jnp.matrix_transpose(self.value)
+
+
+def is_adapter(leaf: Any) -> bool:
+  """Whether `leaf` is a weight with trained arrays beside a frozen base."""
+  return isinstance(leaf, Weight) and leaf.kind == "adapter"
