@@ -67,6 +67,11 @@ def merged_and_back(params: Any) -> Any:
   return lora.merge(lora.unmerge(lora.merge(adapted), adapted))
 
 
+def stored_without_its_base(params: Any) -> Any:
+  started = lora.add(params, KEY, rank=2, start="pissa")
+  return lora.rebase(started, started, params)
+
+
 def exchanged(params: Any) -> Any:
   return lora.merge(peft.attach(*peft.detach(with_lora(params))))
 
@@ -120,6 +125,8 @@ TRANSFORMS = [
             (lora.add, quant.quantize), same=0.1),
   Transform("lora merged", on_params(lambda p: lora.merge(with_lora(p))), (lora.merge,), same=None),
   Transform("lora merged, unmerged", on_params(merged_and_back), (lora.unmerge,), same=None),
+  Transform("PiSSA over the base that it began with", on_params(stored_without_its_base),
+            (lora.rebase,)),
   Transform("adapters exchanged", on_params(exchanged), (peft.detach, peft.attach), same=None),
   Transform("named adapters", on_params(mixed), (named.add, named.use), same=None),
   Transform("one named adapter alone", on_params(alone), (named.take, named.remove)),

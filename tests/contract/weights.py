@@ -21,7 +21,7 @@ from effjax.core.weights import Weight
 from effjax.kernels.grouped_matmul import grouped_linear
 from effjax.layers import MLP, Embed, LayerSpec, Linear, TransformerConfig, stack
 from effjax.parallel import Zero, make_mesh
-from effjax.peft import LoRA, Named, lora, named
+from effjax.peft import DoRA, LoRA, Named, lora, named
 from effjax.quant import NF4, Int8
 from tests.modules import normal
 
@@ -64,11 +64,23 @@ def adapted(base: Any, key: jax.Array) -> LoRA:
   return dataclasses.replace(w, b=jax.random.normal(key, w.b.shape) / 10)
 
 
+def turned(base: Any, key: jax.Array) -> DoRA:
+  """DoRA after some training: the columns have lengths of their own."""
+  w = DoRA.over(adapted(base, key))
+  lengths = jax.random.uniform(key, w.magnitude.shape, minval=0.5, maxval=2)
+  return dataclasses.replace(w, magnitude=w.magnitude * lengths)
+
+
+def dropping(base: Any, key: jax.Array) -> LoRA:
+  """LoRA that would drop some of what it sees in a step of training."""
+  return dataclasses.replace(adapted(base, key), dropout=0.5)
+
+
 def mixed(base: Any, key: jax.Array) -> Named:
-  """A weighted sum of two adapters."""
-  keys = {"fr": key, "de": jax.random.fold_in(key, 1)}
-  alone = lambda key: {"w": dataclasses.replace(adapted(base, key), base=None)}
-  params = named.join({name: alone(key) for name, key in keys.items()}, {"w": base})
+  """A weighted sum of two adapters, one with lengths of its own."""
+  members = {"fr": turned(base, key), "de": adapted(base, jax.random.fold_in(key, 1))}
+  alone = {name: {"w": dataclasses.replace(w, base=None)} for name, w in members.items()}
+  params = named.join(alone, {"w": base})
   return named.use(params, {"fr": 0.7, "de": -0.4})["w"]
 
 
@@ -96,10 +108,16 @@ BASES: dict[str, Represent] = {
 }
 UNTRACED = ("Ternary",)
 ROUNDING = {"Int8Dynamic": 0.02, "LLMInt8": 0.02, "LLMInt8Exact": 0.02}  # of activations
-WRAPPERS: dict[str, Represent] = {"LoRA": adapted, "Named": mixed, "InputScaled": scaled}
+WRAPPERS: dict[str, Represent] = {
+  "LoRA": adapted,
+  "DoRA": turned,
+  "Named": mixed,
+  "InputScaled": scaled,
+}
 STANDS_OVER = {  # others over all
-  "InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA"),
+  "DoRA": ("array", "Int8", "NF4"),
   "Named": ("array", "Int8", "NF4", "LoRA"),
+  "InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA"),
 }
 
 
@@ -118,6 +136,7 @@ ROWS += [
   for name, base in (BASES | WRAPPERS).items()
   if name in STANDS_OVER.get(wrapper, (name,))
 ]
+ROWS += [row("LoRA with dropout", over(dropping, BASES["array"]), "array")]
 
 
 def in_linear(w: Any, stacked: Any, table: Any) -> jax.Array:
