@@ -9,6 +9,7 @@ Invariants of a `Weight`:
   * it is a pytree (`register`), so jit, grad, scan, sharding and checkpoints see its arrays;
   * `shape` is the logical shape [..., D, F]: leading axes (stacked layers, experts) are batch axes
     and every array field carries them, so indexing each field indexes the weight;
+  * a field may be a dict of such arrays and weights;
   * `matmul(x)` equals `x @ materialize()` up to the representation's own rounding;
   * an array field whose default is None may be absent, as what a step of training draws is before
     and after it.
@@ -97,7 +98,7 @@ class Weight(abc.ABC):
     return take(self, indices)
 
   def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    """Rows W[indices], the indices all within 0 … D − 1: what `take` asks a representation for."""
+    """Rows W[indices], the indices all within 0 … entries − 1: what `take` asks for."""
     return lookup(self.materialize(), indices)
 
   @property
@@ -120,6 +121,10 @@ class Weight(abc.ABC):
     """
     return self
 
+  def moves(self, name: str, value: Any) -> bool:
+    """Whether training moves what is in a field: an array of `trains`, or another weight's."""
+    return isinstance(value, Weight) or name in self.trains
+
   def from_row(self, first: Int[Array, ""]) -> "Weight":
     """Itself for the rows from number `first` on, where rows are multiplied some at a time.
 
@@ -140,6 +145,11 @@ class Weight(abc.ABC):
     fields = [_specs(value, self.shape, axes) for _, value in _arrays(self)]
     inner = lambda x: x is not self and x is not None
     return jax.tree.unflatten(jax.tree.structure(self, is_leaf=inner), fields)
+
+  @property
+  def entries(self) -> int:
+    """How many rows `take` knows by an index."""
+    return self.shape[0]
 
   @property
   def ndim(self) -> int:
@@ -229,6 +239,10 @@ class Over(Weight):
   def offset(self, bias: Any) -> Any:
     return offset(self.base, bias)
 
+  @property
+  def entries(self) -> int:
+    return entries(self.base)
+
   def drawn(self, key: Key) -> "Weight":
     if not isinstance(self.base, Weight):
       return self
@@ -279,7 +293,7 @@ def trained(path: str, leaf: Any) -> Iterator[tuple[str, str]]:
       yield path, "matrix"
     return
   for name, value in _arrays(leaf):
-    if isinstance(value, Weight) or name in leaf.trains:
+    if leaf.moves(name, value):
       for inner, kind in trained(f"{path}/{name}", value):
         yield inner, kind if isinstance(value, Weight) else leaf.kind
 
@@ -318,16 +332,21 @@ def take(
     name: what a message calls them.
 
   Raises:
-    ValueError: for ids, where they are known, that are not within 0 … V − 1.
+    ValueError: for ids, where they are known, that are not among the `entries` of the table.
 
   Example:
     >>> table = jnp.arange(6.0).reshape(3, 2)
     >>> take(table, jnp.array([2, 0])).tolist(), jax.jit(take)(table, jnp.array([-1])).tolist()
     ([[4.0, 5.0], [0.0, 1.0]], [[nan, nan]])
   """
-  check_ids(name, indices, w.shape[0])
-  there = is_id(indices, w.shape[0])
+  check_ids(name, indices, entries(w))
+  there = is_id(indices, entries(w))
   return numerics.nan_unless(there, lookup(w, jnp.where(there, indices, 0).astype(jnp.int32)))
+
+
+def entries(w: Any) -> int:
+  """How many rows of an array or a `Weight` [V, D] have an index: V, unless it knows more."""
+  return w.entries if isinstance(w, Weight) else w.shape[0]
 
 
 def lookup(w: Any, indices: Int[Array, "..."]) -> Array:
@@ -385,9 +404,16 @@ def _add_bias(y: Array, bias: Any) -> Array:
 
 
 def _arrays(w: Weight) -> list[tuple[str, Any]]:
-  """Names and values of the fields that are neither static nor absent."""
+  """Names and values of the fields that are neither static nor absent, and of dicts in them."""
   fields = ((f, getattr(w, f.name)) for f in dataclasses.fields(w) if f.name not in w.static)
-  return [(f.name, value) for f, value in fields if value is not None or f.default is not None]
+  there = [(f.name, value) for f, value in fields if value is not None or f.default is not None]
+  return [each for name, value in there for each in _entries(name, value)]
+
+
+def _entries(name: str, value: Any) -> list[tuple[str, Any]]:
+  if not isinstance(value, dict):
+    return [(name, value)]
+  return [(f"{name}/{key}", value[key]) for key in sorted(value)]
 
 
 def _is_array(value: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from effjax.core.known import number
+from effjax.core.known import check_ids, number
 from effjax.core.typing import Array, DTypeLike, Float, Number, PyTree, Size
 from effjax.layers.context import Context
 from effjax.layers.norms import RMSNorm
@@ -146,7 +146,7 @@ class TransformerConfig:
     final_norm: whether a norm follows the last layer.
     positions: "learned" or "sinusoidal" vectors added to the embeddings; None adds none.
     context: the longest sequence.
-    position_offset: rows of the learned table before position 0 (2 in OPT).
+    position_offset: where position 0 stands among the vectors, learned (2 in OPT) or sinusoidal.
     head: "lm" gives logits [B, T, V], None hidden states [B, T, D].
     tied: whether the head is the transposed token table.
     embed_width: width of the token table where it differs from D; projections join the two.
@@ -218,6 +218,20 @@ def facts(config: TransformerConfig) -> set[str]:
   """
   modules = [module for spec in config.layers for module in spec.modules.values()]
   return {"segment_ids", "positions"}.union(*(getattr(module, "reads", ()) for module in modules))
+
+
+def check_attributes(config: TransformerConfig, attributes: Any) -> None:
+  """Refuses ids of attributes that modules choose by and do not have, where the ids are known.
+
+  A module that chooses says from how many by `attributes`.
+
+  Raises:
+    ValueError: for an id that is none of theirs; a negative one stands for none.
+  """
+  modules = (module for spec in config.layers for module in spec.modules.values())
+  counts = [count for module in modules if (count := getattr(module, "attributes", 0))]
+  if attributes is not None and counts:
+    check_ids("attributes", attributes, min(counts), attributes >= 0)
 
 
 def ask(module: nn.Module, name: str, where: str) -> Any:

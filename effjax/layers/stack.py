@@ -127,6 +127,15 @@ def change(
   return config, join(config, [tree for _, tree in changed], rest)
 
 
+def split_caches(config: TransformerConfig, caches: PyTree) -> list[PyTree]:
+  """What each layer keeps, of the caches of a model."""
+  found: list[PyTree] = []
+  for segment, kept in zip(segments(config), caches, strict=True):
+    one = lambda i, kept=kept: jax.tree.map(lambda x: x[i], kept)
+    found += kept if segment.repeats == 1 else sum(map(one, range(segment.repeats)), ())
+  return found
+
+
 def unscan(config: TransformerConfig, params: Params) -> tuple[TransformerConfig, dict]:
   """The same model with every layer on its own: slower to compile, no slicing when it runs."""
   flat = dataclasses.replace(config, scan=False)
@@ -151,6 +160,8 @@ def _form(leaf: Any) -> str:
     fields = ((field.name, getattr(leaf, field.name)) for field in dataclasses.fields(leaf))
     inside = ", ".join(f"{name}={_form(value)}" for name, value in fields)
     return f"{type(leaf).__name__}({inside})"
+  if isinstance(leaf, dict):
+    return ", ".join(f"{name}: {_form(value)}" for name, value in sorted(leaf.items()))
   return f"{leaf.dtype} {tuple(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
 
 

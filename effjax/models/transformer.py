@@ -12,7 +12,7 @@ from effjax.core.numerics import softcap
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Embed, Linear, sinusoidal_positions
 from effjax.layers.meshes import on_any_mesh
-from effjax.layers.spec import LayerSpec, TransformerConfig, ask, facts
+from effjax.layers.spec import LayerSpec, TransformerConfig, ask, check_attributes, facts
 from effjax.layers.stack import Segment, segments
 
 RNG_STREAMS = ("params", "dropout", "router", "mask")
@@ -159,6 +159,7 @@ class Transformer(nn.Module):
       previous=previous,
     )
     context.check()
+    check_attributes(config, attributes)
     context = context.blanked()
     if cache is not None:
       context = context.after(tokens, cache.ends)
@@ -208,6 +209,7 @@ class Transformer(nn.Module):
       row = jnp.where(is_id(positions, config.context), positions + config.position_offset, -1)
       x = x + context.blank(table(row, self.dtype))
     if config.positions == "sinusoidal":
+      positions = positions + config.position_offset
       x = x + sinusoidal_positions(positions, config.width).astype(self.dtype)
     if config.token_types:
       types = Embed(config.token_types, config.width, name="token_types")

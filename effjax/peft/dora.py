@@ -68,11 +68,12 @@ class DoRA(LoRA):
 
   def materialize(self) -> Array:
     base = materialize(self.base)
-    return (self.ratio() * (base.astype(jnp.float32) + self.delta())).astype(base.dtype)
+    matrix = base.astype(numerics.wide(base.dtype)) + self.delta()
+    return (self.ratio() * matrix).astype(base.dtype)
 
   def beneath(self, w: Float[Array, "... D F"]) -> Array:
     ratio = self.ratio()
-    turned = w.astype(jnp.float32) / jnp.where(ratio == 0, 1, ratio)
+    turned = w.astype(numerics.wide(w.dtype)) / jnp.where(ratio == 0, 1, ratio)
     base = (turned - self.delta()).astype(w.dtype)
     return jnp.where(ratio == 0, materialize(self.base), base)
 

@@ -7,7 +7,7 @@ over a quantised one this is QLoRA (Dettmers et al., arXiv 2305.14314), with not
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from effjax.core.weights import Weight, is_weight, materialize, offset
 from effjax.peft.adapter import is_adapter
 from effjax.peft.dora import DoRA
 from effjax.peft.low_rank import LoRA
-from effjax.peft.starts import LoftQ, PiSSA, Start, start_of
+from effjax.peft.starts import LoftQ, PiSSA, Represent, Start, default, start_of
 
 __all__ = ["DoRA", "LoRA", "LoftQ", "PiSSA", "add", "init", "merge", "rebase", "unmerge"]
 TARGETS = r"mixer/(query|value)/kernel$"
@@ -95,10 +95,10 @@ def add(
 
 def init(base: Array | Weight, key: Key, *, rank: Size, scale: Scalar) -> LoRA:
   """A `LoRA` over the matrix `base` that changes nothing yet."""
-  return _over(*start_of("default")("", base, key, rank, scale), scale)
+  return _over(*default("", base, key, rank, scale), scale)
 
 
-def merge(params: PyTree, represent: Callable[[str, Array], Any] | None = None) -> PyTree:
+def merge(params: PyTree, represent: Represent | None = None) -> PyTree:
   """`params` with the matrix that each adapter computes with in its place, such as W0 + s·A B.
 
   The bias beside a matrix whose outputs an adapter multiplies whole (IA³) is multiplied too.

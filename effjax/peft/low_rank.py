@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax.core import weights
+from effjax.core import numerics, weights
 from effjax.core.known import number
 from effjax.core.typing import Array, Float, Int, Key, PyTree
-from effjax.core.weights import linear, materialize, register, transpose
+from effjax.core.weights import Weight, linear, materialize, register, transpose
 from effjax.peft.adapter import Adapter
 
 
@@ -68,13 +68,13 @@ class LoRA(Adapter):
       split["key"] = (*batch,)
     return self._with_specs(split)
 
-  def drawn(self, key: Key) -> "LoRA":
+  def drawn(self, key: Key) -> Weight:
     if not self.dropout:
       return super().drawn(key)
     own, below = jax.random.split(key)
     return dataclasses.replace(super().drawn(below), key=jax.random.split(own, self.shape[:-2]))
 
-  def from_row(self, first: Int[Array, ""]) -> "LoRA":
+  def from_row(self, first: Int[Array, ""]) -> Weight:
     if self.key is None:
       return super().from_row(first)
     return dataclasses.replace(super().from_row(first), key=jax.random.fold_in(self.key, first))
@@ -85,10 +85,10 @@ class LoRA(Adapter):
 
   def materialize(self) -> Array:
     base = materialize(self.base)
-    return (base.astype(jnp.float32) + self.delta()).astype(base.dtype)
+    return (base.astype(numerics.wide(base.dtype)) + self.delta()).astype(base.dtype)
 
   def beneath(self, w: Float[Array, "... D F"]) -> Array:
-    return (w.astype(jnp.float32) - self.delta()).astype(w.dtype)
+    return (w.astype(numerics.wide(w.dtype)) - self.delta()).astype(w.dtype)
 
   def added(self, x: Float[Array, "... D"], y: Float[Array, "... F"], bias: Any) -> Array:
     return self.low_rank(self.dropped(x))

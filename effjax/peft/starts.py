@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effjax.core import numerics
 from effjax.core.known import known, number
 from effjax.core.trees import is_table
 from effjax.core.typing import Array, Float, Key, Scalar, Size
@@ -61,7 +62,7 @@ class PiSSA:
 
   def __call__(self, path: str, w: Any, key: Key, rank: Size, scale: Scalar) -> Factors:
     _check("PiSSA", w, scale)
-    a, b = principal(w.astype(jnp.float32), rank, scale)
+    a, b = principal(w, rank, scale)
     base = _less(w, a, b, scale)
     return base if self.represent is None else self.represent(path, base), a, b
 
@@ -96,11 +97,11 @@ class LoftQ:
 
   def __call__(self, path: str, w: Any, key: Key, rank: Size, scale: Scalar) -> Factors:
     _check("LoftQ", w, scale)
-    base = self.represent(path, w)
-    for step in range(self.steps):
-      base = self.represent(path, _less(w, a, b, scale)) if step else base
-      error = w.astype(jnp.float32) - materialize(base).astype(jnp.float32)
-      a, b = principal(error, rank, scale)
+    left = w
+    for _ in range(self.steps):
+      base = self.represent(path, left)
+      a, b = principal(_wide(w) - _wide(materialize(base)), rank, scale)
+      left = _less(w, a, b, scale)
     return base, a, b
 
 
@@ -123,15 +124,20 @@ def start_of(start: str | Start) -> Start:
 
 def principal(w: Float[Array, "... D F"], rank: Size, scale: Scalar) -> tuple[Array, Array]:
   """A and B of s·A B = the nearest matrix of that rank to w, the singular values shared alike."""
-  u, s, vt = jnp.linalg.svd(w, full_matrices=False)
-  root = jnp.sqrt(s[..., :rank] / abs(scale))
-  return u[..., :rank] * root[..., None, :], jnp.sign(scale) * root[..., None] * vt[..., :rank, :]
+  u, s, vt = jnp.linalg.svd(_wide(w), full_matrices=False)
+  root = jnp.sqrt(s[..., :rank] / jnp.abs(scale))
+  a, b = u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
+  return a.astype(jnp.float32), (jnp.sign(scale) * b).astype(jnp.float32)
 
 
 def _less(w: Array, a: Array, b: Array, scale: Scalar) -> Array:
   """W − s·A B in the type of W."""
   product = jnp.matmul(a * scale, b, precision=jax.lax.Precision.HIGHEST)
-  return (w.astype(jnp.float32) - product).astype(w.dtype)
+  return (_wide(w) - product).astype(w.dtype)
+
+
+def _wide(w: Array) -> Array:
+  return jnp.asarray(w).astype(numerics.wide(w.dtype))
 
 
 def _check(start: str, w: Any, scale: Scalar) -> None:

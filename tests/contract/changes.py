@@ -18,7 +18,7 @@ from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models import Transformer
 from effjax.parallel import Anywhere, Placement, Zero, make_mesh
-from effjax.peft import bottleneck, experts, ia3, lora
+from effjax.peft import bottleneck, experts, ia3, lora, named, prefix, soft_prompt
 from effjax.train import next_token
 from tests.contract.layers import GQA, KEY, MHA, SWIGLU, TOKENS, B, T, V, config
 from tests.modules import random_params
@@ -79,6 +79,16 @@ def exchanged(params: Any) -> Any:
   return lora.merge(peft.attach(*peft.detach(with_lora(params))))
 
 
+def mixed(params: Any) -> Any:
+  return named.use(named.add(params, "trained", with_lora(params)), {"trained": 0.5})
+
+
+def alone(params: Any) -> Any:
+  """One that changes nothing yet, after another has come and gone."""
+  both = named.add(mixed(params), "new", lora.add(params, KEY, rank=3))
+  return named.take(named.remove(both, "trained"), "new")
+
+
 def seen(params: Any, reduce: Reduction, config: TransformerConfig = DENSE) -> dict[str, Any]:
   """What goes into the linear layers of a model."""
   return capture(Transformer(config), params, {"tokens": TOKENS}, reduce=reduce)
@@ -113,6 +123,20 @@ def without_modules(config: TransformerConfig, params: Any) -> tuple[Transformer
   return experts.remove(*bottleneck.remove(*with_modules(config, params)))
 
 
+def folded(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
+  """A prefix whose three modules became two, then one prefix."""
+  model = prefix.add(config, params, KEY, length=2, modules=2, mean=True)
+  return prefix.fold(*prefix.remove_modules(*prefix.add_modules(*model), [0]), {0: 1.0, 1: 0.5})
+
+
+def there_and_back(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
+  """A prefix that was trained through its reparametrisation, taken away again."""
+  config, params = prefix.add(config, params, KEY, length=2)
+  trained, view = prefix.reparametrize(config, params, KEY, hidden=4)
+  params = prefix.put(config, params, prefix.flat(config, view(trained)))
+  return soft_prompt.remove(*soft_prompt.add(*prefix.remove(config, params), KEY, length=2))
+
+
 TRANSFORMS = [
   Transform("upcycle", lambda c, p: moe.upcycle(c, p, KEY, experts=3, top_k=2), (moe.upcycle,)),
   Transform("int8", on_params(quant.quantize), (quant.quantize,), same=0.1),
@@ -138,6 +162,17 @@ TRANSFORMS = [
   Transform("Houlsby", lambda c, p: bottleneck.add(c, p, KEY, width=4), (bottleneck.add,), 0.1),
   Transform("modules", with_modules, (experts.add, bottleneck.insert), 0.1),
   Transform("modules and removed", without_modules, (experts.remove, bottleneck.remove), 0),
+  Transform("named adapters", on_params(mixed), (named.add, named.use), same=None),
+  Transform("one named adapter alone", on_params(alone), (named.take, named.remove)),
+  Transform("prefix", lambda c, p: prefix.add(c, p, KEY, length=2), (prefix.add,), same=None),
+  Transform("prefix of a text", lambda c, p: prefix.from_tokens(c, p, [1, 2]),
+            (prefix.from_tokens,), same=None, config=PLAIN),
+  Transform("prefix, modules folded", folded,
+            (prefix.add_modules, prefix.remove_modules, prefix.fold), same=None),
+  Transform("prefix and back", there_and_back, (prefix.reparametrize, prefix.put, prefix.flat,
+            prefix.remove, soft_prompt.remove), same=0.0),
+  Transform("soft prompt", lambda c, p: soft_prompt.add(c, p, KEY, length=2), (soft_prompt.add,),
+            same=0.0),
   Transform("unscan", unscan, (unscan,)),
   Transform("Longformer", lambda c, p: longformer.convert(c, p, window=T, positions=1),
             (longformer.convert,), config=PLAIN),

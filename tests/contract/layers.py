@@ -21,6 +21,7 @@ from effjax.attention import (
   Linformer,
   Longformer,
   ShiftedSparseAttention,
+  TrainedPrefix,
 )
 from effjax.attention.masks import Causal, Full, SlidingWindow
 from effjax.core import trees
@@ -190,6 +191,20 @@ def one_tap_lsra():
   return pair, random_params(module, X)
 
 
+def first_tokens_as_a_prefix():
+  """The keys and values of two tokens before the others, against attention to all."""
+  whole = Attention(4, kv_heads=2, rope=ROPE, mask=Causal() & SlidingWindow(3, 0))
+  prefixed = dataclasses.replace(whole, prefix=TrainedPrefix(2))
+
+  def pair(params):
+    absorbed = whole.apply({"params": params}, X[:1, :2], Context(), whole.init_cache(D, 1, 2))[1]
+    kept = {f"prefix_{name}": getattr(absorbed, name)[0] for name in ("key", "value")}
+    first = jnp.concatenate([X[:1, :2].repeat(B, 0), X], axis=1)
+    return value(prefixed, params | kept), value(whole, params, first)[:, 2:]
+
+  return pair, random_params(whole, X)
+
+
 def first_expert(params):
   return jax.tree.map(lambda x: x[0], params["experts"])
 
@@ -264,6 +279,11 @@ ROWS = [
   layer("softcap", Attention(4, logit_softcap=1.0), **CAUSAL,
         reduces=same_as(Attention(4, logit_softcap=1e3), MHA)),
   layer("sinks", Attention(4, sinks=True), **CAUSAL),
+  layer("prefix", dataclasses.replace(GQA, prefix=TrainedPrefix(3), sinks=True), **CAUSAL),
+  layer("prefix, window", Attention(4, mask=Causal() & SlidingWindow(3, 0),
+        prefix=TrainedPrefix(2, modules=2)), reduces=first_tokens_as_a_prefix, **CAUSAL),
+  layer("prefix, both ways", Attention(4, mask=Full(), prefix=TrainedPrefix(2, shift=False)),
+        **BIDIRECTIONAL),
   layer("Linformer", Linformer(4, length=8, rank=3), padding=True, reduces=identity_linformer),
   layer("Longformer", Longformer(4, kv_heads=2, rope=ROPE, mask=NEAR, positions=1, causal=True),
         causal=True, padding=True, absolute=True,
@@ -291,6 +311,8 @@ ROWS = [
   model("BERT", config(*[LayerSpec(BOTH_WAYS, MLP(32, use_bias=True))] * 2,
         norm=LayerNorm(), positions="learned", arrangement="post", final_norm=False,
         head=None, embed_norm=True, token_types=2), causal=False, decodes=False),
+  model("Llama, prefix", config(*[LayerSpec(dataclasses.replace(GQA, prefix=TrainedPrefix(2)),
+        SWIGLU)] * 2)),
   model("MoE every second layer", config(*[LayerSpec(GQA, SWIGLU), LayerSpec(GQA, SMALL_MOE)] * 2,
         tied=False)),
   model("Llama, LoRA on Int8", LLAMA, quantised, reduces=None),

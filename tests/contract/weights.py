@@ -21,7 +21,7 @@ from effjax.core.weights import Weight
 from effjax.kernels.grouped_matmul import grouped_linear
 from effjax.layers import MLP, Embed, LayerSpec, Linear, TransformerConfig, stack
 from effjax.parallel import Zero, make_mesh
-from effjax.peft import IA3, DoRA, LoRA, Tuned, lora
+from effjax.peft import IA3, DoRA, LoRA, Named, Tuned, lora, named, soft_prompt
 from effjax.quant import NF4, Int8
 from tests.modules import normal
 
@@ -76,6 +76,14 @@ def dropping(base: Any, key: jax.Array) -> LoRA:
   return dataclasses.replace(adapted(base, key), dropout=0.5)
 
 
+def mixed(base: Any, key: jax.Array) -> Named:
+  """A weighted sum of two adapters."""
+  keys = {"fr": key, "de": jax.random.fold_in(key, 1)}
+  alone = lambda key: {"w": dataclasses.replace(adapted(base, key), base=None)}
+  params = named.join({name: alone(key) for name, key in keys.items()}, {"w": base})
+  return named.use(params, {"fr": 0.7, "de": -0.4})["w"]
+
+
 def scaled(base: Any, key: jax.Array) -> quant.InputScaled:
   """Inputs scaled by up to 2 either way."""
   exponents = jax.random.uniform(key, (*base.shape[:-1], 1), minval=-1, maxval=1)
@@ -97,6 +105,13 @@ def tuned(base: Any, key: jax.Array) -> Tuned:
   """A matrix after some training."""
   w = weights.materialize(base)
   return Tuned(base, w + jax.random.normal(key, w.shape) / 10)
+
+
+def prompted(base: Any, key: jax.Array) -> soft_prompt.Prompted:
+  """A table with two virtual tokens, which none of the ids is."""
+  *batch, _, width = base.shape
+  prompt = jax.random.normal(key, (*batch, 1, 2, width))
+  return soft_prompt.Prompted(base, prompt, jnp.full((*batch, 1, 1), 2.0))
 
 
 BASES: dict[str, Represent] = {
@@ -124,6 +139,8 @@ WRAPPERS: dict[str, Represent] = {
   "IA3": ia3_of(-1),
   "IA3 of inputs": ia3_of(-2),
   "Tuned": tuned,
+  "Named": mixed,
+  "Prompted": prompted,
 }
 STANDS_OVER = {  # others over all
   "DoRA": ("array", "Int8", "NF4"),
@@ -131,6 +148,8 @@ STANDS_OVER = {  # others over all
   "IA3": ("array", "NF4, double, of a table", "LLMInt8", "LoRA"),
   "IA3 of inputs": ("array", "Int8"),
   "Tuned": ("array", "Int8"),
+  "Named": ("array", "Int8", "NF4", "LoRA"),
+  "Prompted": ("array", "NF4", "LoRA"),
 }
 
 
