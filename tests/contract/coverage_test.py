@@ -39,7 +39,7 @@ def public(room: str) -> dict[str, Any]:
   found = {name: getattr(package, name) for name in package.__all__}
   for module in [value for value in found.values() if inspect.ismodule(value)]:
     own = {f"{module.__name__}.{name}": value for name, value in vars(module).items()
-           if name[0] != "_" and getattr(value, "__module__", None) == module.__name__}  # fmt: skip
+           if name[0] != "_" and f"{getattr(value, '__module__', '')}.".startswith(module.__name__ + ".")}  # fmt: skip
     found |= own
   return found
 
