@@ -183,6 +183,11 @@ def chooses(pattern: Chooser, path: str, leaf) -> bool:
   return bool(pattern(path, leaf) if callable(pattern) else re.search(pattern, path))
 
 
+def is_table(path: str) -> bool:
+  """Whether the parameter at `path` is a table of rows: it is named "embedding"."""
+  return path.rsplit("/", 1)[-1] == "embedding"
+
+
 def _size(leaf) -> int:
   return leaf.parameters if isinstance(leaf, Weight) else math.prod(leaf.shape)
 

@@ -9,7 +9,9 @@ Invariants of a `Weight`:
   * it is a pytree (`register`), so jit, grad, scan, sharding and checkpoints see its arrays;
   * `shape` is the logical shape [..., D, F]: leading axes (stacked layers, experts) are batch axes
     and every array field carries them, so indexing each field indexes the weight;
-  * `matmul(x)` equals `x @ materialize()` up to the representation's own rounding.
+  * `matmul(x)` equals `x @ materialize()` up to the representation's own rounding;
+  * an array field whose default is None may be absent, as what a step of training draws is before
+    and after it.
 """
 
 import abc
@@ -106,6 +108,13 @@ class Weight(abc.ABC):
     """
     return self
 
+  def from_row(self, first: Int[Array, ""]) -> "Weight":
+    """Itself for the rows from number `first` on, where rows are multiplied some at a time.
+
+    What it draws for a row must not be what it draws for a row of another such product.
+    """
+    return self
+
   def specs(self, axes: Sequence[Any]) -> "Weight":
     """How its fields are split when the matrix is split over mesh axes `axes`, one for each axis.
 
@@ -117,7 +126,8 @@ class Weight(abc.ABC):
       place is split as the matrix is, any other is not.
     """
     fields = [_specs(value, self.shape, axes) for _, value in _arrays(self)]
-    return jax.tree.unflatten(jax.tree.structure(self, is_leaf=lambda x: x is not self), fields)
+    inner = lambda x: x is not self and x is not None
+    return jax.tree.unflatten(jax.tree.structure(self, is_leaf=inner), fields)
 
   @property
   def ndim(self) -> int:
@@ -208,6 +218,11 @@ class Over(Weight):
     if not isinstance(self.base, Weight):
       return self
     return dataclasses.replace(self, base=self.base.drawn(key))
+
+  def from_row(self, first: Int[Array, ""]) -> "Weight":
+    if not isinstance(self.base, Weight):
+      return self
+    return dataclasses.replace(self, base=self.base.from_row(first))
 
   def __repr__(self) -> str:
     over = f" over {type(self.base).__name__}" if isinstance(self.base, Weight) else ""
@@ -310,6 +325,16 @@ def product(x: Array, w: Any, multiply: Callable[[Array, Array], Array]) -> Arra
   return w.product(x, multiply) if isinstance(w, Weight) else multiply(x, w)
 
 
+def within(w: Any, function: Callable, *arguments: Any) -> Any:
+  """function(w, *arguments), where a `Weight` decides what of it the function is given."""
+  return w.within(function, *arguments) if isinstance(w, Weight) else function(w, *arguments)
+
+
+def from_row(w: Any, first: Int[Array, ""]) -> Any:
+  """An array, or a `Weight` for the rows from number `first` on."""
+  return w.from_row(first) if isinstance(w, Weight) else w
+
+
 def along(vector: Any, x: Float[Array, "... F"]) -> Array:
   """`vector` [F], an array or what stands for one, as it is added to x or multiplies it."""
   return vector.along(x) if isinstance(vector, Weight) else numerics.expand(vector, x.ndim)
@@ -340,9 +365,9 @@ def _add_bias(y: Array, bias: Any) -> Array:
 
 
 def _arrays(w: Weight) -> list[tuple[str, Any]]:
-  """Names and values of the fields that are not static."""
-  fields = (field.name for field in dataclasses.fields(w))
-  return [(name, getattr(w, name)) for name in fields if name not in w.static]
+  """Names and values of the fields that are neither static nor absent."""
+  fields = ((f, getattr(w, f.name)) for f in dataclasses.fields(w) if f.name not in w.static)
+  return [(f.name, value) for f, value in fields if value is not None or f.default is not None]
 
 
 def _is_array(value: Any) -> bool:

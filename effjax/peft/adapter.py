@@ -32,6 +32,14 @@ class Adapter(Over):
     y = linear(x, self.base, bias)
     return y + self.added(x, y, bias)
 
+  def beneath(self, w: Float[Array, "... D F"]) -> Array:
+    """The base for which `materialize` gives w, up to rounding.
+
+    Raises:
+      ValueError: where there is no telling.
+    """
+    raise ValueError(f"{self!r} cannot be taken out of a matrix again; allowed: to keep its base")
+
 
 @register(static=("new",), trains=("value",), kind="adapter")
 class Tuned(Over):
@@ -78,6 +86,9 @@ class Tuned(Over):
 
   def materialize(self) -> Array:
     return self.value
+
+  def beneath(self, w: Array) -> Array:
+    return weights.materialize(self.base)
 
   @property
   def T(self) -> Any:

@@ -10,7 +10,7 @@ from jax import lax
 from effjax.core import numerics, spmd, trees
 from effjax.core.known import is_size, known
 from effjax.core.typing import Array, Dim, Float, Int, PyTree
-from effjax.core.weights import Weight, product
+from effjax.core.weights import product, within
 from effjax.kernels.grouped_matmul import reference, tiles
 
 IMPLEMENTATIONS = (None, "tiles", "ragged", "reference")
@@ -59,7 +59,7 @@ def grouped_linear(
     on_part = functools.partial(_on_parts, implementation)
     return spmd.map_rows(on_part, (x, sizes), (w, bias))
 
-  return w.within(parts, x, sizes, bias) if isinstance(w, Weight) else parts(w, x, sizes, bias)
+  return within(w, parts, x, sizes, bias)
 
 
 def _on_parts(implementation: str | None, rows: tuple[Array, Array], params: PyTree) -> Array:
