@@ -10,7 +10,8 @@ from effjax.attention.attend import attend
 from effjax.attention.kv_cache import KVCache, empty
 from effjax.attention.scores import Score
 from effjax.core.typing import Array, Dim, DTypeLike, Float
-from effjax.layers import Context, Linear, RMSNorm, Rope, taps, without_padding
+from effjax.core.weights import materialize
+from effjax.layers import Context, Linear, RMSNorm, Rope, taps, weight, without_padding
 from effjax.layers.axes import linear_axes
 from effjax.layers.meshes import on_any_mesh
 
@@ -88,7 +89,7 @@ class Attention(nn.Module):
       key, value = (self._project(name, source, kv_heads, width) for name in ("key", "value"))
       key = self._placed("key", key, positions)
     if self.sinks:
-      self.param("sinks", nn.initializers.zeros, (self.heads,))
+      weight(self, "sinks", nn.initializers.zeros, (self.heads,))
     out, cache = self._attend(x, query, key, value, positions, context, cache)
     out = out.reshape(*out.shape[:-2], self.heads * width)
     return Linear(x.shape[-1], self.out_bias, name="out")(out), cache
@@ -118,7 +119,8 @@ class Attention(nn.Module):
   def _arguments(self) -> dict:
     names = ("scale", "logit_softcap", "scores", "implementation")
     given = {name: getattr(self, name) for name in names}
-    return given | {"sinks": self.get_variable("params", "sinks")}
+    sinks = materialize(self.get_variable("params", "sinks")) if self.sinks else None
+    return given | {"sinks": sinks}
 
   def _attend(self, x, query, key, value, positions, context, cache):
     arguments = self._arguments

@@ -67,8 +67,8 @@ def update(params: PyTree, pattern: Chooser, change: Callable[[str, Any], Any]) 
 def matrices(params: PyTree, targets: Chooser, exclude: Chooser | None = None) -> dict[str, Any]:
   """The matrices among what `targets` selects and `exclude` does not, as path → leaf.
 
-  A matrix is a `Weight`, or an array of at least two axes not named "bias" or "scale": under a
-  scanned segment a bias [R, F] has two axes too, and `targets="query"` means the kernel alone.
+  A matrix is an array or `Weight` of at least two axes not named "bias" or "scale": under a scanned
+  segment a bias [R, F] has two axes too, and `targets="query"` means the kernel alone.
 
   Raises:
     ValueError: when nothing is left, or nothing of it is a matrix.
@@ -193,8 +193,7 @@ def _size(leaf) -> int:
 
 
 def _is_matrix(path: str, leaf) -> bool:
-  vector = path.rsplit("/", 1)[-1] in ("bias", "scale")
-  return isinstance(leaf, Weight) or (len(leaf.shape) >= 2 and not vector)
+  return len(leaf.shape) >= 2 and path.rsplit("/", 1)[-1] not in ("bias", "scale")
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:

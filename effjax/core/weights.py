@@ -65,7 +65,11 @@ class Weight(abc.ABC):
 
   def affine(self, x: Float[Array, "... D"], bias: Any) -> Float[Array, "... F"]:
     """x @ W + bias; `bias` is [F] or None."""
-    return _add_bias(self.matmul(x), bias)
+    return _add_bias(self.matmul(x), offset(self, bias))
+
+  def offset(self, bias: Any) -> Any:
+    """What x @ W + bias adds: `bias` [..., F] or None, but for weights that scale outputs whole."""
+    return bias
 
   def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
     """x W by `multiply(x, array)`, another product than that of rows with one matrix.
@@ -214,6 +218,9 @@ class Over(Weight):
   def flops(self) -> float:
     return self.base.flops if isinstance(self.base, Weight) else super().flops
 
+  def offset(self, bias: Any) -> Any:
+    return offset(self.base, bias)
+
   def drawn(self, key: Key) -> "Weight":
     if not isinstance(self.base, Weight):
       return self
@@ -333,6 +340,11 @@ def within(w: Any, function: Callable, *arguments: Any) -> Any:
 def from_row(w: Any, first: Int[Array, ""]) -> Any:
   """An array, or a `Weight` for the rows from number `first` on."""
   return w.from_row(first) if isinstance(w, Weight) else w
+
+
+def offset(w: Any, bias: Any) -> Any:
+  """What is added to a product with `w`, an array or a `Weight`, for the sake of `bias`."""
+  return w.offset(bias) if isinstance(w, Weight) and bias is not None else bias
 
 
 def along(vector: Any, x: Float[Array, "... F"]) -> Array:

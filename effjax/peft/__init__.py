@@ -1,10 +1,29 @@
 """Parameter-efficient fine-tuning: small trained additions to a frozen model."""
 
-from effjax.peft import lora
+from effjax.peft import ia3, lora
+from effjax.peft.adapter import Tuned
 from effjax.peft.detached import attach, detach
 from effjax.peft.dora import DoRA
 from effjax.peft.files import load, save
+from effjax.peft.ia3 import IA3
 from effjax.peft.low_rank import LoRA
+from effjax.peft.merging import merge
 from effjax.peft.trainable import trainable
+from effjax.peft.tuning import bitfit, tune
 
-__all__ = ["DoRA", "LoRA", "attach", "detach", "load", "lora", "save", "trainable"]
+__all__ = [
+  "IA3",
+  "DoRA",
+  "LoRA",
+  "Tuned",
+  "attach",
+  "bitfit",
+  "detach",
+  "ia3",
+  "load",
+  "lora",
+  "merge",
+  "save",
+  "trainable",
+  "tune",
+]

@@ -10,7 +10,7 @@ from jax import lax
 from effjax.core import numerics, spmd, trees
 from effjax.core.known import is_size, known
 from effjax.core.typing import Array, Dim, Float, Int, PyTree
-from effjax.core.weights import product, within
+from effjax.core.weights import Weight, offset, product, within
 from effjax.kernels.grouped_matmul import reference, tiles
 
 IMPLEMENTATIONS = (None, "tiles", "ragged", "reference")
@@ -134,7 +134,7 @@ def _dense(multiply, x, params, group_sizes):
   by_group = lambda x, w: multiply(x, w.astype(x.dtype), sizes)
   y = product(jnp.where(inside, x, jnp.zeros_like(x)), w, by_group)
   if bias is not None:
-    y = y + jnp.take(bias.astype(y.dtype), group, axis=0, mode="clip")
+    y = y + jnp.take(offset(w, bias).astype(y.dtype), group, axis=0, mode="clip")
   return jnp.where(inside, y, jnp.zeros_like(y))
 
 

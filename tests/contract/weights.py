@@ -21,7 +21,8 @@ from effjax.core.weights import Weight
 from effjax.kernels.grouped_matmul import grouped_linear
 from effjax.layers import MLP, Embed, LayerSpec, Linear, TransformerConfig, stack
 from effjax.parallel import Zero, make_mesh
-from effjax.peft import LoRA, lora
+from effjax.peft import IA3, LoRA, lora
+from effjax.peft.adapter import Tuned
 from effjax.quant import NF4, Int8
 from tests.modules import normal
 
@@ -70,6 +71,23 @@ def scaled(base: Any, key: jax.Array) -> quant.InputScaled:
   return quant.InputScaled(base, 2**exponents)
 
 
+def ia3_of(axis: int) -> Represent:
+  """IA³ after some training, of the outputs (axis −1) or the inputs (−2)."""
+
+  def wrap(base: Any, key: jax.Array) -> IA3:
+    shape = list(base.shape)
+    shape[-1 if axis == -2 else -2] = 1
+    return IA3(base, jax.random.uniform(key, shape, minval=0.5, maxval=1.5))
+
+  return wrap
+
+
+def tuned(base: Any, key: jax.Array) -> Tuned:
+  """A matrix after some training."""
+  w = weights.materialize(base)
+  return Tuned(base, w + jax.random.normal(key, w.shape) / 10)
+
+
 BASES: dict[str, Represent] = {
   "array": lambda w, key: w,
   "Int8": lambda w, key: Int8.quantize(w),
@@ -88,8 +106,19 @@ BASES: dict[str, Represent] = {
 }
 UNTRACED = ("Ternary",)
 ROUNDING = {"Int8Dynamic": 0.02, "LLMInt8": 0.02, "LLMInt8Exact": 0.02}  # of activations
-WRAPPERS: dict[str, Represent] = {"LoRA": adapted, "InputScaled": scaled}
-STANDS_OVER = {"InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA")}  # others over all
+WRAPPERS: dict[str, Represent] = {
+  "LoRA": adapted,
+  "InputScaled": scaled,
+  "IA3": ia3_of(-1),
+  "IA3 of inputs": ia3_of(-2),
+  "Tuned": tuned,
+}
+STANDS_OVER = {  # others over all
+  "InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA"),
+  "IA3": ("array", "NF4, double, of a table", "LLMInt8", "LoRA"),
+  "IA3 of inputs": ("array", "Int8"),
+  "Tuned": ("array", "Int8"),
+}
 
 
 def over(wrap: Represent, base: Represent) -> Represent:
