@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning: small trained additions to a frozen model."""
 
-from effjax.peft import ia3, lora
+from effjax.peft import ia3, lora, prefix
 from effjax.peft.adapter import Tuned
 from effjax.peft.detached import attach, detach
 from effjax.peft.dora import DoRA
@@ -23,6 +23,7 @@ __all__ = [
   "load",
   "lora",
   "merge",
+  "prefix",
   "save",
   "trainable",
   "tune",

@@ -10,7 +10,7 @@ from jax import lax
 from effjax.core import numerics, spmd, trees
 from effjax.core.known import is_size, known
 from effjax.core.typing import Array, Dim, Float, Int, PyTree
-from effjax.core.weights import Weight, offset, product, within
+from effjax.core.weights import offset, product, within
 from effjax.kernels.grouped_matmul import reference, tiles
 
 IMPLEMENTATIONS = (None, "tiles", "ragged", "reference")
