@@ -16,12 +16,19 @@ CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "eff
 PREFIX = "base_model.model."  # before the name of each module
 
 
+Parts = Mapping[str, list]  # of a module's name: [path, rank] of each of our parameters in it
+
+
 class Written(NamedTuple):
-  """What a folder holds: the fields of its configuration, its tensors, and what peft cannot say."""
+  """What a folder holds: the fields of its configuration and its tensors.
+
+  Attributes:
+    parts: which parameters of a module have adapters, where peft cannot say it.
+  """
 
   fields: Mapping[str, Any]
   tensors: Mapping[str, np.ndarray]
-  ours: Mapping[str, Any] = {}
+  parts: Parts = {}
 
 
 NOTHING = Written({}, {})
@@ -95,12 +102,35 @@ def endings(archive: Archive, known: tuple[str, ...]) -> Iterator[tuple[str, str
     yield tensor, tensor.removeprefix(PREFIX).removesuffix(f".{ending}"), ending
 
 
-def write(folder: Path, written: Written) -> Path:
+def read_ours(folder: Folder) -> tuple[dict[str, str], Parts]:
+  """(path → digest of the base, parts) that `write` wrote; empty where it was another.
+
+  Raises:
+    ValueError: where it is damaged.
+  """
+  values = folder.json(OURS) if folder.has(OURS) else {"base": {}, "parts": {}}
+  strings = lambda x: isinstance(x, dict) and all(isinstance(text, str) for text in x.values())
+  pair = lambda x: isinstance(x, list) and [*map(type, x)] == [str, int]
+  lists = lambda x: (
+    isinstance(x, dict)
+    and all(isinstance(parts, list) and all(map(pair, parts)) for parts in x.values())
+  )
+  base, parts = values.get("base"), values.get("parts")
+  if len(values) != 2 or not strings(base) or not lists(parts):
+    raise ValueError(f"{folder.file(OURS)}: damaged: {values}; allowed: what peft.save wrote")
+  return base, parts
+
+
+def write(folder: Path, written: Written, base: Mapping[str, str]) -> Path:
   """Writes the files of a folder, each under another name until all are whole; gives the tensors'.
+
+  Args:
+    base: path → digest of each parameter of the model that is adapted.
 
   Raises:
     OSError: when they cannot be written.
   """
+  ours = {"base": base, "parts": written.parts}
   folder.mkdir(parents=True, exist_ok=True)
   new = {name: folder / f".{name}.new" for name in (OURS, CONFIG, TENSORS)}
   stored = {
@@ -108,7 +138,7 @@ def write(folder: Path, written: Written) -> Path:
     for name, x in written.tensors.items()
   }
   try:
-    new[OURS].write_text(json.dumps(written.ours, indent=2))
+    new[OURS].write_text(json.dumps(ours, indent=2))
     new[CONFIG].write_text(json.dumps(written.fields, indent=2, sort_keys=True))
     safetensors_files.write(new[TENSORS], stored)
     for name, path in new.items():

@@ -66,10 +66,10 @@ def read_rules(fields: Fields) -> Rules:
   layers = [layers] if type(layers) is int else layers
   if layers is not None and not (isinstance(layers, list) and all(type(i) is int for i in layers)):
     raise fields.wrong("layers_to_transform", "an integer, a list of them, null")
-  exclude = _modules(fields, "exclude_modules")
-  lists = _modules(fields, "layers_pattern") or ()
+  exclude = read_names(fields, "exclude_modules")
+  lists = read_names(fields, "layers_pattern") or ()
   return Rules(
-    _modules(fields, "target_modules"),
+    read_names(fields, "target_modules"),
     exclude,
     None if layers is None else tuple(layers),
     (lists,) if isinstance(lists, str) else lists,
@@ -101,6 +101,18 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
   return default
 
 
+def read_names(fields: Fields, name: str) -> Any:
+  """A field that is a pattern, a tuple of names, or None."""
+  value = fields.raw(name)
+  if isinstance(value, list) and all(isinstance(item, str) for item in value):
+    return tuple(value)
+  if value is not None and not isinstance(value, str):
+    raise fields.wrong(name, "a pattern, a list of names, null")
+  if value is not None:
+    _check_patterns(fields, name, [value])
+  return value
+
+
 def read_patterns(fields: Fields, name: str, kinds: tuple[type, ...]) -> dict[str, Any]:
   """Pattern → positive number, a field of such."""
   values = fields.raw(name) or {}
@@ -110,16 +122,16 @@ def read_patterns(fields: Fields, name: str, kinds: tuple[type, ...]) -> dict[st
   return values
 
 
-def shortest(chosen: Collection[str], modules: Mapping[str, Module]) -> list[str]:
-  """Names that mean the modules of `chosen`, full names → modules, and no other.
+def shortest(chosen: Iterable[str], modules: Mapping[str, Module]) -> list[str]:
+  """Names that by their ends mean the modules of `chosen`, full names → modules, and no other.
 
   One name stands for the same module of all layers where it means no module besides.
   """
-  found = {}
-  for name in chosen:
+  names, found = [*chosen], {}
+  for name in names:
     local = modules[name].local
-    meant = {other for other in modules if other == local or other.endswith(f".{local}")}
-    found[local if meant <= {*chosen} else name] = None
+    meant = {other for other in modules if other.endswith(local)}
+    found[local if meant <= {*names} else name] = None
   return list(found)
 
 
@@ -139,18 +151,6 @@ def _names(names: str | Iterable[str] | None, name: str) -> bool:
   if isinstance(names, str):
     return re.fullmatch(names, name) is not None
   return any(name == other or name.endswith(f".{other}") for other in names or ())
-
-
-def _modules(fields: Fields, name: str) -> Any:
-  """A pattern, a tuple of names, or None."""
-  value = fields.raw(name)
-  if isinstance(value, list) and all(isinstance(item, str) for item in value):
-    return tuple(value)
-  if value is not None and not isinstance(value, str):
-    raise fields.wrong(name, "a pattern, a list of names, null")
-  if value is not None:
-    _check_patterns(fields, name, [value])
-  return value or None
 
 
 def _check_patterns(fields: Fields, name: str, patterns: Iterable[str]) -> None:

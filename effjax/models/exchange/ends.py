@@ -68,4 +68,4 @@ def tie(written: Written, adapters: Adapters, modules: Mapping[str, Module]) -> 
     return None
   field = "modules_to_save" if isinstance(adapters[TABLE], Tuned) else "target_modules"
   fields = {"ensure_weight_tying": True, field: [*written.fields[field], head]}
-  return Written({**written.fields, **fields}, {**written.tensors, **repeated}, written.ours)
+  return Written({**written.fields, **fields}, {**written.tensors, **repeated}, written.parts)

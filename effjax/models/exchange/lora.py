@@ -14,10 +14,11 @@ import numpy as np
 
 from effjax.core import weights
 from effjax.models.exchange import choosing, ends, naming, whole
-from effjax.models.exchange.archive import OURS, PREFIX, Archive, Written
+from effjax.models.exchange.archive import OURS, PREFIX, Archive, Parts, Written
 from effjax.models.exchange.modules import Adapted, Adapters, Module, Part, View
 from effjax.models.families.fields import Fields
 from effjax.peft import DoRA, LoRA
+from effjax.peft.starts import principal
 
 TYPE = "LORA"
 WEIGHTS = (LoRA, DoRA)
@@ -54,8 +55,8 @@ ABSENT = {
     )
   },
 }
-# Starts that leave the base as it is, of which a file of trained factors needs nothing more.
-STARTS = (True, False, "gaussian", "eva", "orthogonal")
+# Starts that leave the base as it is, and the one that takes away what can be computed again.
+STARTS = (True, False, "gaussian", "eva", "orthogonal", "pissa")
 # What the starts are made with, and the size of groups that `use_qalora` would make.
 HARMLESS = {
   "megatron_core",
@@ -88,7 +89,7 @@ class Factors(NamedTuple):
   blocks: list[list] | None = None
 
 
-def read(fields: Fields, archive: Archive, view: View, ours: Mapping) -> Adapted:
+def read(fields: Fields, archive: Archive, view: View, parts: Parts) -> Adapted:
   """The model with the adapters of a folder.
 
   Raises:
@@ -96,7 +97,7 @@ def read(fields: Fields, archive: Archive, view: View, ours: Mapping) -> Adapted
   """
   for name, allowed in ABSENT.items():
     fields.need(name, *allowed)
-  fields.need("init_lora_weights", *STARTS)
+  start = fields.need("init_lora_weights", *STARTS)
   fields.unused("fan_in_fan_out")  # says how a module holds its matrix, and the module is known
   rules, bias = choosing.read_rules(fields), fields.choice("bias", ("none", "all", "lora_only"))
   tied = fields.flag("ensure_weight_tying")
@@ -107,7 +108,9 @@ def read(fields: Fields, archive: Archive, view: View, ours: Mapping) -> Adapted
   scales, found = _Scales(fields), {}
   for name in sorted(adapted):
     factors = _read_factors(archive, name, modules[name], scales)
-    factors = factors._replace(blocks=_blocks(archive, name, modules[name], factors, ours))
+    if start == "pissa":
+      factors = _rebased(modules[name], factors, view)
+    factors = factors._replace(blocks=_blocks(archive, name, modules[name], factors, parts))
     found |= _scattered(modules[name], factors, scales.dropout)
   found |= whole.read(archive, rules, bias, modules, tensors, adapted, view.base)
   return view.adapted(found, tied)
@@ -139,8 +142,7 @@ def write(view: View, adapters: Adapters) -> Written | None:
     **_numbers(found, modules),
   }
   blocks = {name: factors.blocks for name, factors in found.items() if factors.blocks is not None}
-  ours = {"blocks": blocks} if blocks else {}
-  written = Written({**fields, **beside.fields}, {**tensors, **beside.tensors}, ours)
+  written = Written({**fields, **beside.fields}, {**tensors, **beside.tensors}, blocks)
   return ends.tie(written, adapters, modules) if view.tied else written
 
 
@@ -174,11 +176,21 @@ def _read_factors(archive: Archive, name: str, module: Module, scales: _Scales) 
   )
 
 
+def _rebased(module: Module, factors: Factors, view: View) -> Factors:
+  """Factors over W that do what those of PiSSA do over W less its principal part."""
+  matrices = [weights.materialize(view.base(part.slot)) for part in module.parts]
+  whole_matrix = jnp.concatenate(matrices, axis=1).astype(jnp.float32)
+  a, b = map(np.asarray, principal(whole_matrix, len(factors.a), factors.scale))
+  return factors._replace(
+    a=np.concatenate([factors.a, a.T]), b=np.concatenate([factors.b, -b.T], axis=1)
+  )
+
+
 def _blocks(
-  archive: Archive, name: str, module: Module, factors: Factors, ours: Mapping
+  archive: Archive, name: str, module: Module, factors: Factors, given: Parts
 ) -> list[list] | None:
   """The blocks of a module, where the folder has some of its own; checked against B."""
-  blocks = ours.get("blocks", {}).get(name)
+  blocks = given.get(name)
   if blocks is None:
     return None
   spans = {part.slot.path: part.span or (0, module.outputs, 0) for part in module.parts}

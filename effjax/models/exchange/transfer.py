@@ -4,14 +4,18 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from effjax import peft
 from effjax.core import trees
+from effjax.core.typing import Params
+from effjax.core.weights import Over, Weight
+from effjax.layers.spec import TransformerConfig
 from effjax.models import families
-from effjax.models.exchange import archive, lora
-from effjax.models.exchange.archive import CONFIG, OURS, TENSORS, Archive
+from effjax.models.exchange import archive, ia3, lora
+from effjax.models.exchange.archive import CONFIG, OURS, TENSORS, Archive, Written
 from effjax.models.exchange.modules import unstacked, view
 from effjax.models.families.fields import Fields
 from effjax.models.folders import Folder
@@ -19,7 +23,7 @@ from effjax.models.model import Model
 from effjax.peft import files
 from effjax.peft.adapter import Tuned, is_adapter
 
-METHODS = {method.TYPE: method for method in (lora,)}
+METHODS = {method.TYPE: method for method in (lora, ia3)}
 # Fields of all methods, and those that change nothing of what is computed.
 DEFAULTS: dict[str, Any] = dict.fromkeys(
   (
@@ -43,53 +47,75 @@ HARMLESS = {
 
 @peft.save.register
 def save(model: Model, folder: str | Path) -> Path:
-  """Writes what adapts `model`: as peft does where its layout can hold it, else as `peft.save`."""
-  base, adapters = peft.detach(model.params)
-  written = _written(model.config, base, adapters)
+  """Writes what adapts `model`: as peft does where it can hold that, else as `peft.save`.
+
+  Raises:
+    ValueError: when nothing adapts it.
+    FileExistsError: when there is such a file already.
+    OSError: when it cannot be written.
+  """
+  folder, (base, adapters) = Path(folder), peft.detach(model.params)
+  method, written = _written(model.config, base, adapters)
+  for name in (CONFIG, TENSORS, files.FILE):
+    if (folder / name).exists():
+      raise FileExistsError(f"{folder / name}: is there already; allowed: a folder without")
   if written is None:
     return peft.save(model.params, folder)
-  for name in (CONFIG, TENSORS, files.FILE):
-    if (Path(folder) / name).exists():
-      raise FileExistsError(f"{Path(folder) / name}: is there already; allowed: a folder without")
   task = "CAUSAL_LM" if model.config.head == "lm" else "FEATURE_EXTRACTION"
-  return archive.write(
-    Path(folder), written._replace(fields=COMMON | {"task_type": task} | written.fields)
-  )
-
-
-def _written(config, params, adapters):
-  """What a folder of peft holds of adapters by path; None where it has no way to say it."""
-  if config.family not in families.FAMILIES:
-    return None
-  for method in METHODS.values():
-    if all(
-      isinstance(adapter, (*method.WEIGHTS, Tuned)) and adapter.base is None
-      for adapter in adapters.values()
-    ):
-      written = method.write(view(config, params), unstacked(config, adapters))
-      if written:
-        return written._replace(fields={"peft_type": method.TYPE} | written.fields)
-  return None
+  fields = COMMON | {"peft_type": method, "task_type": task} | written.fields
+  return archive.write(folder, written._replace(fields=fields), trees.digests(base))
 
 
 @peft.load.register
 def load(model: Model, folder: str | Path) -> Model:
-  """`model` with the adapters of a folder of peft, or of one that `save` wrote."""
+  """`model` with the adapters of a folder of peft, or of one that `save` wrote.
+
+  Raises:
+    FileNotFoundError: when there is none.
+    ValueError: when it is damaged, says something that is not done here, or is for another model,
+      and for a model that has adapters.
+  """
   if any(is_adapter(leaf) for leaf in trees.items(model.params).values()):
     raise ValueError("model has adapters; allowed: one without, as peft.detach gives its params")
-  files_ = Folder(folder)
-  if not files_.has(CONFIG):
+  there = Folder(folder)
+  if not there.has(CONFIG):
     return dataclasses.replace(model, params=peft.load(model.params, folder))
-  values, where = files_.json(CONFIG), str(files_.file(CONFIG))
-  kind = Fields(where, values).choice("peft_type", METHODS)
-  method = METHODS[kind]
-  fields = Fields(where, values, DEFAULTS | method.DEFAULTS)
-  fields.unused("peft_type")
-  ours = files_.json(OURS) if files_.has(OURS) else {}
-  tensors = Archive(files_)
-  config, params = method.read(fields, tensors, view(model.config, model.params), ours)
-  fields.finish(HARMLESS | method.HARMLESS)
+  values, where = there.json(CONFIG), str(there.file(CONFIG))
+  method = METHODS[Fields(where, values).choice("peft_type", METHODS)]
+  fields, tensors = Fields(where, values, DEFAULTS | method.DEFAULTS), Archive(there)
+  base, parts = archive.read_ours(there)
+  config, params = method.read(fields, tensors, view(model.config, model.params), parts)
+  fields.unused("peft_type", *HARMLESS, *method.HARMLESS)
+  fields.finish(())
   tensors.finish()
-  return dataclasses.replace(
-    model, config=config, params=params, module=model.module.copy(config=config)
+  _check_base(model.params, base, where)
+  module = model.module.copy(config=config)
+  return dataclasses.replace(model, config=config, params=params, module=module)
+
+
+def _written(
+  config: TransformerConfig, params: Params, adapters: Mapping[str, Weight]
+) -> tuple[str, Written | None]:
+  """A method of peft and what its folder holds of adapters by path; None where none can hold it."""
+  plain = all(isinstance(w, Over) and w.base is None for w in adapters.values())
+  if plain and config.family in families.FAMILIES:
+    for name, method in METHODS.items():
+      if all(isinstance(w, (*method.WEIGHTS, Tuned)) for w in adapters.values()):
+        written = method.write(view(config, params), unstacked(config, adapters))
+        if written is not None:
+          return name, written
+  return "", None
+
+
+def _check_base(params: Params, base: Mapping[str, str], where: str) -> None:
+  """Raises ValueError where a parameter is of the same type and shape as then, and another."""
+  digests = trees.digests(
+    {path: leaf for path, leaf in trees.items(params).items() if path in base}
   )
+  for path, digest in digests.items():
+    then, now = (text.rsplit(" ", 1) for text in (base[path], digest))
+    if then[0] == now[0] and then != now:
+      raise ValueError(
+        f"{where}: adapts a model whose {path!r} has other values than this one; allowed: that "
+        f"model, or a folder without {OURS}"
+      )

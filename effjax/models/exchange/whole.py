@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import weights
+from effjax.models.exchange import choosing
 from effjax.models.exchange.archive import CONFIG, NOTHING, PREFIX, Archive, Written
 from effjax.models.exchange.choosing import Rules
 from effjax.models.exchange.modules import Adapters, Module, Part, Slot
@@ -83,7 +84,7 @@ def write(adapters: Adapters, modules: Mapping[str, Module], adapted: set[str]) 
     for name in saved
     for kind, parts in modules[name].tensors.items()
   }
-  return Written({"modules_to_save": _ends(saved, modules)}, tensors)
+  return Written({"modules_to_save": choosing.shortest(saved, modules)}, tensors)
 
 
 def _slots(
@@ -122,13 +123,3 @@ def _joined(parts: tuple[Part, ...], tuned: Mapping) -> np.ndarray:
   """The tensor of the parameters that lie side by side in it."""
   values = [np.asarray(tuned[part.slot], np.float32) for part in parts]
   return parts[0].entry.unload(np.concatenate(values, axis=-1) if len(values) > 1 else values[0])
-
-
-def _ends(saved: set[str], modules: Mapping[str, Module]) -> list[str]:
-  """Names of which each, by its end, means modules of `saved` alone."""
-  found = {}
-  for name in sorted(saved):
-    local = modules[name].local
-    meant = {other for other in modules if other.endswith(local)}
-    found[local if meant <= saved else name] = None
-  return list(found)
