@@ -2,6 +2,7 @@
 
 from effjax.peft import ia3, lora, prefix
 from effjax.peft.adapter import Tuned
+from effjax.peft.compose import compose
 from effjax.peft.detached import attach, detach
 from effjax.peft.dora import DoRA
 from effjax.peft.files import load, save
@@ -18,6 +19,7 @@ __all__ = [
   "Tuned",
   "attach",
   "bitfit",
+  "compose",
   "detach",
   "ia3",
   "load",
