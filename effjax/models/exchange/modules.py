@@ -126,7 +126,7 @@ class View:
       self.given if not ends or (tied and HEAD not in ends) else (self.config, self.params)
     )
     config, params = _set_apart(config, params, adapters)
-    return config, attach(params, _stacked(config, adapters))
+    return config, attach(params, stacked(config, adapters))
 
 
 def view(config: TransformerConfig, params: Params) -> View:
@@ -174,7 +174,7 @@ def unstacked(config: TransformerConfig, adapters: Mapping[str, Weight]) -> Adap
   return found
 
 
-def _stacked(config: TransformerConfig, adapters: Adapters) -> dict[str, Weight]:
+def stacked(config: TransformerConfig, adapters: Adapters) -> dict[str, Weight]:
   """The inverse of `unstacked`, where layers that are stacked have alike adapters."""
   groups: dict[str, dict[int | None, Weight]] = {}
   for slot, adapter in adapters.items():

@@ -14,7 +14,7 @@ from effjax.core.typing import Params
 from effjax.core.weights import Over, Weight
 from effjax.layers.spec import TransformerConfig
 from effjax.models import families
-from effjax.models.exchange import archive, ia3, lora
+from effjax.models.exchange import archive, ia3, lora, prefix
 from effjax.models.exchange.archive import CONFIG, OURS, TENSORS, Archive, Written
 from effjax.models.exchange.modules import unstacked, view
 from effjax.models.families.fields import Fields
@@ -23,7 +23,7 @@ from effjax.models.model import Model
 from effjax.peft import files
 from effjax.peft.adapter import Tuned, is_adapter
 
-METHODS = {method.TYPE: method for method in (lora, ia3)}
+METHODS = {method.TYPE: method for method in (lora, ia3, prefix)}
 # Fields of all methods, and those that change nothing of what is computed.
 DEFAULTS: dict[str, Any] = dict.fromkeys(
   (
