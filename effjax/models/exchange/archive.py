@@ -16,7 +16,8 @@ CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "eff
 PREFIX = "base_model.model."  # before the name of each module
 
 
-Parts = Mapping[str, list]  # of a module's name: [path, rank] of each of our parameters in it
+Block = list  # our path of a parameter, and numbers: what it has of a module's adapter
+Parts = Mapping[str, list[Block]]  # by the module's name
 
 
 class Written(NamedTuple):
@@ -110,11 +111,9 @@ def read_ours(folder: Folder) -> tuple[dict[str, str], Parts]:
   """
   values = folder.json(OURS) if folder.has(OURS) else {"base": {}, "parts": {}}
   strings = lambda x: isinstance(x, dict) and all(isinstance(text, str) for text in x.values())
-  pair = lambda x: isinstance(x, list) and [*map(type, x)] == [str, int]
-  lists = lambda x: (
-    isinstance(x, dict)
-    and all(isinstance(parts, list) and all(map(pair, parts)) for parts in x.values())
-  )
+  block = lambda x: isinstance(x, list) and [*map(type, x)] in ([str], [str, int, float])
+  blocks = lambda x: isinstance(x, list) and all(map(block, x))
+  lists = lambda x: isinstance(x, dict) and all(map(blocks, x.values()))
   base, parts = values.get("base"), values.get("parts")
   if len(values) != 2 or not strings(base) or not lists(parts):
     raise ValueError(f"{folder.file(OURS)}: damaged: {values}; allowed: what peft.save wrote")
@@ -130,20 +129,29 @@ def write(folder: Path, written: Written, base: Mapping[str, str]) -> Path:
   Raises:
     OSError: when they cannot be written.
   """
-  ours = {"base": base, "parts": written.parts}
-  folder.mkdir(parents=True, exist_ok=True)
-  new = {name: folder / f".{name}.new" for name in (OURS, CONFIG, TENSORS)}
   stored = {
     name: (x.shape, x.dtype, lambda x=x: np.ascontiguousarray(x))
     for name, x in written.tensors.items()
   }
+  config = json.dumps(written.fields, indent=2, sort_keys=True)
+  writers = {
+    OURS: lambda path: path.write_text(ours(base, written.parts)),
+    CONFIG: lambda path: path.write_text(config),
+    TENSORS: lambda path: safetensors_files.write(path, stored),
+  }
+  folder.mkdir(parents=True, exist_ok=True)
+  new = {name: folder / f".{name}.new" for name in writers}
   try:
-    new[OURS].write_text(json.dumps(ours, indent=2))
-    new[CONFIG].write_text(json.dumps(written.fields, indent=2, sort_keys=True))
-    safetensors_files.write(new[TENSORS], stored)
+    for name, writer in writers.items():
+      writer(new[name])
     for name, path in new.items():
       os.replace(path, folder / name)
   finally:
     for path in new.values():
       path.unlink(missing_ok=True)
   return folder / TENSORS
+
+
+def ours(base: Mapping[str, str], parts: Parts) -> str:
+  """The text of the file that peft does not have."""
+  return json.dumps({"base": base, "parts": parts}, indent=2)

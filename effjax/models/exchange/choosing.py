@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from effjax.core import trees
-from effjax.models.exchange.archive import CONFIG, Archive
+from effjax.models.exchange.archive import CONFIG, OURS, Archive, Parts
 from effjax.models.exchange.modules import Module, kinds_of
 from effjax.models.families.fields import Fields
 
@@ -78,19 +78,36 @@ def read_rules(fields: Fields) -> Rules:
 
 
 def check_adapted(
-  archive: Archive, rules: Rules, modules: Mapping[str, Module], adapted: Collection[str]
+  archive: Archive,
+  rules: Rules,
+  modules: Mapping[str, Module],
+  adapted: Collection[str],
+  parts: Parts,
 ) -> None:
-  """Raises ValueError where a file adapts other modules, full names, than the rules say."""
+  """Refuses a file that adapts other modules, full names, than is said of it.
+
+  Raises:
+    ValueError: where its configuration says so, or our own file of parts of modules.
+  """
   meant = {name for name, module in modules.items() if rules.adapts(name, module)}
   if not meant:
     raise ValueError(
       f"{archive.path}: target_modules={rules.targets!r} matches nothing in this model; allowed: "
       f"{trees.some(kinds_of(modules))}"
     )
-  for wrong, what in ((meant - {*adapted}, "no tensors for"), ({*adapted} - meant, "tensors for")):
-    if wrong:
-      said = "which it says are adapted" if wrong <= meant else "which it says are not adapted"
-      raise ValueError(f"{archive.path}: {what} {trees.some(sorted(wrong))}, {said} ({CONFIG})")
+  if missing := sorted(meant - {*adapted}):
+    raise ValueError(f"{archive.path}: no tensors for {trees.some(missing)}, as {CONFIG} says")
+  if more := sorted({*adapted} - meant):
+    raise ValueError(
+      f"{archive.path}: tensors for {trees.some(more)}, which by {CONFIG} are not adapted"
+    )
+  paths = {name: {part.slot.path for part in modules[name].parts} for name in adapted}
+  for name, blocks in parts.items():
+    if not blocks or {block[0] for block in blocks} - paths.get(name, set()):
+      raise ValueError(
+        f"{archive.path}: {OURS} has {blocks} of {name!r}; allowed: some of "
+        f"{sorted(paths.get(name, ()))}"
+      )
 
 
 def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

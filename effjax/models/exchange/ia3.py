@@ -36,14 +36,14 @@ def read(fields: Fields, archive: Archive, view: View, parts: Parts) -> Adapted:
     raise fields.wrong("feedforward_modules", "a pattern, a list of names")
   modules, tensors = naming.tensors_of(view.family, view.modules, archive, (VECTOR, *whole.ENDINGS))
   adapted = {name for name, there in tensors.items() if VECTOR in there}
-  choosing.check_adapted(archive, rules, modules, adapted)
+  choosing.check_adapted(archive, rules, modules, adapted, parts)
   found: Adapters = {}
   for name in sorted(adapted):
     module, of_inputs = modules[name], _is_feedforward(feedforward, name)
     shape = (1, module.inputs) if of_inputs else (module.outputs, 1)
     vector = archive.take(f"{PREFIX}{name}.{VECTOR}", shape)
-    having = {path for path, _ in parts.get(name, [(part.slot.path, 1) for part in module.parts])}
-    chosen = [part for part in module.parts if part.slot.path in having]
+    having = {path for path, *_ in parts.get(name, [])}
+    chosen = [part for part in module.parts if not having or part.slot.path in having]
     found |= {part.slot: _ia3(vector, part, of_inputs) for part in chosen}
   found |= whole.read(archive, rules, "none", modules, tensors, adapted, view.base)
   return view.adapted(found, False)
@@ -69,7 +69,7 @@ def write(view: View, adapters: Adapters) -> Written | None:
   }
   tensors = {f"{PREFIX}{name}.{VECTOR}": vector for name, vector in vectors.items()}
   some = {name for name in vectors if len(given[name]) < len(modules[name].parts)}
-  parts = {name: [[part.slot.path, 1] for part, _ in given[name]] for name in some}
+  parts = {name: [[part.slot.path] for part, _ in given[name]] for name in some}
   return Written({**fields, **beside.fields}, {**tensors, **beside.tensors}, parts)
 
 

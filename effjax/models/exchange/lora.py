@@ -1,24 +1,18 @@
-"""LoRA and DoRA as peft's folders have them: A [r, in] and B [out, r] of each module.
-
-Where a module holds several of our parameters side by side, one A and one B serve them all. Factors
-of ours with the same A give that A, and their B side by side; others give a B in blocks, of the
-ranks of all together, and `Factors.blocks` says which rows of A are whose.
-"""
+"""LoRA and DoRA as peft's folders have them: A [r, in] and B [out, r] of each module."""
 
 import collections
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from effjax.core import weights
+from effjax.core.typing import Number
 from effjax.models.exchange import choosing, ends, naming, whole
 from effjax.models.exchange.archive import OURS, PREFIX, Archive, Parts, Written
-from effjax.models.exchange.modules import Adapted, Adapters, Module, Part, View
+from effjax.models.exchange.factors import Factors, fits, gathered, rebased, scattered
+from effjax.models.exchange.modules import Adapted, Adapters, Module, View
 from effjax.models.families.fields import Fields
 from effjax.peft import DoRA, LoRA
-from effjax.peft.starts import principal
 
 TYPE = "LORA"
 WEIGHTS = (LoRA, DoRA)
@@ -72,23 +66,6 @@ MAGNITUDE = "lora_magnitude_vector"
 ENDINGS = (*A_AND_B, *OF_TABLES, MAGNITUDE, *whole.ENDINGS)
 
 
-class Factors(NamedTuple):
-  """What a file has of a module.
-
-  Attributes:
-    a, b: [r, in] and [out, r].
-    scale: s.
-    magnitude: of DoRA, [out].
-    blocks: [our path, rank] of each block, in order; None where one A is that of all.
-  """
-
-  a: np.ndarray
-  b: np.ndarray
-  scale: float
-  magnitude: np.ndarray | None = None
-  blocks: list[list] | None = None
-
-
 def read(fields: Fields, archive: Archive, view: View, parts: Parts) -> Adapted:
   """The model with the adapters of a folder.
 
@@ -104,14 +81,19 @@ def read(fields: Fields, archive: Archive, view: View, parts: Parts) -> Adapted:
   modules, tensors = naming.tensors_of(view.family, view.modules, archive, ENDINGS)
   tied = tied and view.tied and ends.take_tied(archive, modules, tensors)
   adapted = {name for name, there in tensors.items() if {*A_AND_B, *OF_TABLES} & {*there}}
-  choosing.check_adapted(archive, rules, modules, adapted)
+  choosing.check_adapted(archive, rules, modules, adapted, parts)
   scales, found = _Scales(fields), {}
   for name in sorted(adapted):
     factors = _read_factors(archive, name, modules[name], scales)
     if start == "pissa":
-      factors = _rebased(modules[name], factors, view)
-    factors = factors._replace(blocks=_blocks(archive, name, modules[name], factors, parts))
-    found |= _scattered(modules[name], factors, scales.dropout)
+      factors = rebased(modules[name], factors, view)
+    blocks = parts.get(name)
+    if blocks is not None and not fits(modules[name], factors, blocks):
+      raise ValueError(
+        f"{archive.path}: factors of {name!r} are not in the blocks that {OURS} says: {blocks}; "
+        f"allowed: those, or no {OURS}"
+      )
+    found |= scattered(modules[name], factors._replace(blocks=blocks), scales.dropout)
   found |= whole.read(archive, rules, bias, modules, tensors, adapted, view.base)
   return view.adapted(found, tied)
 
@@ -123,8 +105,8 @@ def write(view: View, adapters: Adapters) -> Written | None:
   if len(kinds) != 1:
     return None
   (kind, dropout), modules = kinds.pop(), naming.named(view.family, view.modules)
-  gathered = {name: _gathered(module, low_rank, view) for name, module in modules.items()}
-  found = {name: factors for name, factors in gathered.items() if factors is not None}
+  every = {name: gathered(module, low_rank, view) for name, module in modules.items()}
+  found = {name: factors for name, factors in every.items() if factors is not None}
   tensors: dict[str, np.ndarray] = {}
   for name, factors in found.items():
     tensors |= _tensors(f"{PREFIX}{name}.", modules[name], factors)
@@ -176,95 +158,6 @@ def _read_factors(archive: Archive, name: str, module: Module, scales: _Scales) 
   )
 
 
-def _rebased(module: Module, factors: Factors, view: View) -> Factors:
-  """Factors over W that do what those of PiSSA do over W less its principal part."""
-  matrices = [weights.materialize(view.base(part.slot)) for part in module.parts]
-  whole_matrix = jnp.concatenate(matrices, axis=1).astype(jnp.float32)
-  a, b = map(np.asarray, principal(whole_matrix, len(factors.a), factors.scale))
-  return factors._replace(
-    a=np.concatenate([factors.a, a.T]), b=np.concatenate([factors.b, -b.T], axis=1)
-  )
-
-
-def _blocks(
-  archive: Archive, name: str, module: Module, factors: Factors, given: Parts
-) -> list[list] | None:
-  """The blocks of a module, where the folder has some of its own; checked against B."""
-  blocks = given.get(name)
-  if blocks is None:
-    return None
-  spans = {part.slot.path: part.span or (0, module.outputs, 0) for part in module.parts}
-  b, at = factors.b.copy(), 0
-  for path, rank in blocks:
-    first, last, _ = spans[path]
-    b[first:last, at : at + rank], at = 0, at + rank
-  if at != len(factors.a) or b.any():
-    raise ValueError(
-      f"{archive.path}: factors of {name!r} are not in the blocks that {OURS} says: {blocks}; "
-      f"allowed: those, or no {OURS}"
-    )
-  return blocks
-
-
-def _scattered(module: Module, factors: Factors, dropout: float) -> Adapters:
-  """The adapters of a module's parameters: the inverse of `_gathered`."""
-  if factors.blocks is None:
-    return {part.slot: _lora(factors, part, slice(None), dropout) for part in module.parts}
-  by_path = {part.slot.path: part for part in module.parts}
-  found, at = {}, 0
-  for path, rank in factors.blocks:
-    rows, at = slice(at, at + rank), at + rank
-    found[by_path[path].slot] = _lora(factors, by_path[path], rows, dropout)
-  return found
-
-
-def _lora(factors: Factors, part: Part, rows: slice, dropout: float) -> LoRA:
-  columns = slice(None) if part.span is None else slice(*part.span[:2])
-  a, b = jnp.asarray(factors.a[rows].T), jnp.asarray(factors.b[columns, rows].T)
-  scale = jnp.full((1, 1), factors.scale, jnp.float32)
-  if factors.magnitude is None:
-    return LoRA(None, a, b, scale, dropout=dropout)
-  magnitude = jnp.asarray(factors.magnitude[None, columns])
-  return DoRA(None, a, b, scale, magnitude, dropout=dropout)
-
-
-def _gathered(module: Module, adapters: Adapters, view: View) -> Factors | None:
-  """The factors of a module from those of its parameters; None where none has some."""
-  given = [(part, adapters[part.slot]) for part in module.parts if part.slot in adapters]
-  if not given:
-    return None
-  a = [np.asarray(w.a, np.float32).T for _, w in given]
-  scales = [np.asarray(w.scale, np.float32).item() for _, w in given]
-  b = [
-    np.asarray(w.b, np.float32).T * np.float32(scale / scales[0])
-    for (_, w), scale in zip(given, scales, strict=True)
-  ]
-  magnitude = _magnitude(module, adapters, view)
-  if len(given) == len(module.parts) and all(np.array_equal(a[0], other) for other in a):
-    return Factors(a[0], np.concatenate(b), scales[0], magnitude)
-  whole_b, at = np.zeros((module.outputs, sum(map(len, a))), np.float32), 0
-  for (part, _), rows, x in zip(given, a, b, strict=True):
-    first, last, _ = part.span or (0, module.outputs, 0)
-    whole_b[first:last, at : at + len(rows)] = x
-    at += len(rows)
-  blocks = [[part.slot.path, len(rows)] for (part, _), rows in zip(given, a, strict=True)]
-  return Factors(np.concatenate(a), whole_b, scales[0], magnitude, blocks)
-
-
-def _magnitude(module: Module, adapters: Adapters, view: View) -> np.ndarray | None:
-  """That of DoRA; the norm of the columns of a parameter that has none."""
-  if not any(isinstance(adapters.get(part.slot), DoRA) for part in module.parts):
-    return None
-
-  def of(part: Part) -> np.ndarray:
-    if part.slot in adapters:
-      return np.asarray(adapters[part.slot].magnitude, np.float32)[0]
-    matrix = np.asarray(weights.materialize(view.base(part.slot)), np.float32)
-    return np.linalg.norm(matrix, axis=0)
-
-  return np.concatenate([of(part) for part in module.parts])
-
-
 def _tensors(prefix: str, module: Module, factors: Factors) -> dict[str, np.ndarray]:
   a, b = OF_TABLES if module.kind == "embedding" else A_AND_B
   found = {prefix + a: factors.a, prefix + b: factors.b}
@@ -284,7 +177,7 @@ def _numbers(found: Mapping[str, Factors], modules: Mapping[str, Module]) -> dic
   }
 
 
-def _alpha(scale: float, rank: int) -> float:
+def _alpha(scale: float, rank: int) -> Number:
   """α, of few digits where these give the scale α/r: that was computed in float32."""
   for digits in range(1, 9):
     alpha = float(f"{scale * rank:.{digits}g}")

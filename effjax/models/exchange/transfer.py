@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from effjax import peft
 from effjax.core import trees
 from effjax.core.typing import Params
-from effjax.core.weights import Over, Weight
+from effjax.core.weights import Weight
 from effjax.layers.spec import TransformerConfig
-from effjax.models import families
 from effjax.models.exchange import archive, ia3, lora, prefix
 from effjax.models.exchange.archive import CONFIG, OURS, TENSORS, Archive, Written
 from effjax.models.exchange.modules import unstacked, view
@@ -59,11 +61,14 @@ def save(model: Model, folder: str | Path) -> Path:
   for name in (CONFIG, TENSORS, files.FILE):
     if (folder / name).exists():
       raise FileExistsError(f"{folder / name}: is there already; allowed: a folder without")
+  digests = trees.digests(base)
   if written is None:
-    return peft.save(model.params, folder)
+    path = peft.save(model.params, folder)
+    (folder / OURS).write_text(archive.ours(digests, {}))
+    return path
   task = "CAUSAL_LM" if model.config.head == "lm" else "FEATURE_EXTRACTION"
   fields = COMMON | {"peft_type": method, "task_type": task} | written.fields
-  return archive.write(folder, written._replace(fields=fields), trees.digests(base))
+  return archive.write(folder, written._replace(fields=fields), digests)
 
 
 @peft.load.register
@@ -78,17 +83,19 @@ def load(model: Model, folder: str | Path) -> Model:
   if any(is_adapter(leaf) for leaf in trees.items(model.params).values()):
     raise ValueError("model has adapters; allowed: one without, as peft.detach gives its params")
   there = Folder(folder)
+  base, parts = archive.read_ours(there)
+  _check_base(model.params, base, str(there.file(OURS)))
   if not there.has(CONFIG):
-    return dataclasses.replace(model, params=peft.load(model.params, folder))
+    params = peft.load(model.params, folder)
+    _check_places(model, params, folder)
+    return dataclasses.replace(model, params=params)
   values, where = there.json(CONFIG), str(there.file(CONFIG))
   method = METHODS[Fields(where, values).choice("peft_type", METHODS)]
   fields, tensors = Fields(where, values, DEFAULTS | method.DEFAULTS), Archive(there)
-  base, parts = archive.read_ours(there)
   config, params = method.read(fields, tensors, view(model.config, model.params), parts)
   fields.unused("peft_type", *HARMLESS, *method.HARMLESS)
   fields.finish(())
   tensors.finish()
-  _check_base(model.params, base, where)
   module = model.module.copy(config=config)
   return dataclasses.replace(model, config=config, params=params, module=module)
 
@@ -97,13 +104,16 @@ def _written(
   config: TransformerConfig, params: Params, adapters: Mapping[str, Weight]
 ) -> tuple[str, Written | None]:
   """A method of peft and what its folder holds of adapters by path; None where none can hold it."""
-  plain = all(isinstance(w, Over) and w.base is None for w in adapters.values())
-  if plain and config.family in families.FAMILIES:
-    for name, method in METHODS.items():
-      if all(isinstance(w, (*method.WEIGHTS, Tuned)) for w in adapters.values()):
-        written = method.write(view(config, params), unstacked(config, adapters))
-        if written is not None:
-          return name, written
+  try:
+    seen, slots = view(config, params), unstacked(config, adapters)
+  except ValueError:  # a model that no family has
+    return "", None
+  for name, method in METHODS.items():
+    kinds = (*method.WEIGHTS, Tuned)
+    if all(isinstance(w, kinds) and w.base is None for w in adapters.values()):
+      written = method.write(seen, slots)
+      if written is not None:
+        return name, written
   return "", None
 
 
@@ -119,3 +129,14 @@ def _check_base(params: Params, base: Mapping[str, str], where: str) -> None:
         f"{where}: adapts a model whose {path!r} has other values than this one; allowed: that "
         f"model, or a folder without {OURS}"
       )
+
+
+def _check_places(model: Model, params: Params, folder: str | Path) -> None:
+  """Raises ValueError where the configuration wants other parameters than `params`."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  wanted = jax.eval_shape(model.module.init, jax.random.key(0), tokens)["params"]
+  if wrong := {*trees.items(params)} ^ {*trees.items(wanted)}:
+    raise ValueError(
+      f"{folder}: model.config has no place for, or lacks, {trees.some(sorted(wrong))}; allowed: "
+      "the configuration of the model that was saved, such as bottleneck.add returns"
+    )

@@ -84,7 +84,7 @@ def write(adapters: Adapters, modules: Mapping[str, Module], adapted: set[str]) 
     for name in saved
     for kind, parts in modules[name].tensors.items()
   }
-  return Written({"modules_to_save": choosing.shortest(saved, modules)}, tensors)
+  return Written({"modules_to_save": choosing.shortest(sorted(saved), modules)}, tensors)
 
 
 def _slots(
