@@ -89,7 +89,7 @@ class Weight(abc.ABC):
     return take(self, indices)
 
   def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    """Rows W[indices], the indices all within 0 … D − 1: what `take` asks a representation for."""
+    """Rows W[indices], the indices all within 0 … rows − 1: what `take` asks for."""
     return lookup(self.materialize(), indices)
 
   @property
@@ -132,6 +132,11 @@ class Weight(abc.ABC):
     fields = [_specs(value, self.shape, axes) for _, value in _arrays(self)]
     inner = lambda x: x is not self and x is not None
     return jax.tree.unflatten(jax.tree.structure(self, is_leaf=inner), fields)
+
+  @property
+  def rows(self) -> int:
+    """How many rows `take` knows by an index."""
+    return self.shape[0]
 
   @property
   def ndim(self) -> int:
@@ -220,6 +225,10 @@ class Over(Weight):
 
   def offset(self, bias: Any) -> Any:
     return offset(self.base, bias)
+
+  @property
+  def rows(self) -> int:
+    return rows(self.base)
 
   def drawn(self, key: Key) -> "Weight":
     if not isinstance(self.base, Weight):
@@ -310,16 +319,21 @@ def take(
     name: what a message calls them.
 
   Raises:
-    ValueError: for ids, where they are known, that are not within 0 … V − 1.
+    ValueError: for ids, where they are known, that are not among the `rows` of the table.
 
   Example:
     >>> table = jnp.arange(6.0).reshape(3, 2)
     >>> take(table, jnp.array([2, 0])).tolist(), jax.jit(take)(table, jnp.array([-1])).tolist()
     ([[4.0, 5.0], [0.0, 1.0]], [[nan, nan]])
   """
-  check_ids(name, indices, w.shape[0])
-  there = is_id(indices, w.shape[0])
+  check_ids(name, indices, rows(w))
+  there = is_id(indices, rows(w))
   return numerics.nan_unless(there, lookup(w, jnp.where(there, indices, 0).astype(jnp.int32)))
+
+
+def rows(w: Any) -> int:
+  """How many rows of an array or a `Weight` [V, D] have an index: V, unless it knows more."""
+  return w.rows if isinstance(w, Weight) else w.shape[0]
 
 
 def lookup(w: Any, indices: Int[Array, "..."]) -> Array:

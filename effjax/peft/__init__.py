@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning: small trained additions to a frozen model."""
 
-from effjax.peft import ia3, lora, prefix
+from effjax.peft import ia3, lora, prefix, soft_prompt
 from effjax.peft.adapter import Tuned
 from effjax.peft.compose import compose
 from effjax.peft.detached import attach, detach
@@ -27,6 +27,7 @@ __all__ = [
   "merge",
   "prefix",
   "save",
+  "soft_prompt",
   "trainable",
   "tune",
 ]

@@ -12,6 +12,7 @@ from chex import assert_trees_all_equal
 from effjax import models, peft
 from effjax.core import trees
 from tests.models.conftest import WHY_TORCH, tiny
+from tests.modules import apply
 
 torch = pytest.importorskip("torch", reason=WHY_TORCH)
 theirs = pytest.importorskip("peft", reason=WHY_TORCH)
@@ -185,3 +186,22 @@ def test_some_of_the_parameters_in_a_matrix(published, tmp_path, method):
   opened = theirs.PeftModel.from_pretrained(model, tmp_path).eval()
   np.testing.assert_allclose(adapted(TOKENS), output(opened), rtol=1e-4, atol=2e-5)
   assert_trees_all_equal(peft.load(base, tmp_path).params, adapted.params)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3_text"])
+def test_a_soft_prompt(published, tmp_path, kind):
+  fields = {} if kind == "gpt2" else TWO
+  model, base = published(kind, **fields)
+  config = theirs.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+  wrapped = trained(model, config)
+  wrapped.save_pretrained(tmp_path / "theirs")
+  adapted = peft.load(base, tmp_path / "theirs")
+  tokens = peft.soft_prompt.prepend(adapted.params, TOKENS)
+  np.testing.assert_allclose(
+    apply(adapted.module, adapted.params, tokens), output(wrapped), rtol=1e-4, atol=2e-5
+  )
+  peft.save(adapted, tmp_path / "ours")
+  opened = theirs.PeftModel.from_pretrained(published(kind, **fields)[0], tmp_path / "ours").eval()
+  np.testing.assert_array_equal(output(opened), output(wrapped))
+  assert_trees_all_equal(peft.load(base, tmp_path / "ours").params, adapted.params)

@@ -136,7 +136,7 @@ ENCODER = config(Attention(4, mask=Full()), positions="learned", head=None)
 
 def test_an_encoder_takes_a_prefix_where_it_is_said():
   params = drawn(ENCODER)
-  with pytest.raises(ValueError, match="layer 0: .* allowed: bidirectional=True"):
+  with pytest.raises(ValueError, match=r"layer 0: .* allowed: bidirectional=True"):
     prefix.add(ENCODER, params, KEY, length=2)
   tuned, adapted = prefix.add(ENCODER, params, KEY, length=2, modules=1, bidirectional=True)
   assert not prefix.of(tuned).shift and tuned.position_offset == 0

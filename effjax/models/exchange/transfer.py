@@ -16,7 +16,7 @@ from effjax.core import trees
 from effjax.core.typing import Params
 from effjax.core.weights import Weight
 from effjax.layers.spec import TransformerConfig
-from effjax.models.exchange import archive, ia3, lora, prefix
+from effjax.models.exchange import archive, ia3, lora, prefix, soft_prompt
 from effjax.models.exchange.archive import CONFIG, OURS, TENSORS, Archive, Written
 from effjax.models.exchange.modules import unstacked, view
 from effjax.models.families.fields import Fields
@@ -25,7 +25,7 @@ from effjax.models.model import Model
 from effjax.peft import files
 from effjax.peft.adapter import Tuned, is_adapter
 
-METHODS = {method.TYPE: method for method in (lora, ia3, prefix)}
+METHODS = {method.TYPE: method for method in (lora, ia3, prefix, soft_prompt)}
 # Fields of all methods, and those that change nothing of what is computed.
 DEFAULTS: dict[str, Any] = dict.fromkeys(
   (
