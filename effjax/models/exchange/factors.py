@@ -13,7 +13,8 @@ import numpy as np
 from effjax.core import weights
 from effjax.models.exchange.archive import Block
 from effjax.models.exchange.modules import Adapters, Module, Part, View
-from effjax.peft import DoRA, LoRA
+from effjax.peft.dora import DoRA
+from effjax.peft.low_rank import LoRA
 from effjax.peft.starts import principal
 
 

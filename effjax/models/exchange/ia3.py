@@ -15,7 +15,7 @@ from effjax.models.exchange import choosing, naming, whole
 from effjax.models.exchange.archive import PREFIX, Archive, Parts, Written
 from effjax.models.exchange.modules import Adapted, Adapters, Module, Part, View
 from effjax.models.families.fields import Fields
-from effjax.peft import IA3
+from effjax.peft.ia3 import IA3
 
 TYPE = "IA3"
 WEIGHTS = (IA3,)

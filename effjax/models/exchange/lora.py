@@ -12,7 +12,8 @@ from effjax.models.exchange.archive import OURS, PREFIX, Archive, Parts, Written
 from effjax.models.exchange.factors import Factors, fits, gathered, rebased, scattered
 from effjax.models.exchange.modules import Adapted, Adapters, Module, View
 from effjax.models.families.fields import Fields
-from effjax.peft import DoRA, LoRA
+from effjax.peft.dora import DoRA
+from effjax.peft.low_rank import LoRA
 
 TYPE = "LORA"
 WEIGHTS = (LoRA, DoRA)

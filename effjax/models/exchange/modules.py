@@ -20,7 +20,7 @@ from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.models import families
 from effjax.models.families.table import Entry, Family, Span
 from effjax.models.layout import plan_tensors
-from effjax.peft import attach
+from effjax.peft.detached import attach
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ from effjax.layers.spec import TransformerConfig
 from effjax.models.exchange.archive import Archive, Parts, Written
 from effjax.models.exchange.modules import Adapted, Adapters, Slot, View, stacked
 from effjax.models.families.fields import Fields
-from effjax.peft import Tuned, prefix
+from effjax.peft import prefix
+from effjax.peft.adapter import Tuned
 
 TYPE = "PREFIX_TUNING"
 WEIGHTS = (Tuned,)

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax import peft
 from effjax.core import trees
 from effjax.core.typing import Params
 from effjax.core.weights import Weight
@@ -24,6 +23,7 @@ from effjax.models.folders import Folder
 from effjax.models.model import Model
 from effjax.peft import files
 from effjax.peft.adapter import Tuned, is_adapter
+from effjax.peft.detached import detach
 
 METHODS = {method.TYPE: method for method in (lora, ia3, prefix, soft_prompt)}
 # Fields of all methods, and those that change nothing of what is computed.
@@ -47,7 +47,7 @@ HARMLESS = {
 }
 
 
-@peft.save.register
+@files.save.register
 def save(model: Model, folder: str | Path) -> Path:
   """Writes what adapts `model`: as peft does where it can hold that, else as `peft.save`.
 
@@ -56,14 +56,14 @@ def save(model: Model, folder: str | Path) -> Path:
     FileExistsError: when there is such a file already.
     OSError: when it cannot be written.
   """
-  folder, (base, adapters) = Path(folder), peft.detach(model.params)
+  folder, (base, adapters) = Path(folder), detach(model.params)
   method, written = _written(model.config, base, adapters)
   for name in (CONFIG, TENSORS, files.FILE):
     if (folder / name).exists():
       raise FileExistsError(f"{folder / name}: is there already; allowed: a folder without")
   digests = trees.digests(base)
   if written is None:
-    path = peft.save(model.params, folder)
+    path = files.save(model.params, folder)
     (folder / OURS).write_text(archive.ours(digests, {}))
     return path
   task = "CAUSAL_LM" if model.config.head == "lm" else "FEATURE_EXTRACTION"
@@ -71,7 +71,7 @@ def save(model: Model, folder: str | Path) -> Path:
   return archive.write(folder, written._replace(fields=fields), digests)
 
 
-@peft.load.register
+@files.load.register
 def load(model: Model, folder: str | Path) -> Model:
   """`model` with the adapters of a folder of peft, or of one that `save` wrote.
 
@@ -86,7 +86,7 @@ def load(model: Model, folder: str | Path) -> Model:
   base, parts = archive.read_ours(there)
   _check_base(model.params, base, str(there.file(OURS)))
   if not there.has(CONFIG):
-    params = peft.load(model.params, folder)
+    params = files.load(model.params, folder)
     _check_places(model, params, folder)
     return dataclasses.replace(model, params=params)
   values, where = there.json(CONFIG), str(there.file(CONFIG))
