@@ -37,9 +37,11 @@ def public(room: str) -> dict[str, Any]:
   package = importlib.import_module(f"effjax.{room}")
   found = {name: getattr(package, name) for name in package.__all__}
   for module in [value for value in found.values() if inspect.ismodule(value)]:
-    own = {f"{module.__name__}.{name}": value for name, value in vars(module).items()
-           if name[0] != "_" and f"{getattr(value, '__module__', '')}.".startswith(module.__name__ + ".")}  # fmt: skip
-    found |= own
+    inside = lambda value, name=module.__name__: (
+      f"{getattr(value, '__module__', '')}.".startswith(f"{name}.")
+    )
+    found |= {f"{module.__name__}.{name}": value for name, value in vars(module).items()
+              if name[0] != "_" and inside(value)}  # fmt: skip
   return found
 
 
