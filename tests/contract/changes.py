@@ -165,7 +165,7 @@ TRANSFORMS = [
   Transform("named adapters", on_params(mixed), (named.add, named.use), same=None),
   Transform("one named adapter alone", on_params(alone), (named.take, named.remove)),
   Transform("prefix", lambda c, p: prefix.add(c, p, KEY, length=2), (prefix.add,), same=None),
-  Transform("prefix of a text", lambda c, p: prefix.from_tokens(c, p, [1, 2]),
+  Transform("prefix of a text", lambda c, p: prefix.from_tokens(Transformer(c), p, [1, 2]),
             (prefix.from_tokens,), same=None, config=PLAIN),
   Transform("prefix, modules folded", folded,
             (prefix.add_modules, prefix.remove_modules, prefix.fold), same=None),

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.attention.prefix import TrainedPrefix
 from effjax.core.known import check_ids, number
 from effjax.core.typing import Params, PyTree, Scalar, Size
+from effjax.layers.prefix import TrainedPrefix
 from effjax.layers.spec import TransformerConfig
 from effjax.peft.adapter import Tuned
 from effjax.peft.compose import compose
