@@ -102,7 +102,7 @@ UNTRACED = ("Ternary",)
 ROUNDING = {"Int8Dynamic": 0.02, "LLMInt8": 0.02, "LLMInt8Exact": 0.02}  # of activations
 WRAPPERS: dict[str, Represent] = {"LoRA": adapted, "DoRA": turned, "InputScaled": scaled}
 STANDS_OVER = {  # others over all
-  "DoRA": ("array", "Int8", "NF4"),
+  "DoRA": ("array", "NF4"),
   "InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA"),
 }
 
