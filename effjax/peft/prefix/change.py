@@ -15,7 +15,7 @@ from effjax.core.typing import Array, Int, Key, Params, PyTree, Size
 from effjax.layers import stack
 from effjax.layers.prefix import INIT, TrainedPrefix
 from effjax.layers.spec import LayerSpec, TransformerConfig, ask
-from effjax.peft.adapter import Tuned
+from effjax.peft.beside import Tuned
 from effjax.peft.prefix.layers import of, prefix_of, with_prefix
 
 NAMES = ("prefix_key", "prefix_value", "module_key", "module_value")

@@ -16,7 +16,7 @@ from effjax.core.weights import linear
 from effjax.layers import stack
 from effjax.layers.linear import KERNEL_INIT
 from effjax.layers.spec import TransformerConfig, ask
-from effjax.peft.adapter import Tuned
+from effjax.peft.beside import Tuned
 from effjax.peft.prefix.layers import of, prefix_of
 
 

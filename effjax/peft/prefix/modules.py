@@ -10,7 +10,7 @@ from effjax.core.known import check_ids, number
 from effjax.core.typing import Params, PyTree, Scalar, Size
 from effjax.layers.prefix import TrainedPrefix
 from effjax.layers.spec import TransformerConfig
-from effjax.peft.adapter import Tuned
+from effjax.peft.beside import Tuned
 from effjax.peft.compose import compose
 from effjax.peft.prefix.layers import of, replaced
 
