@@ -10,6 +10,7 @@ from effjax.attention.longformer import Longformer
 from effjax.attention.longlora import ShiftedSparseAttention, shifted_group_attention
 from effjax.attention.lsra import LSRA
 from effjax.attention.multi_head import Attention
+from effjax.attention.prefix import TrainedPrefix
 from effjax.attention.ring import ring_attend
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
   "Linformer",
   "Longformer",
   "ShiftedSparseAttention",
+  "TrainedPrefix",
   "attend",
   "linear_attention",
   "masks",

@@ -22,6 +22,8 @@ class BigBird(Attention):
   Reference: BigBird, section 2 (ITC, with the first and last block as global tokens).
   """
 
+  takes_prefix = False
+
   block: int = 64
   number: int = 3
   seed: int = 0

@@ -31,6 +31,8 @@ class Longformer(Attention):
   Reference: Longformer, section 3.1. The cost is N (2w + 1 + 2G) scores a head.
   """
 
+  takes_prefix = False
+
   mask: masks.Mask = masks.SlidingWindow(256, 256)
   positions: int | tuple[int, ...] | None = None
   causal: bool = False

@@ -1,5 +1,6 @@
 """Shifted sparse attention, S²-Attn (LongLoRA, arXiv 2309.12307, section 3.2)."""
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -22,8 +23,9 @@ def shifted_group_attention(
   scale: float | None = None,
   logit_softcap: float | None = None,
   sinks: Float[Array, "N"] | None = None,
+  return_lse: bool = False,
   implementation: str | None = None,
-) -> Float[Array, "B T N Hv"]:
+) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
   """Attention within groups of G tokens; for half the heads they begin half a group later.
 
   The last N / 2 heads are rolled by −⌊G/2⌋, all heads attend in groups, and the roll is undone:
@@ -37,7 +39,7 @@ def shifted_group_attention(
     group: G.
     causal: whether a token sees the ones before it and itself only.
     segment_ids: [B, T], as in `attend`, below 2³⁰: they cut besides the groups.
-    scale, logit_softcap, sinks, implementation: as in `attend`.
+    scale, logit_softcap, sinks, return_lse, implementation: as in `attend`.
 
   Raises:
     ValueError: for a group below 2, an odd number of heads, or what `attend` refuses.
@@ -63,8 +65,14 @@ def shifted_group_attention(
   )
   y, lse = (x.reshape(B, 2, -1, *x.shape[2:]) for x in folded)
   if sinks is not None:
-    y, _ = parts.add_sinks((y, lse), sinks.reshape(1, 2, 1, -1))
-  return jnp.concatenate([y[:, 0], jnp.roll(y[:, 1], shift, axis=1)], axis=2)[:, :T]
+    y, lse = parts.add_sinks((y, lse), sinks.reshape(1, 2, 1, -1))
+  y, lse = (_unrolled(x, shift)[:, :T] for x in (y, lse))
+  return (y, lse) if return_lse else y
+
+
+def _unrolled(x: Array, shift: int) -> Array:
+  """[B, 2, T, N / 2, ...] of both halves of the heads as [B, T, N, ...]."""
+  return jnp.concatenate([x[:, 0], jnp.roll(x[:, 1], shift, axis=1)], axis=2)
 
 
 def mean_keys(length: int, group: int, causal: bool) -> float:
@@ -136,7 +144,8 @@ class ShiftedSparseAttention(Attention):
       return super()._attend(x, query, key, value, positions, context, cache)
     arguments = self._arguments
     del arguments["scores"]
-    y = shifted_group_attention(
+    tokens = functools.partial(
+      shifted_group_attention,
       query,
       key,
       value,
@@ -145,7 +154,7 @@ class ShiftedSparseAttention(Attention):
       segment_ids=context.segment_ids,
       **arguments,
     )
-    return y, None
+    return self._with_prefix(tokens, query, positions, context), None
 
   def _mean_keys(self, length, queries):
     if queries not in (None, length):  # the others are in a cache, where attention is in full

@@ -1,26 +1,33 @@
 """Multi-head attention (arXiv 1706.03762), with shared key-value heads (GQA, arXiv 2305.13245)."""
 
-from typing import ClassVar
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from effjax.attention import masks
+from effjax.attention import masks, parts
 from effjax.attention.attend import attend
 from effjax.attention.kv_cache import KVCache, empty
+from effjax.attention.prefix import TrainedPrefix
 from effjax.attention.scores import Score
 from effjax.core.typing import Array, Dim, DTypeLike, Float
-from effjax.layers import Context, Linear, RMSNorm, Rope, taps, without_padding
+from effjax.core.weights import materialize
+from effjax.layers import Context, Linear, RMSNorm, Rope, taps, weight, without_padding
 from effjax.layers.axes import linear_axes
 from effjax.layers.meshes import on_any_mesh
+
+PREFIX_INIT = nn.initializers.normal(0.02)
 
 
 class Attention(nn.Module):
   """y = Concat_n softmax(scale · q_n k_nᵀ) v_n · W_out, over the keys that `mask` shows.
 
   Parameters: "query" [D, N·H], "key" and "value" [D, K·H], "out" [N·H, D]; "query_norm" and
-  "key_norm" [H] with `qk_norm`; "sinks" [N] with `sinks`. The taps "query_tap" [B, T, N, H] and
-  "key_tap" [B, S, K, H] see the factors of the scores.
+  "key_norm" [H] with `qk_norm`; "sinks" [N] with `sinks`; "prefix_key" and "prefix_value" [P, K, H]
+  with `prefix`, and "module_key" and "module_value" [A, P, K, H] with modules of it. The taps
+  "query_tap" [B, T, N, H] and "key_tap" [B, S, K, H] see the factors of the scores.
 
   Attributes:
     heads: query heads N.
@@ -35,11 +42,13 @@ class Attention(nn.Module):
     scores: what is added to them at the tokens' places in the sequence, as in `attend`, or None.
       Its arrays are not among the parameters; a loss that makes the module of them trains them.
     sinks: whether each head learns the score of a key without value, as in `attend`; 0 at first.
+    prefix: trained keys and values before the tokens, or None.
     cross: keys and values come from `context.memory`.
     implementation: as in `attend`.
   """
 
   rewinds: ClassVar[bool] = True
+  takes_prefix: ClassVar[bool] = True
 
   heads: int
   kv_heads: int | None = None
@@ -53,6 +62,7 @@ class Attention(nn.Module):
   logit_softcap: float | None = None
   scores: Score | None = None
   sinks: bool = False
+  prefix: TrainedPrefix | None = None
   cross: bool = False
   implementation: str | None = None
 
@@ -79,14 +89,16 @@ class Attention(nn.Module):
         "Attention: cross=True with scores; allowed: scores=None, memory has no positions"
       )
 
+    self.check_prefix()
     source = source.astype(x.dtype)
     if cache is not None:
       context = context.after(x, cache.ends)
     positions = context.positions_for(x)
-    query = self._placed("query", self._project("query", x, self.heads, width), positions)
+    places = positions if self.prefix is None else self.prefix.places(positions)
+    query = self._placed("query", self._project("query", x, self.heads, width), places)
     with taps.tokens(context.memory_segment_ids if self.cross else context.segment_ids):
       key, value = (self._project(name, source, kv_heads, width) for name in ("key", "value"))
-      key = self._placed("key", key, positions)
+      key = self._placed("key", key, places)
     if self.sinks:
       self.param("sinks", nn.initializers.zeros, (self.heads,))
     out, cache = self._attend(x, query, key, value, positions, context, cache)
@@ -96,7 +108,26 @@ class Attention(nn.Module):
   @property
   def reads(self) -> tuple[str, ...]:
     """The fields of `Context` that it reads besides segments and positions."""
-    return ("memory", "memory_segment_ids") if self.cross else ()
+    memory = ("memory", "memory_segment_ids") if self.cross else ()
+    return (*memory, "attributes") if self.prefix is not None and self.prefix.modules else memory
+
+  def check_prefix(self) -> None:
+    """Raises ValueError where there is a prefix and it cannot have one."""
+    if self.prefix is None:
+      return
+    name = type(self).__name__
+    if not self.takes_prefix:
+      raise ValueError(f"{name}: prefix={self.prefix}; allowed: None")
+    if not self.cross and not self.mask.relative:
+      raise ValueError(
+        f"{name}: prefix={self.prefix} with mask={self.mask}; allowed: masks of distances, which "
+        "alone say who sees what stands before the first token"
+      )
+    if self.scores is not None and not self.scores.relative:
+      raise ValueError(
+        f"{name}: prefix={self.prefix} with scores of {type(self.scores).__name__}; allowed: "
+        "functions of distances"
+      )
 
   def _project(self, name: str, x: Array, heads: int, width: int) -> Array:
     y = Linear(heads * width, self.use_bias, name=name)(x)
@@ -121,26 +152,54 @@ class Attention(nn.Module):
     return given | {"sinks": self.get_variable("params", "sinks")}
 
   def _attend(self, x, query, key, value, positions, context, cache):
-    arguments = self._arguments
+    seen = functools.partial(attend, query, key, value, **self._arguments)
+    joined = lambda tokens: self._with_prefix(tokens, query, positions, context)
     if self.cross:
       segments = _pair(context.segment_ids, context.memory_segment_ids, query, key)
-      return attend(query, key, value, mask=None, segment_ids=segments, **arguments), cache
+      return joined(functools.partial(seen, mask=None, segment_ids=segments)), cache
     if cache is None:
       mask, segments = self._mask(context, key.shape[1]), context.segment_ids
-      return attend(query, key, value, mask=mask, segment_ids=segments, **arguments), None
+      return joined(functools.partial(seen, mask=mask, segment_ids=segments)), None
     length = cache.written.shape[1]
     cache = cache.write(key, value, context.slots_for(x, length))
     key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
-    out = attend(
+    tokens = functools.partial(
+      attend,
       query,
       key,
       value,
       mask=self._mask(context, length),
       segment_ids=_pair(context.segment_ids, jnp.where(cache.written, 0, -1), query, key),
       query_positions=positions,
-      **arguments,
+      **self._arguments,
     )
-    return jnp.where(context.lost(x, length)[..., None, None], jnp.nan, out), cache
+    return jnp.where(context.lost(x, length)[..., None, None], jnp.nan, joined(tokens)), cache
+
+  def _with_prefix(
+    self, tokens: Callable[..., Any], query: Array, positions: Array, context: Context
+  ) -> Array:
+    """What `tokens(return_lse=…)` attends to, joined with what is seen of the prefix."""
+    prefix = self.prefix
+    if prefix is None:
+      return tokens(return_lse=False)
+    key, value = (self._prefix(name, query, context) for name in ("key", "value"))
+    arguments = self._arguments | {"sinks": None}
+    if not self.cross and not (self.scores is None and self.mask.sees_all_before):
+      arguments |= {"mask": self.mask, "query_positions": prefix.length + positions}
+    part = attend(query, key, value, return_lse=True, **arguments)
+    return parts.join(tokens(return_lse=True), part)[0]
+
+  def _prefix(self, name: str, query: Array, context: Context) -> Float[Array, "B P K H"]:
+    """Keys or values of the prefix in the type of `query`, those of each row."""
+    assert self.prefix is not None
+    shape = (self.prefix.length, self._kv_heads(), query.shape[-1])
+    general = materialize(weight(self, f"prefix_{name}", PREFIX_INIT, shape))
+    modules = None
+    if count := self.prefix.modules:
+      zeros = nn.initializers.zeros
+      modules = materialize(weight(self, f"module_{name}", zeros, (count, *shape)))
+    found = self.prefix.composed(general, modules, context.attributes)
+    return jnp.broadcast_to(found, (query.shape[0], *shape)).astype(query.dtype)
 
   def init_cache(
     self, width: int, batch: int, length: int, dtype: DTypeLike = jnp.float32
@@ -156,8 +215,12 @@ class Attention(nn.Module):
     """
     if self.cross:
       return None
-    shape = (batch, length, self._kv_heads(), self._head_width(width))
+    shape = (batch, length, *self.kv_shape(width))
     return KVCache(empty(shape, dtype), empty(shape, dtype), jnp.zeros((batch, length), bool))
+
+  def kv_shape(self, width: int) -> tuple[int, int]:
+    """Heads K and width H of the keys and values of a token, for a model of `width`."""
+    return self._kv_heads(), self._head_width(width)
 
   @property
   def axes(self) -> dict[str, tuple[str, ...]]:
@@ -167,6 +230,11 @@ class Attention(nn.Module):
       found |= linear_axes(name, "embed", role, self.use_bias)
     if self.qk_norm is not None:
       found |= {f"{name}_norm/scale": ("head_width",) for name in ("query", "key")}
+    for name, columns in {"key": "head_width", "value": "value_width"}.items():
+      roles = ("virtual", "kv_heads", columns)
+      if self.prefix is not None:
+        found[f"prefix_{name}"] = roles
+        found |= {f"module_{name}": ("modules", *roles)} if self.prefix.modules else {}
     return found | {"sinks": ("heads",)} if self.sinks else found
 
   @property
@@ -184,7 +252,16 @@ class Attention(nn.Module):
     """
     head_width, kv_heads = self._head_width(width), self._kv_heads()
     projections = 2.0 * width * head_width * (2 * self.heads + 2 * kv_heads)
-    return projections + 4.0 * self.heads * head_width * self._mean_keys(length, queries)
+    keys = self._mean_keys(length, queries) + self._mean_prefix_keys(length, queries)
+    return projections + 4.0 * self.heads * head_width * keys
+
+  def _mean_prefix_keys(self, length: int, queries: int | None) -> float:
+    """Keys of the prefix that one of them sees, on average."""
+    if self.prefix is None or self.cross:
+      return 0.0 if self.prefix is None else float(self.prefix.length)
+    queries = length if queries is None else queries
+    whole = self.mask.mean_keys(self.prefix.length + length, queries)
+    return whole - self.mask.mean_keys(length, queries)
 
   def _mean_keys(self, length: int, queries: int | None) -> float:
     """Keys that one of the last `queries` tokens sees, on average."""

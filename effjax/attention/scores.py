@@ -46,6 +46,11 @@ class Score(ByValue):
     """How many heads it tells apart."""
     return 1
 
+  @property
+  def relative(self) -> bool:
+    """Whether it is known to be a function of the distance q − k alone."""
+    return False
+
   def features(self, q_positions: Index, length: Dim) -> tuple[Features, Features]:
     """What it has to know of the queries and of the keys.
 
@@ -107,6 +112,10 @@ class Sum(Score):
   def heads(self) -> int:
     return common_heads("scores: scores", self.first.heads, self.second.heads)
 
+  @property
+  def relative(self) -> bool:
+    return self.first.relative and self.second.relative
+
   def features(self, q_positions, length):
     parts = (score.features(q_positions, length) for score in (self.first, self.second))
     return tuple(zip(*parts, strict=True))
@@ -141,6 +150,7 @@ class ALiBi(Score):
   """
 
   slopes: Any
+  relative = True
 
   def __post_init__(self):
     if isinstance(self.slopes, tuple):
@@ -221,6 +231,7 @@ class RelativeBias(Score):
   table: Any
   bidirectional: bool = True
   max_distance: int = 128
+  relative = True
 
   def __post_init__(self):
     if not hasattr(self.table, "shape"):

@@ -146,7 +146,7 @@ class TransformerConfig:
     final_norm: whether a norm follows the last layer.
     positions: "learned" or "sinusoidal" vectors added to the embeddings; None adds none.
     context: the longest sequence.
-    position_offset: rows of the learned table before position 0 (2 in OPT).
+    position_offset: where position 0 stands among the vectors, learned (2 in OPT) or sinusoidal.
     head: "lm" gives logits [B, T, V], None hidden states [B, T, D].
     tied: whether the head is the transposed token table.
     embed_width: width of the token table where it differs from D; projections join the two.

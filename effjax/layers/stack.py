@@ -127,6 +127,15 @@ def change(
   return config, join(config, [tree for _, tree in changed], rest)
 
 
+def split_caches(config: TransformerConfig, caches: PyTree) -> list[PyTree]:
+  """What each layer keeps, of the caches of a model."""
+  found: list[PyTree] = []
+  for segment, kept in zip(segments(config), caches, strict=True):
+    one = lambda i, kept=kept: jax.tree.map(lambda x: x[i], kept)
+    found += kept if segment.repeats == 1 else sum(map(one, range(segment.repeats)), ())
+  return found
+
+
 def unscan(config: TransformerConfig, params: Params) -> tuple[TransformerConfig, dict]:
   """The same model with every layer on its own: slower to compile, no slicing when it runs."""
   flat = dataclasses.replace(config, scan=False)

@@ -208,6 +208,7 @@ class Transformer(nn.Module):
       row = jnp.where(is_id(positions, config.context), positions + config.position_offset, -1)
       x = x + context.blank(table(row, self.dtype))
     if config.positions == "sinusoidal":
+      positions = positions + config.position_offset
       x = x + sinusoidal_positions(positions, config.width).astype(self.dtype)
     if config.token_types:
       types = Embed(config.token_types, config.width, name="token_types")

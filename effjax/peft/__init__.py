@@ -1,8 +1,8 @@
 """Parameter-efficient fine-tuning: small trained additions to a frozen model."""
 
-from effjax.peft import lora
+from effjax.peft import lora, prefix
 from effjax.peft.files import attach, detach, load, save
 from effjax.peft.lora import LoRA
 from effjax.peft.trainable import trainable
 
-__all__ = ["LoRA", "attach", "detach", "load", "lora", "save", "trainable"]
+__all__ = ["LoRA", "attach", "detach", "load", "lora", "prefix", "save", "trainable"]

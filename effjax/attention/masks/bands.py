@@ -14,7 +14,7 @@ class _Band(Mask):
 
   left: int | None
   right: int | None
-  exact = True
+  exact = relative = True
 
   @property
   def band(self) -> tuple[int | None, int | None]:
@@ -90,6 +90,7 @@ class Dilated(Mask):
 
   window: int
   dilation: int
+  relative = True
 
   def __post_init__(self):
     at_least("Dilated: window", self.window, 0)

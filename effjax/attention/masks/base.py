@@ -51,8 +51,18 @@ class Mask:
     return None
 
   @property
+  def sees_all_before(self) -> bool:
+    """Whether every query is known to see all keys before it."""
+    return self.band is not None and self.band[0] is None
+
+  @property
   def exact(self) -> bool:
     """Whether the spans of single queries and keys hold all pairs and no other."""
+    return False
+
+  @property
+  def relative(self) -> bool:
+    """Whether it is known to tell pairs apart by their distance q − k alone."""
     return False
 
   def features(self, q_positions: Index, length: Dim) -> tuple[Features, Features]:
@@ -198,6 +208,10 @@ class _Pair(Mask):
   def exact(self) -> bool:
     return self.first.exact and self.second.exact
 
+  @property
+  def relative(self) -> bool:
+    return self.first.relative and self.second.relative
+
   def features(self, q_positions, length):
     parts = (mask.features(q_positions, length) for mask in (self.first, self.second))
     return tuple(zip(*parts, strict=True))
@@ -259,6 +273,10 @@ class Not(Mask):
   @property
   def exact(self) -> bool:
     return self.mask.exact
+
+  @property
+  def relative(self) -> bool:
+    return self.mask.relative
 
   def features(self, q_positions, length):
     return self.mask.features(q_positions, length)

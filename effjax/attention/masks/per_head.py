@@ -38,6 +38,10 @@ class PerHead(Mask):
   def exact(self) -> bool:
     return all(mask.exact for mask in self.masks)
 
+  @property
+  def relative(self) -> bool:
+    return all(mask.relative for mask in self.masks)
+
   def features(self, q_positions, length):
     q, k = zip(*(mask.features(q_positions, length) for mask in self.masks), strict=True)
     return (np.array(self.index, np.int32)[None, :, None], q), k
