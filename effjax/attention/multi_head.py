@@ -109,7 +109,12 @@ class Attention(nn.Module):
   def reads(self) -> tuple[str, ...]:
     """The fields of `Context` that it reads besides segments and positions."""
     memory = ("memory", "memory_segment_ids") if self.cross else ()
-    return (*memory, "attributes") if self.prefix is not None and self.prefix.modules else memory
+    return (*memory, "attributes") if self.attributes else memory
+
+  @property
+  def attributes(self) -> int:
+    """From how many modules the attributes of a row choose."""
+    return 0 if self.prefix is None else self.prefix.modules
 
   def check_prefix(self) -> None:
     """Raises ValueError where there is a prefix and it cannot have one."""

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from effjax.core.known import check_ids, is_id, number
-from effjax.core.numerics import expand, nan_unless, zero_unless
+from effjax.core.numerics import nan_unless, zero_unless
 from effjax.core.typing import Array, Float, Int
 
 
@@ -70,7 +70,7 @@ class TrainedPrefix:
     rows = jnp.take(modules, jnp.where(chosen, attributes, 0), axis=0, mode="clip")
     total = zero_unless(chosen, rows).sum(1)
     if self.mean:
-      total = total / jnp.maximum(expand(chosen.sum(1)[:, None], total.ndim), 1)
+      total = total / jnp.maximum(chosen.sum(1), 1)[:, None, None, None]
     return nan_unless((attributes < self.modules).all(1), general[None] + total)
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from effjax.core.known import number
+from effjax.core.known import check_ids, number
 from effjax.core.typing import Array, DTypeLike, Float, Number, PyTree, Size
 from effjax.layers.context import Context
 from effjax.layers.norms import RMSNorm
@@ -218,6 +218,20 @@ def facts(config: TransformerConfig) -> set[str]:
   """
   modules = [module for spec in config.layers for module in spec.modules.values()]
   return {"segment_ids", "positions"}.union(*(getattr(module, "reads", ()) for module in modules))
+
+
+def check_attributes(config: TransformerConfig, attributes: Any) -> None:
+  """Refuses ids of attributes that modules choose by and do not have, where the ids are known.
+
+  A module that chooses says from how many by `attributes`.
+
+  Raises:
+    ValueError: for an id that is none of theirs; a negative one stands for none.
+  """
+  modules = (module for spec in config.layers for module in spec.modules.values())
+  counts = [count for module in modules if (count := getattr(module, "attributes", 0))]
+  if attributes is not None and counts:
+    check_ids("attributes", attributes, min(counts), attributes >= 0)
 
 
 def ask(module: nn.Module, name: str, where: str) -> Any:

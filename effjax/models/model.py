@@ -11,7 +11,7 @@ import numpy as np
 from effjax.core import trees
 from effjax.core.known import check_ids, more
 from effjax.core.typing import Array, Params
-from effjax.layers.spec import TransformerConfig
+from effjax.layers.spec import TransformerConfig, check_attributes
 from effjax.models.tokenizers import PretrainedTokenizer
 from effjax.models.transformer import Transformer
 
@@ -67,9 +67,10 @@ class Model:
     """Logits [B, T, V], or hidden states [B, T, D] of an encoder, of checked tokens [B, T].
 
     Raises:
-      ValueError: as `check_tokens`.
+      ValueError: as `check_tokens`, and for attributes that the model does not have.
     """
     check_tokens(self.config, tokens, arguments.get("segment_ids"))
+    check_attributes(self.config, arguments.get("attributes"))
     return _apply(self.module, self.params, jnp.asarray(tokens), arguments)
 
 

@@ -12,7 +12,7 @@ from effjax.core.numerics import softcap
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Embed, Linear, sinusoidal_positions
 from effjax.layers.meshes import on_any_mesh
-from effjax.layers.spec import LayerSpec, TransformerConfig, ask, facts
+from effjax.layers.spec import LayerSpec, TransformerConfig, ask, check_attributes, facts
 from effjax.layers.stack import Segment, segments
 
 RNG_STREAMS = ("params", "dropout", "router", "mask")
@@ -159,6 +159,7 @@ class Transformer(nn.Module):
       previous=previous,
     )
     context.check()
+    check_attributes(config, attributes)
     context = context.blanked()
     if cache is not None:
       context = context.after(tokens, cache.ends)
