@@ -136,12 +136,12 @@ def distinct(entries: Iterable[Entry]) -> tuple[Entry, ...]:
 
 
 def cut(document: Document, held_out: Scalar = HELD_OUT) -> Iterator[Entry]:
-  """The entries of a document whose parts are neither too short nor too long."""
+  """The entries of a document whose parts differ, and are neither too short nor too long."""
   split = "validation" if fraction(document) < held_out else "train"
   for texts in READERS[document.domain.partition("/")[0]](document.text):
-    name, definition, detail = (" ".join(text.split()) for text in texts)
-    sizes = map(len, (name, definition, detail))
-    if all(low <= size <= high for size, (low, high) in zip(sizes, LENGTHS, strict=True)):
+    name, definition, detail = parts = tuple(" ".join(text.split()) for text in texts)
+    fits = [low <= len(x) <= high for x, (low, high) in zip(parts, LENGTHS, strict=True)]
+    if all(fits) and len(set(parts)) == len(parts):
       yield Entry(document.domain, document.title, name, definition, detail, split)
 
 

@@ -153,8 +153,8 @@ def _candidates(encoder, documents, params, batch, rng) -> tuple[Array, Mapping]
 
 
 def in_batch_loss(
-  queries: Float[Array, "B D"],
-  documents: Float[Array, "C D"],
+  queries: Float[Array | np.ndarray, "B D"],
+  documents: Float[Array | np.ndarray, "C D"],
   *,
   relevant: Integer[Array | np.ndarray, "B"] | None = None,
   hidden: Bool[Array | np.ndarray, "B C"] | None = None,
@@ -179,7 +179,7 @@ def in_batch_loss(
   temperature = number("temperature", temperature, above=0)
   rows = jnp.arange(queries.shape[0]) if relevant is None else jnp.asarray(relevant)
   check_ids("relevant", rows, documents.shape[0])
-  return _losses(queries, documents, rows, hidden, temperature)[0]
+  return _losses(jnp.asarray(queries), jnp.asarray(documents), rows, hidden, temperature)[0]
 
 
 def _losses(queries, documents, relevant, unseen, temperature) -> tuple[Array, Array]:
