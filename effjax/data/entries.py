@@ -115,8 +115,8 @@ def choose(
     raise ValueError(f"no entry has domain={domain!r}, split={split!r}; allowed: those of entries")
   if limit is None:
     return tuple(kept)
-  number("limit", limit, integer=True, least=1)
-  return tuple(sorted(kept, key=lambda e: hashlib.sha256(e.id.encode()).digest())[:limit])
+  most = number("limit", limit, integer=True, least=1)
+  return tuple(sorted(kept, key=lambda e: hashlib.sha256(e.id.encode()).digest())[:most])
 
 
 def distinct(entries: Iterable[Entry]) -> tuple[Entry, ...]:

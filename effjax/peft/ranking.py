@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.known import check_ids, number
-from effjax.core.typing import Array, Bool, Int, Integer
+from effjax.core.typing import Array, Bool, Int, Integer, Size
 
 
 def hidden(
@@ -62,15 +62,17 @@ def ranks(
   return before.sum(1)
 
 
-def recall(ranks: Int[np.ndarray, "B"], k: int) -> float:
+def recall(ranks: Int[np.ndarray, "B"], k: Size) -> float:
   """The share of queries whose document is among the first k.
+
+  Raises:
+    ValueError: for a k below 1.
 
   Example:
     >>> recall(np.array([1, 3, 11]), 10)
     0.6666666666666666
   """
-  number("k", k, integer=True, least=1)
-  return float((ranks <= k).mean())
+  return float((ranks <= number("k", k, integer=True, least=1)).mean())
 
 
 def mean_reciprocal_rank(ranks: Int[np.ndarray, "B"]) -> float:

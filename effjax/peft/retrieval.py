@@ -84,7 +84,7 @@ def in_batch(
   documents: Callable[[Params, Batch, Key | None], Array] | None = None,
   temperature: Scalar = 1.0,
 ) -> Objective:
-  """The objective (params, batch, rng) → (loss, metrics) of `in_batch_loss`, plus sown losses.
+  """The objective (params, batch, rng) → (loss, metrics) of `in_batch_nll`, plus sown losses.
 
   The batch holds queries as the encoder reads them (tokens [B, T], `segment_ids`, `attributes` …),
   and of each 1 + H documents, the one that answers it and H hard negatives, which are candidates of
@@ -119,40 +119,42 @@ def in_batch(
 
 
 def _in_batch(encoder: Encoder, documents, temperature, params, batch, rng):
-  own = {k: x for k, x in batch.items() if not k.startswith("document") and k != "keys"}
+  own = {name: x for name, x in batch.items() if not name.startswith("document")}
+  keys = [own.pop("keys", None) if "document_keys" in batch else None, batch.get("document_keys")]
   rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
   queries, sown = encoder.run(params, own, rngs[0])
   candidates, others = _candidates(encoder, documents, params, batch, rngs[1])
-  count, each = queries.shape[0], candidates.shape[0] // queries.shape[0]
-  relevant = each * jnp.arange(count)
-  flat = {k: jnp.asarray(batch[k]).reshape(-1) for k in ("document_keys", "keys") if k in batch}
+  relevant = (len(candidates) // len(queries)) * jnp.arange(len(queries))
   unseen = None
-  if "document_keys" in flat:
-    unseen = hidden_candidates(flat["document_keys"], relevant, flat.get("keys"))
+  if keys[1] is not None:
+    unseen = hidden_candidates(jnp.asarray(keys[1]).reshape(-1), relevant, keys[0])
   losses, found = _losses(queries, candidates, relevant, unseen, temperature)
-  sown_losses = [layer_means(x.get("losses", {})) for x in (sown, others) if x]
-  added = sum(sum(x.values()) for x in sown_losses) / max(len(sown_losses), 1)
-  metrics = {"accuracy": found.mean(), "weight": jnp.float32(count)}
-  return losses.mean() + added, {**sown_values(sown), **metrics}
+  added = [sum(layer_means(x.get("losses", {})).values()) for x in (sown, *others)]
+  metrics = {"accuracy": found.mean(), "weight": jnp.float32(len(queries))}
+  return losses.mean() + sum(added) / len(added), {**sown_values(sown), **metrics}
 
 
-def _candidates(encoder, documents, params, batch, rng) -> tuple[Array, Mapping]:
-  """The vectors of all documents of a batch, and what was sown on the way to them."""
-  if "documents" in batch:
-    return jax.lax.stop_gradient(_flat(batch["documents"])), {}
-  if f"{OF_DOCUMENTS}tokens" not in batch:
-    raise ValueError("batch: no documents; allowed: documents or document_tokens of each query")
+def _candidates(encoder, documents, params, batch, rng) -> tuple[Array, list[Mapping]]:
+  """The vectors of all documents of a batch, and what the encoder sowed on the way to them."""
   given = {
     name.removeprefix(OF_DOCUMENTS): _flat(x)
     for name, x in batch.items()
     if name.startswith(OF_DOCUMENTS) and name != "document_keys"
   }
-  return (
-    encoder.run(params, given, rng) if documents is None else (documents(params, given, rng), {})
-  )
+  if ("documents" in batch) == bool(given):
+    raise ValueError(
+      f"batch: {', '.join(map(repr, batch))}; allowed: either documents, which are vectors, or "
+      "document_tokens"
+    )
+  if not given:
+    return jax.lax.stop_gradient(_flat(batch["documents"])), []
+  if documents is not None:
+    return documents(params, given, rng), []
+  vectors, sown = encoder.run(params, given, rng)
+  return vectors, [sown]
 
 
-def in_batch_loss(
+def in_batch_nll(
   queries: Float[Array | np.ndarray, "B D"],
   documents: Float[Array | np.ndarray, "C D"],
   *,
@@ -172,7 +174,7 @@ def in_batch_loss(
     ValueError: for a row that there is not, or a temperature that is not above 0, where known.
 
   Example:
-    >>> losses = in_batch_loss(jnp.zeros((2, 3)), jnp.ones((4, 3)))
+    >>> losses = in_batch_nll(jnp.zeros((2, 3)), jnp.ones((4, 3)))
     >>> [round(float(loss), 4) for loss in losses]
     [1.3863, 1.3863]
   """

@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 
 from effjax.peft import ranking
-from effjax.peft.retrieval import Encoder, in_batch, in_batch_loss
+from effjax.peft.retrieval import Encoder, in_batch, in_batch_nll
 from effjax.train import init_state, make_train_step
 from tests.modules import normal
 
@@ -28,20 +28,20 @@ def nats(products, relevant):
 
 def test_the_loss_is_cross_entropy_over_the_candidates():
   relevant = np.array([4, 0, 2])
-  found = in_batch_loss(QUERIES, DOCUMENTS, relevant=relevant, temperature=0.1)
+  found = in_batch_nll(QUERIES, DOCUMENTS, relevant=relevant, temperature=0.1)
   wanted = nats(QUERIES.astype(float) @ DOCUMENTS.astype(float).T / 0.1, relevant)
   np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-  plain = in_batch_loss(QUERIES, DOCUMENTS)
+  plain = in_batch_nll(QUERIES, DOCUMENTS)
   np.testing.assert_allclose(plain, nats(QUERIES @ DOCUMENTS.T, [0, 1, 2]), rtol=1e-5)
 
 
 def test_hidden_candidates_do_not_count_and_may_be_all_others():
   unseen = np.array([[0, 1, 0, 0, 1, 0], [0] * 6, [1] * 6], bool)
-  found = in_batch_loss(QUERIES, DOCUMENTS, hidden=unseen)
+  found = in_batch_nll(QUERIES, DOCUMENTS, hidden=unseen)
   wanted = nats(QUERIES[:1] @ DOCUMENTS[[0, 2, 3, 5]].T, [0])
   np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
   assert float(found[2]) == 0  # its own document is left, though it was said to be hidden
-  total = lambda queries: in_batch_loss(queries, DOCUMENTS, hidden=unseen).sum()
+  total = lambda queries: in_batch_nll(queries, DOCUMENTS, hidden=unseen).sum()
   chex.assert_tree_all_finite(jax.grad(total)(jnp.asarray(QUERIES)))
 
 
@@ -228,12 +228,15 @@ def test_recall_and_reciprocal_rank():
 def test_bad_input_is_named():
   objective = in_batch(Encoder(Embedding()))
   queries = {name: x for name, x in batch().items() if not name.startswith("document")}
+  both = batch() | {"documents": np.zeros((3, 2, D), np.float32)}
   for message, call in {
     "pool='max'; allowed: 'mean', 'first'": lambda: Encoder(EMBED, "max"),
     "temperature 0": lambda: in_batch(Encoder(EMBED), temperature=0.0),
-    "temperature -1": lambda: in_batch_loss(QUERIES, DOCUMENTS, temperature=-1.0),
-    "relevant": lambda: in_batch_loss(QUERIES, DOCUMENTS, relevant=np.array([0, 1, 6])),
-    "no documents": lambda: objective({"Embed_0": TABLE}, queries, None),
+    "temperature -1": lambda: in_batch_nll(QUERIES, DOCUMENTS, temperature=-1.0),
+    "relevant": lambda: in_batch_nll(QUERIES, DOCUMENTS, relevant=np.array([0, 1, 6])),
+    "allowed: either documents, which": lambda: objective({"Embed_0": TABLE}, queries, None),
+    "'documents'; allowed: either": lambda: objective({"Embed_0": TABLE}, both, None),
+    "nobody reads keys": lambda: objective({"Embed_0": TABLE}, batch() | {"keys": 0}, None),
     "nobody reads domain": lambda: objective({"Embed_0": TABLE}, batch() | {"domain": 0}, None),
     "k 0": lambda: ranking.recall(np.array([1]), 0),
   }.items():

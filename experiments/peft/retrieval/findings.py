@@ -136,7 +136,8 @@ def likeness(row: Row) -> tuple[float, float] | None:
   tasks = row["tasks"]
   cosines = np.array(row["cosines"])[-len(tasks) :, -len(tasks) :]
   answers = [pairs.parts(task)[1] for task in tasks]
-  same, different = [], []
+  same: list[float] = []
+  different: list[float] = []
   for i in range(len(tasks)):
     for j in range(i):
       (same if answers[i] == answers[j] else different).append(cosines[i, j])

@@ -151,9 +151,14 @@ class Study:
   def _batches(
     self, seed: int, kind: str, cells: Sequence[Cell], vectors: np.ndarray | None
   ) -> Iterator[Batch]:
-    rng = np.random.default_rng([seed, ORDERS[kind]])
-    options = {"hard": self.config.hard, "modular": kind != MIXED, "vectors": vectors}
-    return self.shared.grid.batches(cells, self.config.batch, rng, **options)
+    return self.shared.grid.batches(
+      cells,
+      self.config.batch,
+      np.random.default_rng([seed, ORDERS[kind]]),
+      vectors=vectors,
+      hard=self.config.hard,
+      modular=kind != MIXED,
+    )
 
   def _path(self, seed: int, kind: str) -> Path:
     return self.folder / "prefixes" / f"{seed} {kind}.safetensors"
