@@ -16,7 +16,8 @@ from effjax.attention.kv_cache import Int8Rows, empty, put
 from effjax.attention.multi_head import Attention
 from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
-from effjax.layers import Context, Linear, Rope, without_padding
+from effjax.core.weights import materialize
+from effjax.layers import Context, Linear, Rope, weight, without_padding
 from effjax.layers.axes import linear_axes, renamed, under
 from effjax.layers.meshes import on_any_mesh
 
@@ -170,7 +171,7 @@ class LSRA(nn.Module):
 
   def _taps(self, x: Array) -> Array:
     if not self.dynamic:
-      return self.param("conv", TAPS_INIT, (self.heads, self.kernel))[None, None]
+      return materialize(weight(self, "conv", TAPS_INIT, (self.heads, self.kernel)))[None, None]
     taps = Linear(self.heads * self.kernel, kernel_init=TAPS_INIT, name="taps")(x)
     return taps.reshape(*x.shape[:-1], self.heads, self.kernel)
 

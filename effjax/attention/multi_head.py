@@ -100,7 +100,7 @@ class Attention(nn.Module):
       key, value = (self._project(name, source, kv_heads, width) for name in ("key", "value"))
       key = self._placed("key", key, places)
     if self.sinks:
-      self.param("sinks", nn.initializers.zeros, (self.heads,))
+      weight(self, "sinks", nn.initializers.zeros, (self.heads,))
     out, cache = self._attend(x, query, key, value, positions, context, cache)
     out = out.reshape(*out.shape[:-2], self.heads * width)
     return Linear(x.shape[-1], self.out_bias, name="out")(out), cache
@@ -154,7 +154,8 @@ class Attention(nn.Module):
   def _arguments(self) -> dict:
     names = ("scale", "logit_softcap", "scores", "implementation")
     given = {name: getattr(self, name) for name in names}
-    return given | {"sinks": self.get_variable("params", "sinks")}
+    sinks = materialize(self.get_variable("params", "sinks")) if self.sinks else None
+    return given | {"sinks": sinks}
 
   def _attend(self, x, query, key, value, positions, context, cache):
     seen = functools.partial(attend, query, key, value, **self._arguments)

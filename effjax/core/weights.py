@@ -9,7 +9,10 @@ Invariants of a `Weight`:
   * it is a pytree (`register`), so jit, grad, scan, sharding and checkpoints see its arrays;
   * `shape` is the logical shape [..., D, F]: leading axes (stacked layers, experts) are batch axes
     and every array field carries them, so indexing each field indexes the weight;
-  * `matmul(x)` equals `x @ materialize()` up to the representation's own rounding.
+  * a field may be a dict of such arrays and weights;
+  * `matmul(x)` equals `x @ materialize()` up to the representation's own rounding;
+  * an array field whose default is None may be absent, as what a step of training draws is before
+    and after it.
 """
 
 import abc
@@ -63,7 +66,11 @@ class Weight(abc.ABC):
 
   def affine(self, x: Float[Array, "... D"], bias: Any) -> Float[Array, "... F"]:
     """x @ W + bias; `bias` is [F] or None."""
-    return _add_bias(self.matmul(x), bias)
+    return _add_bias(self.matmul(x), offset(self, bias))
+
+  def offset(self, bias: Any) -> Any:
+    """What x @ W + bias adds: `bias` [..., F] or None, but for weights that scale outputs whole."""
+    return bias
 
   def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
     """x W by `multiply(x, array)`, another product than that of rows with one matrix.
@@ -74,6 +81,14 @@ class Weight(abc.ABC):
     """
     return multiply(x, self.materialize())
 
+  @property
+  def by_parts(self) -> bool:
+    """Whether it is to be multiplied by `product` alone, since not all fields have its first axis.
+
+    So it is where one matrix stands for several.
+    """
+    return any(isinstance(value, Weight) and value.by_parts for _, value in _arrays(self))
+
   def along(self, x: Float[Array, "... F"]) -> Array:
     """A vector [F] as it is added to x, or multiplies it: of a shape that broadcasts."""
     return numerics.expand(self.materialize(), x.ndim)
@@ -83,7 +98,7 @@ class Weight(abc.ABC):
     return take(self, indices)
 
   def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
-    """Rows W[indices], the indices all within 0 … D − 1: what `take` asks a representation for."""
+    """Rows W[indices], the indices all within 0 … entries − 1: what `take` asks for."""
     return lookup(self.materialize(), indices)
 
   @property
@@ -106,6 +121,17 @@ class Weight(abc.ABC):
     """
     return self
 
+  def moves(self, name: str, value: Any) -> bool:
+    """Whether training moves what is in a field: an array of `trains`, or another weight's."""
+    return isinstance(value, Weight) or name in self.trains
+
+  def from_row(self, first: Int[Array, ""]) -> "Weight":
+    """Itself for the rows from number `first` on, where rows are multiplied some at a time.
+
+    What it draws for a row must not be what it draws for a row of another such product.
+    """
+    return self
+
   def specs(self, axes: Sequence[Any]) -> "Weight":
     """How its fields are split when the matrix is split over mesh axes `axes`, one for each axis.
 
@@ -117,7 +143,13 @@ class Weight(abc.ABC):
       place is split as the matrix is, any other is not.
     """
     fields = [_specs(value, self.shape, axes) for _, value in _arrays(self)]
-    return jax.tree.unflatten(jax.tree.structure(self, is_leaf=lambda x: x is not self), fields)
+    inner = lambda x: x is not self and x is not None
+    return jax.tree.unflatten(jax.tree.structure(self, is_leaf=inner), fields)
+
+  @property
+  def entries(self) -> int:
+    """How many rows `take` knows by an index."""
+    return self.shape[0]
 
   @property
   def ndim(self) -> int:
@@ -204,10 +236,22 @@ class Over(Weight):
   def flops(self) -> float:
     return self.base.flops if isinstance(self.base, Weight) else super().flops
 
+  def offset(self, bias: Any) -> Any:
+    return offset(self.base, bias)
+
+  @property
+  def entries(self) -> int:
+    return entries(self.base)
+
   def drawn(self, key: Key) -> "Weight":
     if not isinstance(self.base, Weight):
       return self
     return dataclasses.replace(self, base=self.base.drawn(key))
+
+  def from_row(self, first: Int[Array, ""]) -> "Weight":
+    if not isinstance(self.base, Weight):
+      return self
+    return dataclasses.replace(self, base=self.base.from_row(first))
 
   def __repr__(self) -> str:
     over = f" over {type(self.base).__name__}" if isinstance(self.base, Weight) else ""
@@ -249,7 +293,7 @@ def trained(path: str, leaf: Any) -> Iterator[tuple[str, str]]:
       yield path, "matrix"
     return
   for name, value in _arrays(leaf):
-    if isinstance(value, Weight) or name in leaf.trains:
+    if leaf.moves(name, value):
       for inner, kind in trained(f"{path}/{name}", value):
         yield inner, kind if isinstance(value, Weight) else leaf.kind
 
@@ -288,16 +332,21 @@ def take(
     name: what a message calls them.
 
   Raises:
-    ValueError: for ids, where they are known, that are not within 0 … V − 1.
+    ValueError: for ids, where they are known, that are not among the `entries` of the table.
 
   Example:
     >>> table = jnp.arange(6.0).reshape(3, 2)
     >>> take(table, jnp.array([2, 0])).tolist(), jax.jit(take)(table, jnp.array([-1])).tolist()
     ([[4.0, 5.0], [0.0, 1.0]], [[nan, nan]])
   """
-  check_ids(name, indices, w.shape[0])
-  there = is_id(indices, w.shape[0])
+  check_ids(name, indices, entries(w))
+  there = is_id(indices, entries(w))
   return numerics.nan_unless(there, lookup(w, jnp.where(there, indices, 0).astype(jnp.int32)))
+
+
+def entries(w: Any) -> int:
+  """How many rows of an array or a `Weight` [V, D] have an index: V, unless it knows more."""
+  return w.entries if isinstance(w, Weight) else w.shape[0]
 
 
 def lookup(w: Any, indices: Int[Array, "..."]) -> Array:
@@ -308,6 +357,21 @@ def lookup(w: Any, indices: Int[Array, "..."]) -> Array:
 def product(x: Array, w: Any, multiply: Callable[[Array, Array], Array]) -> Array:
   """multiply(x, w), by parts where `w` is a `Weight` made of several."""
   return w.product(x, multiply) if isinstance(w, Weight) else multiply(x, w)
+
+
+def offset(w: Any, bias: Any) -> Any:
+  """What is added to a product with `w`, an array or a `Weight`, for the sake of `bias`."""
+  return w.offset(bias) if isinstance(w, Weight) and bias is not None else bias
+
+
+def within(w: Any, function: Callable, *arguments: Any) -> Any:
+  """function(w, *arguments), where a `Weight` decides what of it the function is given."""
+  return w.within(function, *arguments) if isinstance(w, Weight) else function(w, *arguments)
+
+
+def from_row(w: Any, first: Int[Array, ""]) -> Any:
+  """An array, or a `Weight` for the rows from number `first` on."""
+  return w.from_row(first) if isinstance(w, Weight) else w
 
 
 def along(vector: Any, x: Float[Array, "... F"]) -> Array:
@@ -340,9 +404,16 @@ def _add_bias(y: Array, bias: Any) -> Array:
 
 
 def _arrays(w: Weight) -> list[tuple[str, Any]]:
-  """Names and values of the fields that are not static."""
-  fields = (field.name for field in dataclasses.fields(w))
-  return [(name, getattr(w, name)) for name in fields if name not in w.static]
+  """Names and values of the fields that are neither static nor absent, and of dicts in them."""
+  fields = ((f, getattr(w, f.name)) for f in dataclasses.fields(w) if f.name not in w.static)
+  there = [(f.name, value) for f, value in fields if value is not None or f.default is not None]
+  return [each for name, value in there for each in _entries(name, value)]
+
+
+def _entries(name: str, value: Any) -> list[tuple[str, Any]]:
+  if not isinstance(value, dict):
+    return [(name, value)]
+  return [(f"{name}/{key}", value[key]) for key in sorted(value)]
 
 
 def _is_array(value: Any) -> bool:

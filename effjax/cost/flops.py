@@ -73,7 +73,7 @@ def _multiplies(config: TransformerConfig, path: str) -> bool:
 
 
 def _beyond(leaf: Any) -> float:
-  if not trees.is_weight(leaf):
+  if not trees.is_weight(leaf) or leaf.ndim < 2:
     return 0.0
   *batch, D, F = leaf.shape
   return math.prod(batch) * (leaf.flops - 2.0 * D * F)

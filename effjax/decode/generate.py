@@ -14,6 +14,7 @@ from effjax.core.known import check_ids, number
 from effjax.core.typing import Array, DTypeLike, Int, Key, Params, PyTree, Scalar, Size
 from effjax.decode import sampling
 from effjax.decode.cache import bucket, check_padding, prefill
+from effjax.layers.embedding import known_ids
 
 NO_END = -2
 _MOST = int(np.iinfo(np.int32).max)
@@ -105,7 +106,8 @@ def generate(
   tokens, counts = _padded(prompts, lengths, padding)
   max_new_tokens = number("max_new_tokens", max_new_tokens, integer=True, least=1, most=_MOST)
   pad_id = number("pad_id", pad_id, integer=True, least=-_MOST - 1, most=_MOST)
-  _check(module.config, tokens, counts, max_new_tokens)
+  known = known_ids(module.config.vocab_size, params)
+  _check(module.config, tokens, counts, max_new_tokens, known)
   rule = _rule(key, counts.shape, temperature=temperature, top_k=top_k, top_p=top_p)
   context, longest = module.config.context, int(counts.max())
   prompt = _widened(tokens[:, :longest], min(bucket(longest), context))
@@ -241,11 +243,11 @@ def _padded(prompts, lengths, padding: str) -> tuple[np.ndarray, np.ndarray]:
   return tokens, counts.astype(np.int32)
 
 
-def _check(config, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int) -> None:
+def _check(config, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int, known: int) -> None:
   if config.head is None:
     raise ValueError("module: its config has head=None; allowed: a model that gives logits")
   real = np.arange(tokens.shape[1])[None] < counts[:, None]
-  check_ids("prompts", tokens, config.vocab_size, real)
+  check_ids("prompts", tokens, known, real)
   total = int(counts.max()) + max_new_tokens
   if total > config.context:
     raise ValueError(

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.known import number
-from effjax.core.typing import Array, Float, Int, Integer, Size
-from effjax.core.weights import linear, take, transpose
+from effjax.core.typing import Array, Float, Int, Integer, Params, Size
+from effjax.core.weights import entries, linear, take, transpose
 from effjax.layers.linear import weight
 from effjax.layers.meshes import on_any_mesh
 
@@ -41,6 +41,12 @@ class Embed(nn.Module):
   def axes(self) -> dict[str, tuple[str, ...]]:
     """The roles of its parameters' axes, see `effjax.layers.axes`."""
     return {"embedding": ("vocab", "embed")}
+
+
+def known_ids(vocab_size: int, params: Params) -> int:
+  """How many ids a model's table of embeddings knows, virtual tokens included."""
+  table = params.get("embed", {}).get("embedding")
+  return vocab_size if table is None else entries(table)
 
 
 def sinusoidal_positions(positions: Int[Array, "B T"], width: Size) -> Float[Array, "B T D"]:

@@ -160,6 +160,8 @@ def _form(leaf: Any) -> str:
     fields = ((field.name, getattr(leaf, field.name)) for field in dataclasses.fields(leaf))
     inside = ", ".join(f"{name}={_form(value)}" for name, value in fields)
     return f"{type(leaf).__name__}({inside})"
+  if isinstance(leaf, dict):
+    return ", ".join(f"{name}: {_form(value)}" for name, value in sorted(leaf.items()))
   return f"{leaf.dtype} {tuple(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
 
 

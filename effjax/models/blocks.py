@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from effjax.core.trees import is_table
 from effjax.kernels.quantized_matmul.gguf_blocks import SIZES
 from effjax.layers.spec import TransformerConfig
 from effjax.models.families.table import Entry, Family
 from effjax.models.sources import PackedSource, TensorSource
 from effjax.quant import GGUF
-from effjax.quant.packed import is_table
 
 ALIGNMENT = 64
 

@@ -11,6 +11,7 @@ import numpy as np
 from effjax.core import trees
 from effjax.core.known import check_ids, more
 from effjax.core.typing import Array, Params
+from effjax.layers.embedding import known_ids
 from effjax.layers.spec import TransformerConfig, check_attributes
 from effjax.models.tokenizers import PretrainedTokenizer
 from effjax.models.transformer import Transformer
@@ -69,7 +70,7 @@ class Model:
     Raises:
       ValueError: as `check_tokens`, and for attributes that the model does not have.
     """
-    check_tokens(self.config, tokens, arguments.get("segment_ids"))
+    check_tokens(self.config, tokens, arguments.get("segment_ids"), self.params)
     check_attributes(self.config, arguments.get("attributes"))
     return _apply(self.module, self.params, jnp.asarray(tokens), arguments)
 
@@ -84,11 +85,13 @@ def check_tokens(
   config: TransformerConfig,
   tokens: Array | np.ndarray,
   segment_ids: Array | np.ndarray | None = None,
+  params: Params | None = None,
 ) -> None:
   """Refuses tokens that a model cannot take; under a trace, only their shape can be seen.
 
-  Ids at padding, where a segment id is negative, may be any. A traced id that is out of range gives
-  NaN.
+  Ids are those that the table of embeddings in `params` knows, virtual tokens included, or those of
+  the vocabulary. Ids at padding, where a segment id is negative, may be any. A traced id that is
+  out of range gives NaN.
 
   Raises:
     ValueError: for tokens that are no integers [B, T], ids out of range, or a sequence longer
@@ -105,4 +108,4 @@ def check_tokens(
   if more(tokens.shape[1], config.context):
     raise ValueError(f"tokens: length {tokens.shape[1]}; allowed: up to {config.context}")
   real = None if segment_ids is None else segment_ids >= 0
-  check_ids("tokens", tokens, config.vocab_size, real)
+  check_ids("tokens", tokens, known_ids(config.vocab_size, params or {}), real)

@@ -34,7 +34,7 @@ class Gathered(weights.Over):
     return weights.materialize(gather(self.base, self.shards))
 
   def within(self, function: Callable, *arguments: Any) -> Any:
-    inside = lambda base, *arguments: function(gather(base, self.shards), *arguments)
+    inside = lambda base, *given: weights.within(gather(base, self.shards), function, *given)
     return jax.checkpoint(inside)(self.base, *arguments)
 
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:

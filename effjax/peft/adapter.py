@@ -32,17 +32,33 @@ class Adapter(Over):
     y = linear(x, self.base, bias)
     return y + self.added(x, y, bias)
 
+  def beneath(self, w: Float[Array, "... D F"]) -> Array:
+    """The base for which `materialize` gives w, up to rounding.
 
-@register(trains=("value",), kind="adapter")
+    Raises:
+      ValueError: where there is no telling.
+    """
+    raise ValueError(f"{self!r} cannot be taken out of a matrix again; allowed: to keep its base")
+
+
+@register(static=("new",), trains=("value",), kind="adapter")
 class Tuned(Over):
   """A parameter that trains beside frozen ones: a bias in BitFit, a prefix, an adapter's matrix.
 
   Invariants:
     base: the frozen array or `Weight` in whose place it stands, or None for one that is new.
-    value: what stands there, of any shape, that of `base` where there is one.
+    value: the array that stands there, of any shape, that of `base` where there is one.
+    new: whether it stands where there was nothing; None means that `base` says so. It is known
+      where the base has been taken away, too.
   """
 
   value: PyTree
+  new: bool | None = None
+
+  def __post_init__(self):
+    if self.new is None:
+      object.__setattr__(self, "new", self.base is None)
+    super().__post_init__()
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -54,7 +70,7 @@ class Tuned(Over):
 
   @property
   def parameters(self) -> int:
-    return math.prod(self.shape)
+    return 0 if self.value is None else math.prod(self.shape)
 
   @property
   def flops(self) -> float:
@@ -66,10 +82,13 @@ class Tuned(Over):
 
   def specs(self, axes: Sequence[Any]) -> "Tuned":
     base = None if self.base is None else weights.specs(self.base, axes)
-    return Tuned(base, weights.specs(self.value, axes))
+    return Tuned(base, weights.specs(self.value, axes), self.new)
 
   def materialize(self) -> Array:
     return self.value
+
+  def beneath(self, w: Array) -> Array:
+    return weights.materialize(self.base)
 
   @property
   def T(self) -> Any:

@@ -1,70 +1,30 @@
-"""Adapters apart from the model that they adapt: taken off, put on, saved and loaded alone."""
+"""Files of adapters alone, in a format of our own: every method, over any base."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from safetensors import safe_open
 from safetensors.flax import save_file
 
-from effjax.core import trees
 from effjax.core.register import REPRESENTATIONS
 from effjax.core.typing import PyTree
 from effjax.core.weights import Weight
-from effjax.peft.adapter import is_adapter
+from effjax.peft.detached import attach, detach
 
 FILE = "adapters.safetensors"
-FORMAT = "effjax adapters 1"
+FORMAT = "effjax adapters 2"
 
 
-def detach(params: PyTree) -> tuple[PyTree, dict[str, Weight]]:
-  """`params` without its adapters, and path → adapter without its base (None stands for it).
-
-  Raises:
-    ValueError: when `params` holds no adapter.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> from effjax.peft import lora
-    >>> params = {"kernel": jnp.ones((3, 4))}
-    >>> base, adapters = detach(lora.add(params, jax.random.key(0), rank=2, targets="kernel"))
-    >>> base["kernel"].shape, adapters["kernel"].a.shape, adapters["kernel"].base
-    ((3, 4), (3, 2), None)
-  """
-  found = {path: leaf for path, leaf in trees.items(params).items() if is_adapter(leaf)}
-  if not found:
-    raise ValueError("params has no adapter; allowed: what lora.add returns")
-  base = trees.update(params, lambda path, leaf: path in found, lambda path, leaf: _base(leaf))
-  return base, {path: _without_base(leaf) for path, leaf in found.items()}
-
-
-def attach(params: PyTree, adapters: Mapping[str, Weight]) -> PyTree:
-  """`params` with the adapters at their paths: the inverse of `detach`, over this base or another.
-
-  Raises:
-    ValueError: when there is no parameter at a path, an adapter is there, or one does not fit it.
-  """
-  leaves = trees.items(params)
-  for path in adapters:
-    if path not in leaves:
-      raise ValueError(f"adapters: params has nothing at {path!r}; allowed: {trees.some(leaves)}")
-    if is_adapter(leaves[path]):
-      raise ValueError(f"adapters: {path!r} has one already; merge or detach it first")
-
-  def put(path: str, leaf: Any) -> Weight:
-    try:
-      return _over(adapters[path], leaf)
-    except ValueError as error:
-      raise ValueError(f"adapters: {path!r} {tuple(leaf.shape)}: {error}") from error
-
-  return trees.update(params, lambda path, leaf: path in adapters, put)
-
-
+@functools.singledispatch
 def save(params: PyTree, folder: str | Path) -> Path:
   """Writes what adapts `params`, and nothing of the base, to `folder`/adapters.safetensors.
+
+  Of a `Model` it writes the folder that Hugging Face's peft does, where that library has the
+  method and can hold what is there; `models.exchange` says what it can.
 
   Raises:
     ValueError: when `params` holds no adapter.
@@ -76,25 +36,26 @@ def save(params: PyTree, folder: str | Path) -> Path:
   if path.exists():
     raise FileExistsError(f"{path}: is there already; allowed: a folder without one")
   path.parent.mkdir(parents=True, exist_ok=True)
-  arrays = {
-    trees.path_string(place): x for place, x in jax.tree_util.tree_leaves_with_path(adapters)
-  }
-  described = {path: _describe(adapter) for path, adapter in adapters.items()}
+  arrays: dict[str, Any] = {}
+  described = {place: _describe(adapter, place, arrays) for place, adapter in adapters.items()}
   new = path.with_name(f".{FILE}.new")
   save_file(arrays, new, {"format": FORMAT, "adapters": json.dumps(described)})
   new.replace(path)
   return path
 
 
+@functools.singledispatch
 def load(params: PyTree, folder: str | Path) -> PyTree:
   """`params` with the adapters that `save` wrote, over this base or another of its shapes.
+
+  A `Model` takes the folders of Hugging Face's peft too, and comes back as one.
 
   Raises:
     FileNotFoundError: when the folder holds none.
     ValueError: for a damaged file, and as `attach`.
 
   Example:
-    >>> import tempfile, jax.numpy as jnp
+    >>> import tempfile, jax, jax.numpy as jnp
     >>> from effjax.peft import lora
     >>> base = {"kernel": jnp.ones((3, 4))}
     >>> adapted = lora.add(base, jax.random.key(0), rank=2, targets="kernel")
@@ -113,37 +74,47 @@ def load(params: PyTree, folder: str | Path) -> PyTree:
     if metadata.get("format") != FORMAT:
       raise ValueError(f"format {metadata.get('format')!r}; allowed: {FORMAT!r}")
     described = json.loads(metadata["adapters"])
-    adapters = {place: _build(of, place, arrays) for place, of in described.items()}
+    adapters = {place: _build(of, arrays) for place, of in described.items()}
   except Exception as error:  # safetensors raises its own types, a damaged header any.
     raise ValueError(f"{path}: damaged or not a file of adapters: {error}") from error
   return attach(params, adapters)
 
 
-def _base(leaf: Any) -> Any:
-  return _base(leaf.base) if is_adapter(leaf) else leaf
-
-
-def _without_base(leaf: Any) -> Any:
-  return dataclasses.replace(leaf, base=_without_base(leaf.base)) if is_adapter(leaf) else None
-
-
-def _over(adapter: Any, leaf: Any) -> Any:
-  return leaf if adapter is None else dataclasses.replace(adapter, base=_over(adapter.base, leaf))
-
-
-def _describe(adapter: Any) -> dict[str, Any] | None:
-  """What a file says of an adapter besides its arrays, JSON."""
-  if adapter is None:
+def _describe(value: Any, place: str, arrays: dict[str, Any]) -> Any:
+  """A field of an adapter as JSON, an array being the name that it has in `arrays`."""
+  within = lambda named: {n: _describe(x, f"{place}/{n}", arrays) for n, x in named.items()}
+  if value is None:
     return None
-  static = {name: getattr(adapter, name) for name in adapter.static}
-  return {"type": type(adapter).__name__, "static": static, "base": _describe(adapter.base)}
+  if isinstance(value, Weight):
+    names = [field.name for field in dataclasses.fields(value) if field.name not in value.static]
+    return {
+      "type": type(value).__name__,
+      "static": {name: getattr(value, name) for name in value.static},
+      "fields": within({name: getattr(value, name) for name in names}),
+    }
+  if isinstance(value, Mapping):
+    return {"entries": within(value)}
+  if isinstance(value, tuple | list):
+    return [*within(dict(enumerate(value))).values()]
+  arrays[place] = value
+  return place
 
 
-def _build(described: Mapping[str, Any] | None, place: str, arrays: Mapping[str, Any]) -> Any:
+def _build(described: Any, arrays: Mapping[str, Any]) -> Any:
+  """What `_describe` described."""
   if described is None:
     return None
-  cls: Any = REPRESENTATIONS[described["type"]]
-  fields = [field.name for field in dataclasses.fields(cls)]
-  own = {name: arrays[f"{place}/{name}"] for name in fields if f"{place}/{name}" in arrays}
-  base = _build(described["base"], f"{place}/base", arrays)
-  return cls(**own, **described["static"], base=base)
+  if isinstance(described, str):
+    return arrays[described]
+  if isinstance(described, list):
+    return tuple(_build(each, arrays) for each in described)
+  if "entries" in described:
+    return {name: _build(each, arrays) for name, each in described["entries"].items()}
+  fields = {name: _build(each, arrays) for name, each in described["fields"].items()}
+  static = {name: _hashable(value) for name, value in described["static"].items()}
+  return REPRESENTATIONS[described["type"]](**fields, **static)
+
+
+def _hashable(value: Any) -> Any:
+  """A static field, in which JSON has made lists of the tuples."""
+  return tuple(map(_hashable, value)) if isinstance(value, list) else value

@@ -26,6 +26,6 @@ def trainable(params: PyTree) -> Callable[[str, Any], bool]:
     ['kernel/a', 'kernel/b']
   """
   if not any(is_adapter(leaf) for leaf in trees.items(params).values()):
-    raise ValueError("params has nothing to train; allowed: what lora.add returns")
+    raise ValueError("params has nothing to train; allowed: what lora.add, ia3.add, tune, … return")
   paths = trees.trained(params)
   return lambda path, leaf: path in paths

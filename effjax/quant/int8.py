@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import numerics, weights
+from effjax.core.trees import is_table
 from effjax.core.typing import Array, DTypeLike, Float, Int, Num, PyTree
 from effjax.core.weights import Weight, register
 from effjax.kernels.quantized_matmul import integer_product
 from effjax.quant import basics
-from effjax.quant.packed import is_table
 
 
 @register(static=("dtype", "turned"), kind="quantised")

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from effjax.core import numerics, weights
 from effjax.core.known import number
+from effjax.core.trees import is_table
 from effjax.core.typing import Array, Float, Int, Num, PyTree, Size
 from effjax.core.weights import Weight
 from effjax.kernels.quantized_matmul import Format, packed_product
@@ -137,11 +138,6 @@ class Packed(ByRows):
     names = [f.name for f in dataclasses.fields(self) if f.name not in ("codes", *self.static)]
     codes = PartitionSpec(*batch, outputs, inputs)
     return dataclasses.replace(self, codes=codes, **dict(zip(names, constants, strict=True)))
-
-
-def is_table(path: str) -> bool:
-  """Whether the parameter at `path` is a table of rows: it is named "embedding"."""
-  return path.rsplit("/", 1)[-1] == "embedding"
 
 
 def lying(

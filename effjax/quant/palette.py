@@ -6,6 +6,7 @@ each matrix. With points of three numbers it is what reduces a picture to 16 col
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from effjax.quant.nearest import nearest
 from effjax.quant.packed import Packed, lying
 
 CHUNK = 1 << 16  # points whose distances to all colours are there at once
+BLOCK = 64  # inputs whose numbers are made side by side, where they divide
 
 
 @functools.partial(jax.jit, static_argnames=("colours", "steps"))
@@ -134,7 +136,8 @@ class Palette(Packed):
 
   @property
   def format(self) -> Indices:
-    return Indices(self.bits)
+    inputs = self.codes.shape[-1] // self.bits * 8
+    return Indices(self.bits, math.gcd(inputs, BLOCK))
 
   @classmethod
   def quantize(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from effjax.core import spmd
 from effjax.core.typing import Array, Dim, Float, PyTree
-from effjax.core.weights import Over, register, transpose
+from effjax.core.weights import Over, materialize, register, transpose
 from effjax.kernels.grouped_matmul.grouped_linear import grouped_linear
 from effjax.kernels.grouped_matmul.reference import group_of_row
 
@@ -47,7 +47,11 @@ class Grouped(Over):
     return self._affine(x, None)
 
   def affine(self, x: Float[Array, "... D"], bias: Any) -> Float[Array, "... F"]:
-    return self._affine(x, bias.base) if isinstance(bias, Grouped) else super().affine(x, bias)
+    return (
+      self._affine(x, materialize(bias.base))
+      if isinstance(bias, Grouped)
+      else super().affine(x, bias)
+    )
 
   def along(self, x: Float[Array, "... F"]) -> Float[Array, "... F"]:
     self._check_rows(x)
@@ -55,7 +59,7 @@ class Grouped(Over):
     group = jax.vmap(lambda each: group_of_row(each, self.length // sizes.shape[0]))
     take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)  # 0 past the last group
     of_row = lambda sizes, base: take(base, group(sizes).reshape(-1))
-    return spmd.map_rows(of_row, sizes, self.base).reshape(*x.shape[:-1], *self.shape)
+    return spmd.map_rows(of_row, sizes, materialize(self.base)).reshape(*x.shape[:-1], *self.shape)
 
   @property
   def T(self) -> "Grouped":

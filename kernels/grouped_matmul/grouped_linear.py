@@ -10,7 +10,7 @@ from jax import lax
 from effjax.core import numerics, spmd, trees
 from effjax.core.known import is_size, known
 from effjax.core.typing import Array, Dim, Float, Int, PyTree
-from effjax.core.weights import Weight, product
+from effjax.core.weights import Weight, offset, product, within
 from effjax.kernels.grouped_matmul import reference, tiles
 
 IMPLEMENTATIONS = (None, "tiles", "ragged", "reference")
@@ -59,7 +59,7 @@ def grouped_linear(
     on_part = functools.partial(_on_parts, implementation)
     return spmd.map_rows(on_part, (x, sizes), (w, bias))
 
-  return w.within(parts, x, sizes, bias) if isinstance(w, Weight) else parts(w, x, sizes, bias)
+  return within(w, parts, x, sizes, bias)
 
 
 def _on_parts(implementation: str | None, rows: tuple[Array, Array], params: PyTree) -> Array:
@@ -77,6 +77,9 @@ def _on_parts(implementation: str | None, rows: tuple[Array, Array], params: PyT
 def _on_part(implementation: str | None, x: Array, sizes: Array, params: PyTree) -> Array:
   if implementation == "reference":
     return _dense(reference.grouped_matmul, x, params, sizes)
+  if isinstance(params[0], Weight) and params[0].by_parts:
+    multiply = lambda x, w, sizes: _on_part(implementation, x, sizes, (w, None))
+    return _dense(multiply, x, params, sizes)
   rows = x.shape[0]
   if not is_size(rows):  # so that it is known that there are as many as a tile has
     x = jnp.pad(x, ((0, tiles.HIGHEST), (0, 0)))
@@ -134,7 +137,7 @@ def _dense(multiply, x, params, group_sizes):
   by_group = lambda x, w: multiply(x, w.astype(x.dtype), sizes)
   y = product(jnp.where(inside, x, jnp.zeros_like(x)), w, by_group)
   if bias is not None:
-    y = y + jnp.take(bias.astype(y.dtype), group, axis=0, mode="clip")
+    y = y + jnp.take(offset(w, bias).astype(y.dtype), group, axis=0, mode="clip")
   return jnp.where(inside, y, jnp.zeros_like(y))
 
 

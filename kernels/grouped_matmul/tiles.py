@@ -22,7 +22,7 @@ from jax import lax
 from effjax.core import numerics, trees
 from effjax.core.known import more
 from effjax.core.typing import Array, Dim, Float, Int, PyTree
-from effjax.core.weights import linear
+from effjax.core.weights import from_row, linear
 
 HIGHEST = 256  # of the heights of tiles
 FORWARD = {"allow_negative_indices": False}  # nothing counts from the end: a shorter program
@@ -54,9 +54,11 @@ def forward(
 
   def on_group(group: Array, span: "_Span", out: Array) -> Array:
     weight, bias = _at(params, group)
-    return span.each_tile(
-      lambda tile, out: tile.write(out, linear(tile.read(x), weight, bias)), out
-    )
+
+    def on_tile(tile: "_Tile", out: Array) -> Array:
+      return tile.write(out, linear(tile.read(x), from_row(weight, tile.first), bias))
+
+    return span.each_tile(on_tile, out)
 
   out = numerics.vary_alike(
     jnp.zeros((x.shape[0], params[0].shape[-1]), x.dtype), x, params, group_sizes
@@ -76,10 +78,14 @@ def backward(
   def on_group(group: Array, span: "_Span", carry: tuple) -> tuple:
     dx, grads = carry
     weights, rest = _at((floats, others), group)
-    apply = lambda rows, weights: linear(rows, *trees.merge(weights, rest))
 
     def on_tile(tile: "_Tile", carry: tuple) -> tuple:
       dx, sums = carry
+
+      def apply(rows: Array, weights: PyTree) -> Array:
+        weight, bias = trees.merge(weights, rest)
+        return linear(rows, from_row(weight, tile.first), bias)
+
       _, pull = jax.vjp(apply, tile.mask(tile.read(x)), weights)
       d_rows, d_weights = pull(tile.mask(tile.read(dy)))
       return tile.write(dx, d_rows), jax.tree.map(_add, sums, d_weights)

@@ -16,8 +16,9 @@ rows are those that `core.weights.lookup` gives.
 
 import abc
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +71,7 @@ class Format(abc.ABC):
 
     Args:
       blocks: uint8 [..., n, size] or [..., size].
-      constants: one a block, or [..., 1, k] where they are shared.
+      constants: one a block, or [1, k] where they are shared.
     """
     return (self.unpack(blocks, *constants),)
 
@@ -164,17 +165,18 @@ class Integers(Format):
 
 
 def select(
-  table: tuple[int | float, ...], codes: Integer[Array, "..."], shift: int = 0
+  table: Sequence[Any], codes: Integer[Array, "..."], shift: int = 0
 ) -> Float[Array, "..."]:
   """table[code], a power of two of numbers: for each bit, the lowest first, one of two neighbours.
 
+  Numbers are Python's, or arrays that broadcast against the codes.
   A code begins `shift` bits above the lowest; what is beyond it does not matter.
 
   Example:
     >>> select((5.0, 6.0, 7.0, 8.0), jnp.array([2, 0, 3])).tolist()
     [7.0, 5.0, 8.0]
   """
-  values = [jnp.full(codes.shape, x, jnp.float32) for x in table]
+  values = [jnp.broadcast_to(jnp.asarray(x, jnp.float32), codes.shape) for x in table]
   for bit in range(len(table).bit_length() - 1):
     one = (codes & 1 << shift + bit) != 0
     values = [
@@ -191,6 +193,7 @@ class Indices(Format):
 
   Attributes:
     bits: 1 … 8.
+    block: a multiple of 8.
 
   Example:
     >>> two = Indices(2)  # 0b00011011 0b11110000
@@ -199,12 +202,17 @@ class Indices(Format):
   """
 
   bits: int
-  block: int = dataclasses.field(default=8, init=False)
+  block: int = 8
   shares: ClassVar[bool] = True
 
   @property
   def size(self) -> int:
-    return self.bits
+    return self.block // 8 * self.bits
+
+  @property
+  def apart(self) -> int:
+    """The fewest codes that fill whole bytes."""
+    return 8 // math.gcd(8, self.bits)
 
   def pack(self, codes: Integer[Array, "... I"]) -> Integer[Array, "... N"]:
     """uint8 [..., I · bits / 8] of codes 0 … 2^bits − 1."""
@@ -220,21 +228,40 @@ class Indices(Format):
 
   def codes(self, packed: Integer[Array, "... N"]) -> Integer[Array, "... I"]:
     """The inverse of `pack`, int32."""
-    n = packed.shape[-1] // self.bits
-    held = packed.reshape(*packed.shape[:-1], n, self.bits).astype(jnp.int32)
-    held = jnp.pad(held, [(0, 0)] * (held.ndim - 1) + [(0, 1)])
-    found = []
-    for i in range(8):
-      byte, within = divmod(self.bits * i, 8)
-      pair = held[..., byte] << 8 | held[..., byte + 1]
-      found.append(pair >> (16 - within - self.bits) & (2**self.bits - 1))
-    return jnp.stack(found, -1).reshape(*packed.shape[:-1], 8 * n)
+    inputs = packed.shape[-1] // self.bits * 8
+    return jnp.stack(self._codes(packed), -1).reshape(*packed.shape[:-1], inputs)
+
+  def planes(self, blocks, *constants):
+    (table,) = constants
+    table = table.astype(jnp.float32).reshape(-1)
+    few = self.bits <= 4
+    look = (lambda codes: select(list(table), codes)) if few else (lambda codes: table[codes])
+    return tuple(map(look, self._codes(blocks)))
+
+  def strands(self, x):
+    return tuple(x[..., i :: self.apart] for i in range(self.apart))
+
+  def join(self, strands):
+    return jnp.stack(strands, -1).reshape(*strands[0].shape[:-1], self.block)
 
   def unpack(self, codes, *constants):
     (table,) = constants
     found = self.codes(codes)
     shape, found = found.shape, found.reshape(*table.shape[:-2], 1, -1)
     return jnp.take_along_axis(table.astype(jnp.float32), found, -1).reshape(shape)
+
+  def _codes(self, packed: Integer[Array, "... N"]) -> list[Integer[Array, "... n"]]:
+    """The codes of each `apart` that follow one another: all first ones, all second ones, …"""
+    size = self.apart * self.bits // 8
+    held = packed.astype(jnp.int32)
+    bytes_ = [held[..., i::size] for i in range(size)]
+    found = []
+    for i in range(self.apart):
+      byte, within = divmod(self.bits * i, 8)
+      spare = 8 - within - self.bits
+      pair = bytes_[byte] if spare >= 0 else bytes_[byte] << 8 | bytes_[byte + 1]
+      found.append(pair >> spare % 8 & (2**self.bits - 1))
+    return found
 
 
 def _shifted(x: Array, by: int) -> Array:

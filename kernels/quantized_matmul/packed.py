@@ -197,6 +197,10 @@ def _tile(format, codes, constants, first, size, block, run):
   def of(c):
     if not isinstance(c, weights.Weight):
       return at(c, 1)
-    return weights.lookup(c, first + jnp.arange(size, dtype=jnp.int32))[:, block : block + run]
+    rows = lambda: weights.lookup(c, first + jnp.arange(size, dtype=jnp.int32))
+    none = lambda: vary_alike(jnp.zeros((size, c.shape[-1]), c.dtype), c)
+    # A branch is computed once; by itself XLA would make each anew for all numbers that it scales.
+    found = jax.lax.cond(first >= 0, rows, none)
+    return found[:, block : block + run]
 
   return at(codes, format.size), list(map(of, constants))

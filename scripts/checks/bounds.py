@@ -50,8 +50,9 @@ BOUNDS = (
   Bound("spill", "^(h100|a100) float32-128.* forward$", 0, now=120),
   Bound("spill", "^(h100|a100) float32", 0, now=96),
   Bound("spill", "^(h100|a100)", 0),
-  Bound("spill", "^(v5e|v6e).*-nf4-.* (outputs|inputs)$", 0, now=1_300_000),
-  Bound("spill", "^(v5e|v6e).* (outputs|inputs)$", 0, now=4096),
+  Bound("spill", "^(v5e|v6e) .*-576-.*-256 outputs$", 0, now=1 << 16),
+  Bound("spill", "^v6e .* inputs$", 0, now=8192),
+  Bound("spill", "^(v5e|v6e) .* (outputs|inputs)$", 0),
   Bound("tensor", "^(h100|a100)", 1, least=True),
   Bound("wait", "^(h100|a100) bfloat16.* (forward|queries|keys)$", 1, now=0, least=True),
   # What reads more than a few arrays has tiles of fewer keys.

@@ -1,6 +1,7 @@
 """Transforms, objectives, routers and placements: what they are and what they promise."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax import moe, peft, quant
-from effjax.attention import longformer
+from effjax.attention import Attention, longformer
 from effjax.distill import kd_objective
-from effjax.layers import Router, capture, reductions
+from effjax.layers import MLP, Router, capture, reductions
 from effjax.layers.reductions import Reduction
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models import Transformer
 from effjax.parallel import Anywhere, Placement, Zero, make_mesh
-from effjax.peft import lora
+from effjax.peft import bottleneck, experts, ia3, lora, named, prefix, soft_prompt
 from effjax.train import next_token
 from tests.contract.layers import GQA, KEY, MHA, SWIGLU, TOKENS, B, T, V, config
 from tests.modules import random_params
@@ -25,6 +26,8 @@ from tests.modules import random_params
 DENSE = config(*[LayerSpec(GQA, SWIGLU)] * 2)
 EXPERTS = config(*[LayerSpec(GQA, moe.MoE(moe.TopK(3, 2), SWIGLU))] * 2)
 PLAIN = config(*[LayerSpec(MHA, SWIGLU)] * 2, positions="learned")
+WITH_BIASES = config(LayerSpec(Attention(4, use_bias=True), SWIGLU))
+MIXTURE = functools.partial(moe.MoE, moe.TopK(3, 2))
 Change = Callable[[TransformerConfig, Any], tuple[TransformerConfig, Any]]
 
 
@@ -67,8 +70,23 @@ def merged_and_back(params: Any) -> Any:
   return lora.merge(lora.unmerge(lora.merge(adapted), adapted))
 
 
+def stored_without_its_base(params: Any) -> Any:
+  started = lora.add(params, KEY, rank=2, start="pissa")
+  return lora.rebase(started, started, params)
+
+
 def exchanged(params: Any) -> Any:
   return lora.merge(peft.attach(*peft.detach(with_lora(params))))
+
+
+def mixed(params: Any) -> Any:
+  return named.use(named.add(params, "trained", with_lora(params)), {"trained": 0.5})
+
+
+def alone(params: Any) -> Any:
+  """One that changes nothing yet, after another has come and gone."""
+  both = named.add(mixed(params), "new", lora.add(params, KEY, rank=3))
+  return named.take(named.remove(both, "trained"), "new")
 
 
 def seen(params: Any, reduce: Reduction, config: TransformerConfig = DENSE) -> dict[str, Any]:
@@ -94,6 +112,31 @@ def with_ternary_experts(params: Any) -> Any:
   return quant.qmoe(params, {path: h for path, h in grams.items() if "experts" in path})
 
 
+def with_modules(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
+  """LoRA experts, and a mixture of adapters after them."""
+  config, params = experts.add(config, params, KEY, MIXTURE, rank=2)
+  inner = MIXTURE(MLP(4, use_bias=True))
+  return bottleneck.insert(config, params, KEY, inner, places=("after_ffn",))
+
+
+def without_modules(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
+  return experts.remove(*bottleneck.remove(*with_modules(config, params)))
+
+
+def folded(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
+  """A prefix whose three modules became two, then one prefix."""
+  model = prefix.add(config, params, KEY, length=2, modules=2, mean=True)
+  return prefix.fold(*prefix.remove_modules(*prefix.add_modules(*model), [0]), {0: 1.0, 1: 0.5})
+
+
+def there_and_back(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
+  """A prefix that was trained through its reparametrisation, taken away again."""
+  config, params = prefix.add(config, params, KEY, length=2)
+  trained, view = prefix.reparametrize(config, params, KEY, hidden=4)
+  params = prefix.put(config, params, prefix.flat(config, view(trained)))
+  return soft_prompt.remove(*soft_prompt.add(*prefix.remove(config, params), KEY, length=2))
+
+
 TRANSFORMS = [
   Transform("upcycle", lambda c, p: moe.upcycle(c, p, KEY, experts=3, top_k=2), (moe.upcycle,)),
   Transform("int8", on_params(quant.quantize), (quant.quantize,), same=0.1),
@@ -110,7 +153,26 @@ TRANSFORMS = [
             (lora.add, quant.quantize), same=0.1),
   Transform("lora merged", on_params(lambda p: lora.merge(with_lora(p))), (lora.merge,), same=None),
   Transform("lora merged, unmerged", on_params(merged_and_back), (lora.unmerge,), same=None),
+  Transform("PiSSA over the base that it began with", on_params(stored_without_its_base),
+            (lora.rebase,)),
   Transform("adapters exchanged", on_params(exchanged), (peft.detach, peft.attach), same=None),
+  Transform("tuned", on_params(lambda p: peft.tune(peft.bitfit(p), "norm/scale$")),
+            (peft.tune, peft.bitfit), config=WITH_BIASES),
+  Transform("IA3 and merged", on_params(lambda p: peft.merge(ia3.add(p))), (ia3.add, peft.merge)),
+  Transform("Houlsby", lambda c, p: bottleneck.add(c, p, KEY, width=4), (bottleneck.add,), 0.1),
+  Transform("modules", with_modules, (experts.add, bottleneck.insert), 0.1),
+  Transform("modules and removed", without_modules, (experts.remove, bottleneck.remove), 0),
+  Transform("named adapters", on_params(mixed), (named.add, named.use), same=None),
+  Transform("one named adapter alone", on_params(alone), (named.take, named.remove)),
+  Transform("prefix", lambda c, p: prefix.add(c, p, KEY, length=2), (prefix.add,), same=None),
+  Transform("prefix of a text", lambda c, p: prefix.from_tokens(c, p, [1, 2]),
+            (prefix.from_tokens,), same=None, config=PLAIN),
+  Transform("prefix, modules folded", folded,
+            (prefix.add_modules, prefix.remove_modules, prefix.fold), same=None),
+  Transform("prefix and back", there_and_back, (prefix.reparametrize, prefix.put, prefix.flat,
+            prefix.remove, soft_prompt.remove), same=0.0),
+  Transform("soft prompt", lambda c, p: soft_prompt.add(c, p, KEY, length=2), (soft_prompt.add,),
+            same=0.0),
   Transform("unscan", unscan, (unscan,)),
   Transform("Longformer", lambda c, p: longformer.convert(c, p, window=T, positions=1),
             (longformer.convert,), config=PLAIN),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 import effjax
+from effjax.core import trees
 from effjax.core.register import REPRESENTATIONS, register
 from effjax.core.typing import PyTree
 from effjax.core.weights import Weight
@@ -37,8 +38,12 @@ def public(room: str) -> dict[str, Any]:
   package = importlib.import_module(f"effjax.{room}")
   found = {name: getattr(package, name) for name in package.__all__}
   for module in [value for value in found.values() if inspect.ismodule(value)]:
-    own = {f"{module.__name__}.{name}": value for name, value in vars(module).items()
-           if name[0] != "_" and getattr(value, "__module__", None) == module.__name__}  # fmt: skip
+    inside = lambda value: f"{getattr(value, '__module__', '')}."
+    own = {
+      f"{module.__name__}.{name}": value
+      for name, value in vars(module).items()
+      if name[0] != "_" and inside(value).startswith(f"{module.__name__}.")
+    }
     found |= own
   return found
 
@@ -76,6 +81,8 @@ def covered() -> set[Any]:
   found: set[Any] = set()
   for row in ROWS:
     found |= inside(row.module)
+    for leaf in trees.items(row.params).values():
+      found |= weights.classes(leaf)
   for row in weights.ROWS:
     found |= weights.classes(row.of(weights.D, weights.F))
   found |= {type(row.router) for row in changes.ROUTERS}

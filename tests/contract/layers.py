@@ -21,15 +21,18 @@ from effjax.attention import (
   Linformer,
   Longformer,
   ShiftedSparseAttention,
+  TrainedPrefix,
 )
 from effjax.attention.masks import Causal, Full, SlidingWindow
+from effjax.core import trees
 from effjax.core.typing import PyTree
 from effjax.layers import MLP, Context, LayerNorm, RMSNorm, Rope
 from effjax.layers.spec import LayerSpec, Mixer, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models.transformer import Transformer
 from effjax.moe import MoE, TopK
-from effjax.peft import lora
+from effjax.peft import LoRA, bottleneck, experts, lora
+from effjax.peft.bottleneck import Bottleneck
 from effjax.quant import quantize
 from tests.modules import normal, random_params
 
@@ -188,6 +191,20 @@ def one_tap_lsra():
   return pair, random_params(module, X)
 
 
+def first_tokens_as_a_prefix():
+  """The keys and values of two tokens before the others, against attention to all."""
+  whole = Attention(4, kv_heads=2, rope=ROPE, mask=Causal() & SlidingWindow(3, 0))
+  prefixed = dataclasses.replace(whole, prefix=TrainedPrefix(2))
+
+  def pair(params):
+    absorbed = whole.apply({"params": params}, X[:1, :2], Context(), whole.init_cache(D, 1, 2))[1]
+    kept = {f"prefix_{name}": getattr(absorbed, name)[0] for name in ("key", "value")}
+    first = jnp.concatenate([X[:1, :2].repeat(B, 0), X], axis=1)
+    return value(prefixed, params | kept), value(whole, params, first)[:, 2:]
+
+  return pair, random_params(whole, X)
+
+
 def first_expert(params):
   return jax.tree.map(lambda x: x[0], params["experts"])
 
@@ -211,6 +228,24 @@ def quantised(params, key):
   return lora.add(quantize(params), key, rank=2)
 
 
+def bank(params, key):
+  """Experts that share the matrices of the first, with factors of their own."""
+  dense, tree = config(LayerSpec(None, SWIGLU)), {"segments_0": {"layers_0": {}}}
+  tree["segments_0"]["layers_0"]["ffn"] = first_expert(params)
+  mixture = functools.partial(MoE, SMALL_MOE.router)
+  made = experts.add(dense, tree, key, mixture, rank=2)[1]["segments_0"]["layers_0"]["ffn"]
+  move = lambda path, w: dataclasses.replace(w, b=w.b + 0.1) if isinstance(w, LoRA) else w
+  return trees.update(made, "", move)
+
+
+def bottlenecks(params, key):
+  """Adapters beside a quantised model."""
+  layer = params["segments_0"]["layers_0"]
+  kept = {name: x for name, x in layer.items() if name not in ("after_mixer", "after_ffn")}
+  plain = quantize(params | {"segments_0": {"layers_0": kept}})
+  return bottleneck.add(LLAMA, plain, key, width=4, stddev=0.3)[1]
+
+
 ROPE, SWIGLU = Rope(1e4), MLP(24, "silu", gated=True)
 NEAR = SlidingWindow(2, 2)
 MHA, GQA = Attention(4), Attention(4, kv_heads=2, rope=ROPE)
@@ -219,6 +254,8 @@ BOTH_WAYS = Attention(4, mask=Full(), **BIASED)
 LOCAL = Attention(4, kv_heads=1, qk_norm=1e-6, mask=Causal() & SlidingWindow(2, 0), rope=ROPE)
 GLOBAL = dataclasses.replace(LOCAL, mask=Causal(), rope=Rope(1e6))
 SMALL_MOE = MoE(TopK(4, 2), SWIGLU)
+LLAMA = config(*[LayerSpec(GQA, SWIGLU)] * 2)
+ADAPTER = Bottleneck(MLP(4, use_bias=True))
 POINT = {"causal": True, "pointwise": True}
 
 ROWS = [
@@ -228,6 +265,9 @@ ROWS = [
   layer("SwiGLU", SWIGLU, padding=True, **POINT),
   layer("MoE", SMALL_MOE, padding=True, **POINT,
         reduces=same_as(MoE(TopK(1, 1), SWIGLU), SWIGLU, first_expert)),
+  dataclasses.replace(layer("LoRA experts", SMALL_MOE, padding=True, **POINT),
+                      init=lambda: bank(random_params(SMALL_MOE, X), KEY)),
+  layer("bottleneck", ADAPTER, padding=True, **POINT),
   layer("MHA", MHA, **CAUSAL),
   layer("GQA", GQA, **CAUSAL,
         reduces=same_as(GQA, dataclasses.replace(GQA, kv_heads=4), repeat_heads)),
@@ -239,6 +279,11 @@ ROWS = [
   layer("softcap", Attention(4, logit_softcap=1.0), **CAUSAL,
         reduces=same_as(Attention(4, logit_softcap=1e3), MHA)),
   layer("sinks", Attention(4, sinks=True), **CAUSAL),
+  layer("prefix", dataclasses.replace(GQA, prefix=TrainedPrefix(3), sinks=True), **CAUSAL),
+  layer("prefix, window", Attention(4, mask=Causal() & SlidingWindow(3, 0),
+        prefix=TrainedPrefix(2, modules=2)), reduces=first_tokens_as_a_prefix, **CAUSAL),
+  layer("prefix, both ways", Attention(4, mask=Full(), prefix=TrainedPrefix(2, shift=False)),
+        **BIDIRECTIONAL),
   layer("Linformer", Linformer(4, length=8, rank=3), padding=True, reduces=identity_linformer),
   layer("Longformer", Longformer(4, kv_heads=2, rope=ROPE, mask=NEAR, positions=1, causal=True),
         causal=True, padding=True, absolute=True,
@@ -255,7 +300,7 @@ ROWS = [
   layer("LongLoRA", ShiftedSparseAttention(4, kv_heads=2, rope=ROPE, group=4),
         causal=True, padding=True, absolute=True,
         reduces=same_as(ShiftedSparseAttention(4, group=T), MHA)),
-  model("Llama", config(*[LayerSpec(GQA, SWIGLU)] * 2)),
+  model("Llama", LLAMA),
   model("Gemma 3", config(*[LayerSpec(LOCAL, SWIGLU), LayerSpec(LOCAL, SWIGLU),
         LayerSpec(GLOBAL, SWIGLU)] * 2, arrangement="sandwich", embed_scale=4.0)),
   model("GPT-2", config(LayerSpec(Attention(4, **BIASED), MLP(64, "gelu_tanh", use_bias=True)),
@@ -266,7 +311,12 @@ ROWS = [
   model("BERT", config(*[LayerSpec(BOTH_WAYS, MLP(32, use_bias=True))] * 2,
         norm=LayerNorm(), positions="learned", arrangement="post", final_norm=False,
         head=None, embed_norm=True, token_types=2), causal=False, decodes=False),
+  model("Llama, prefix", config(*[LayerSpec(dataclasses.replace(GQA, prefix=TrainedPrefix(2)),
+        SWIGLU)] * 2)),
   model("MoE every second layer", config(*[LayerSpec(GQA, SWIGLU), LayerSpec(GQA, SMALL_MOE)] * 2,
         tied=False)),
-  model("Llama, LoRA on Int8", config(*[LayerSpec(GQA, SWIGLU)] * 2), quantised, reduces=None),
+  model("Llama, LoRA on Int8", LLAMA, quantised, reduces=None),
+  model("Llama, adapters on Int8",
+        config(*[LayerSpec(GQA, SWIGLU, after_mixer=ADAPTER, after_ffn=ADAPTER)] * 2),
+        bottlenecks, reduces=None),
 ]  # fmt: skip

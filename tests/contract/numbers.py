@@ -145,6 +145,12 @@ class NumberRow:
 
 LOGITS = np.array([1.5, -0.3, 0.9, 0.9, -2.0, 2.2], np.float32)
 MATRIX = {"mixer": {"query": {"kernel": np.ones((4, 6), np.float32)}}}
+
+
+def with_lora(**options):
+  return lora.add(MATRIX, jax.random.key(0), **{"rank": 2, **options})
+
+
 drawn = lambda name: lambda x: sampling.distribution(jnp.asarray(LOGITS), **{name: x})
 distils = lambda name: (
   lambda x: kd_loss(normal(2, V), normal(2, V, seed=1), jnp.array([0, 1]), **{name: x})
@@ -179,8 +185,10 @@ NUMBERS = [
   NumberRow("experts", lambda x: router(experts=x)[0].gates, 4, (0, 1, 4.0)),
   NumberRow("top_k of a router", lambda x: router(top_k=x)[0].gates, 2, (0, 5, 2.0)),
   NumberRow("top_k_routing", lambda x: moe.top_k_routing(normal(3, 4), k=x).gates, 2, (0, 5)),
-  NumberRow("rank", lambda x: lora.add(MATRIX, jax.random.key(0), rank=x), 2, (0, 5, 1.5)),
-  NumberRow("alpha", lambda x: lora.add(MATRIX, jax.random.key(0), rank=2, alpha=x), 8.0, ()),
+  NumberRow("rank", lambda x: with_lora(rank=x), 2, (0, 5, 1.5)),
+  NumberRow("rank of a path", lambda x: with_lora(rank={"": x}), 2, (0, 5, 1.5)),
+  NumberRow("dropout", lambda x: with_lora(dropout=x), 0.5, (-0.1, 1)),
+  NumberRow("alpha", lambda x: with_lora(alpha=x), 8.0, ()),
   NumberRow("in-batch temperature", lambda x: retrieval.in_batch_nll(
     normal(2, V), normal(2, V, seed=1), temperature=x), 0.5, (0, -1.0)),
   NumberRow("recall", lambda x: ranking.recall(np.array([1, 3]), x), 2, (0, 1.5)),

@@ -21,7 +21,7 @@ from effjax.core.weights import Weight
 from effjax.kernels.grouped_matmul import grouped_linear
 from effjax.layers import MLP, Embed, LayerSpec, Linear, TransformerConfig, stack
 from effjax.parallel import Zero, make_mesh
-from effjax.peft import LoRA, lora
+from effjax.peft import IA3, DoRA, LoRA, Named, Tuned, lora, named, soft_prompt
 from effjax.quant import NF4, Int8
 from tests.modules import normal
 
@@ -64,10 +64,54 @@ def adapted(base: Any, key: jax.Array) -> LoRA:
   return dataclasses.replace(w, b=jax.random.normal(key, w.b.shape) / 10)
 
 
+def turned(base: Any, key: jax.Array) -> DoRA:
+  """DoRA after some training: the columns have lengths of their own."""
+  w = DoRA.over(adapted(base, key))
+  lengths = jax.random.uniform(key, w.magnitude.shape, minval=0.5, maxval=2)
+  return dataclasses.replace(w, magnitude=w.magnitude * lengths)
+
+
+def dropping(base: Any, key: jax.Array) -> LoRA:
+  """LoRA that would drop some of what it sees in a step of training."""
+  return dataclasses.replace(adapted(base, key), dropout=0.5)
+
+
+def mixed(base: Any, key: jax.Array) -> Named:
+  """A weighted sum of two adapters, one with lengths of its own."""
+  members = {"fr": turned(base, key), "de": adapted(base, jax.random.fold_in(key, 1))}
+  alone = {name: {"w": dataclasses.replace(w, base=None)} for name, w in members.items()}
+  params = named.join(alone, {"w": base})
+  return named.use(params, {"fr": 0.7, "de": -0.4})["w"]
+
+
 def scaled(base: Any, key: jax.Array) -> quant.InputScaled:
   """Inputs scaled by up to 2 either way."""
   exponents = jax.random.uniform(key, (*base.shape[:-1], 1), minval=-1, maxval=1)
   return quant.InputScaled(base, 2**exponents)
+
+
+def ia3_of(axis: int) -> Represent:
+  """IA³ after some training, of the outputs (axis −1) or the inputs (−2)."""
+
+  def wrap(base: Any, key: jax.Array) -> IA3:
+    shape = list(base.shape)
+    shape[-1 if axis == -2 else -2] = 1
+    return IA3(base, jax.random.uniform(key, shape, minval=0.5, maxval=1.5))
+
+  return wrap
+
+
+def tuned(base: Any, key: jax.Array) -> Tuned:
+  """A matrix after some training."""
+  w = weights.materialize(base)
+  return Tuned(base, w + jax.random.normal(key, w.shape) / 10)
+
+
+def prompted(base: Any, key: jax.Array) -> soft_prompt.Prompted:
+  """A table with two virtual tokens, which none of the ids is."""
+  *batch, _, width = base.shape
+  prompt = jax.random.normal(key, (*batch, 1, 2, width))
+  return soft_prompt.Prompted(base, prompt, jnp.full((*batch, 1, 1), 2.0))
 
 
 BASES: dict[str, Represent] = {
@@ -88,8 +132,25 @@ BASES: dict[str, Represent] = {
 }
 UNTRACED = ("Ternary",)
 ROUNDING = {"Int8Dynamic": 0.02, "LLMInt8": 0.02, "LLMInt8Exact": 0.02}  # of activations
-WRAPPERS: dict[str, Represent] = {"LoRA": adapted, "InputScaled": scaled}
-STANDS_OVER = {"InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA")}  # others over all
+WRAPPERS: dict[str, Represent] = {
+  "LoRA": adapted,
+  "DoRA": turned,
+  "InputScaled": scaled,
+  "IA3": ia3_of(-1),
+  "IA3 of inputs": ia3_of(-2),
+  "Tuned": tuned,
+  "Named": mixed,
+  "Prompted": prompted,
+}
+STANDS_OVER = {  # others over all
+  "DoRA": ("array", "Int8", "NF4"),
+  "Named": ("array", "Int8", "NF4", "LoRA"),
+  "InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA"),
+  "IA3": ("array", "NF4, double, of a table", "LLMInt8", "LoRA"),
+  "IA3 of inputs": ("array", "Int8"),
+  "Tuned": ("array", "Int8"),
+  "Prompted": ("array", "NF4", "LoRA"),
+}
 
 
 def over(wrap: Represent, base: Represent) -> Represent:
@@ -107,6 +168,7 @@ ROWS += [
   for name, base in (BASES | WRAPPERS).items()
   if name in STANDS_OVER.get(wrapper, (name,))
 ]
+ROWS += [row("LoRA with dropout", over(dropping, BASES["array"]), "array")]
 
 
 def in_linear(w: Any, stacked: Any, table: Any) -> jax.Array:

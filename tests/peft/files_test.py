@@ -6,7 +6,10 @@ from chex import assert_trees_all_equal
 
 from effjax import peft
 from effjax.core import trees
-from effjax.peft import lora
+from effjax.core.register import REPRESENTATIONS, register
+from effjax.core.typing import PyTree
+from effjax.peft import LoRA, lora
+from effjax.peft.adapter import Adapter, Tuned
 from effjax.quant import quantize
 
 BASE = {"query": {"kernel": jnp.ones((3, 4, 6))}, "out": {"kernel": jnp.ones((6, 4))}}
@@ -67,3 +70,81 @@ def test_damaged_files_are_refused(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match="damaged or not a file of adapters"):
       peft.load(BASE, tmp_path)
+
+
+LAYER = {"norm": {"scale": jnp.ones((2, 4))}, "ffn": {"kernel": jnp.ones((2, 4, 4))}}
+STACK = {"embed": {"embedding": jnp.ones((5, 4))}, "segments_0": {"layers_0": LAYER}}
+
+
+def with_new(params=STACK):
+  """A layer with a module more, of new parameters, and one in place of a frozen one."""
+  layer = params["segments_0"]["layers_0"]
+  new = {"up": {"kernel": Tuned(None, jnp.ones((2, 4, 3))), "bias": Tuned(None, jnp.ones((2, 3)))}}
+  scale = Tuned(layer["norm"]["scale"], jnp.full((2, 4), 3.0))
+  over = LoRA(new["up"]["kernel"], *(jnp.ones((2, *s)) for s in ((4, 1), (1, 3), (1, 1))))
+  new["up"]["kernel"] = over
+  layer = {**layer, "norm": {"scale": scale}, "after_ffn": new}
+  return {**params, "prompt": Tuned(None, jnp.ones((3, 4))), "segments_0": {"layers_0": layer}}
+
+
+def test_new_parameters_come_off_without_a_trace_and_go_on_where_nothing_is(tmp_path):
+  params = with_new()
+  base, adapters = peft.detach(params)
+  assert_trees_all_equal(base, STACK)
+  assert set(adapters) == {
+    "prompt",
+    "segments_0/layers_0/norm/scale",
+    "segments_0/layers_0/after_ffn/up/kernel",
+    "segments_0/layers_0/after_ffn/up/bias",
+  }
+  assert_trees_all_equal(peft.attach(base, adapters), params)
+  peft.save(params, tmp_path)
+  loaded = peft.load(STACK, tmp_path)
+  assert_trees_all_equal(loaded, params)
+  assert jax.tree.structure(loaded) == jax.tree.structure(params)
+
+
+def test_new_parameters_of_another_model_are_refused_by_name():
+  _, adapters = peft.detach(with_new())
+  shorter = jax.tree.map(lambda x: jnp.ones((3, *x.shape[1:])), STACK)
+  scale = "segments_0/layers_0/norm/scale"
+  for params, message in (
+    (with_new(), "'segments_0/layers_0/norm/scale' has one already"),
+    (STACK | {"prompt": jnp.ones(3)}, "'prompt' is new, and params has 'prompt'; allowed: nothing"),
+    (STACK | {"segments_0": {}}, f"nothing at '{scale}'"),
+    (shorter, f"'{scale}' .* value has shape"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      peft.attach(params, adapters)
+  adapters.pop(scale)
+  for params, message in (
+    (STACK | {"segments_0": {}}, "up/kernel': params has no segments_0/layers_0/"),
+    (shorter, r"has shape \(2, 4, 3\); allowed: 3 layers"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      peft.attach(params, {p: x for p, x in adapters.items() if p.endswith("up/kernel")})
+
+
+@register(static=("names", "size"), trains=("factors",), kind="adapter")
+class Several(Adapter):
+  """An adapter of parts, with static fields."""
+
+  factors: PyTree
+  names: tuple
+  size: float
+
+  def added(self, x, y, bias):
+    return y
+
+  def materialize(self):
+    return self.base
+
+
+def test_fields_of_any_form_come_back_as_they_were(tmp_path):
+  factors = {"a": jnp.ones(3), "b": (jnp.zeros(2, jnp.bfloat16), None, Tuned(None, jnp.ones(1)))}
+  params = {"kernel": Several(jnp.ones((3, 4)), factors, ("x", ("y", 2), None), 0.1)}
+  peft.save(params, tmp_path)
+  loaded = peft.load({"kernel": jnp.ones((3, 4))}, tmp_path)
+  assert jax.tree.structure(loaded) == jax.tree.structure(params)
+  assert_trees_all_equal(loaded, params)
+  REPRESENTATIONS.pop("Several")

@@ -1,5 +1,6 @@
 """LoRA on a tiny Llama, against Hugging Face's peft on the same weights."""
 
+import dataclasses
 import re
 
 import jax
@@ -13,7 +14,7 @@ from effjax.layers import MLP, RMSNorm, Rope
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import join
 from effjax.models.transformer import Transformer
-from effjax.peft import LoRA, lora
+from effjax.peft import lora
 from tests.modules import apply
 
 REASON = "peer comparisons run on Python 3.11, which has torch and peft"
@@ -88,22 +89,30 @@ def factors(wrapped, path, part):
   return jnp.asarray(np.stack([array(state[key.format(i, name, part)]).T for i in range(2)]))
 
 
-@pytest.mark.parametrize("rs", [False, True])
-@pytest.mark.parametrize("targets", ["mixer/(query|value)/kernel", "(mixer|ffn)/.*kernel"])
-def test_logits_and_merged_weights_equal_pefts(rs, targets):
+QV, ALL = "mixer/(query|value)/kernel", "(mixer|ffn)/.*kernel"
+
+
+@pytest.mark.parametrize(
+  ("targets", "rs", "dora"),
+  [(QV, False, False), (QV, True, False), (ALL, False, False), (ALL, True, True)],
+)
+def test_logits_and_merged_weights_equal_pefts(targets, rs, dora):
   model, module = llama(), ours()
   params = converted(model, module.config)
   chosen = [name for path, name in NAMES.items() if re.search(targets, f"{path}/kernel")]
   names = [name.rsplit(".", 1)[-1] for name in chosen]
-  config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, use_rslora=rs)
+  config = peft.LoraConfig(
+    r=RANK, lora_alpha=ALPHA, target_modules=names, use_rslora=rs, use_dora=dora
+  )
   wrapped = peft.get_peft_model(model, config).eval()
   for name, tensor in wrapped.named_parameters():
     if "lora_B" in name:
       torch.nn.init.normal_(tensor, std=0.3)
 
-  adapted = lora.add(params, jax.random.key(0), rank=RANK, alpha=ALPHA, targets=targets, rs=rs)
-  take = lambda path, w: LoRA(
-    w.base, factors(wrapped, path, "A"), factors(wrapped, path, "B"), w.scale
+  options = {"rank": RANK, "alpha": ALPHA, "rs": rs, "dora": dora}
+  adapted = lora.add(params, jax.random.key(0), targets=targets, **options)
+  take = lambda path, w: dataclasses.replace(
+    w, a=factors(wrapped, path, "A"), b=factors(wrapped, path, "B")
   )
   adapted = trees.update(adapted, targets, take)
 
