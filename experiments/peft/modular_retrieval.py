@@ -1,19 +1,24 @@
 """Do modules for a domain and a task add up to one for a combination that was never trained?
 
   scripts/run modular_retrieval                                              (5 minutes)
+  scripts/run modular_retrieval --config.seeds=0,1,2,3 --config.entries=600 --config.queries=120 \\
+      --config.steps=100 --workdir=runs/modular_retrieval_full               (under an hour)
 
-Modular Retrieval (arXiv 2303.13419) puts a prefix before queries, P_general + P_domain + P_task,
-and trains it in two stages, first the general one on all that there is, then the modules. Here the
-encoder is all-MiniLM-L6-v2, frozen, and documents take no prefix. Entries of WordNet, FOLDOC, the
-Linux manual pages and the Python documentation have a name, a definition and a detail, and four
-tasks ask with one of them for another: "define" (name → definition), "expand" (name → detail),
-"name" (definition → name), "continue" (definition → detail). All parts of all held-out entries are
-in one pool, so that nothing but its module can tell a query which part is wanted. Each seed leaves
-one task out of each domain, another one in each seed, and asks for these too.
+Modular Retrieval (arXiv 2303.13419) puts a prefix before queries, P_general + P_domain + P_task, and
+trains it in two stages: the general one on all that there is, then the modules. It claims that a
+combination of modules generalises to queries that none of it was trained on together, and that what
+a module does can be told from taking it away. Here the encoder is all-MiniLM-L6-v2, frozen, and
+documents take no prefix; `documents=general` and `second=all` are the published code's way.
 
-From the first stage all others go on for as many steps: the general prefix, the modules, and a
-prefix for one combination alone, which no composition is expected to reach. Weights of all modules
-are learned on a combination too, a quarter as long. A seed's rows differ in nothing else.
+Entries of WordNet, FOLDOC, the Linux manual pages and the Python documentation have a name, a
+definition and a detail. Four tasks ask with one of them for another: "define" (name → definition),
+"expand" (name → detail), "name" (definition → name) and "continue" (definition → detail). All parts
+of all held-out entries are one pool, so that nothing but its module tells a query which part is
+wanted. Each seed leaves one task out of each domain; four seeds leave every combination out once.
+
+From the first stage all rows go on for as many steps: the general prefix, so that it has seen as
+much; the modules; and a prefix on one combination alone, which is what modules might reach. Last,
+weights of all modules are learned on a combination, a quarter as long.
 """
 
 from pathlib import Path
@@ -43,8 +48,9 @@ COLUMNS = {
 def run(config: Config, workdir: str) -> list[harness.Row]:
   """A row a kind of prefix; writes `metrics.jsonl`, `result.csv`, `plot.png` to `workdir`."""
   study = Study(config, Path(workdir))
+  corpus = study.shared.grid.corpus
   folder = files.claim(workdir, config, free=("seeds",))
-  provenance.write(folder, study.shared.grid.corpus)
+  provenance.write(folder, corpus)
   measured = harness.compute(folder, study.rows(), label="rows")
   held_out = {seed: study.held_out(seed) for seed in study.seeds}
   harness.plot(folder, lambda rows: panels(rows, held_out))

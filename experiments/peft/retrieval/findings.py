@@ -62,10 +62,12 @@ class Findings:
         each.setdefault(seed, []).append(value)
     return [float(np.mean(each[seed])) for seed in sorted(each)]
 
-  def better(self, first: str, second: str, group: str | None) -> Verdict | None:
+  def better(
+    self, first: str, second: str, group: str | None, metric: str = "mrr"
+  ) -> Verdict | None:
     """The verdict on "`first` finds better than `second`", of what both have; None of nothing."""
-    ours = self.means(first, group, "mrr", beside=second)
-    theirs = self.means(second, group, "mrr", beside=first)
+    ours = self.means(first, group, metric, beside=second)
+    theirs = self.means(second, group, metric, beside=first)
     return less(theirs, ours) if ours and len(ours) == len(theirs) else None
 
   def _measured(self, kind: str) -> Iterator[tuple[int, str, dict[str, float]]]:
@@ -118,11 +120,10 @@ def claims(found: Findings) -> dict[str, Verdict]:
     "with another task's module it is worse": (MODULES, OTHER_TASK, None),
   }
   judged = {text: found.better(*names) for text, names in wanted.items()}
-  said = {text: verdict for text, verdict in judged.items() if verdict is not None}
   for group in (HELD_OUT, SEEN):
-    if prefers := found.means(MODULES, group, "prefers", beside=OTHER_TASK):
-      text = f"{group}: a task's module prefers the part that the task asks for"
-      said[text] = less([0.5] * len(prefers), prefers)
+    text = f"{group}: modules turn queries to the part of an entry that the task asks for"
+    judged[text] = found.better(MODULES, GENERAL, group, "prefers")
+  said = {text: verdict for text, verdict in judged.items() if verdict is not None}
   if alike := [row for row in map(likeness, found.rows) if row is not None]:
     same, different = zip(*alike, strict=True)
     said["modules of tasks with one answer are more alike than others"] = less(different, same)

@@ -10,7 +10,7 @@ import optax
 from effjax.data import pairs
 from effjax.data.cache import write_whole
 from effjax.data.tokenizers import Tokenizer
-from effjax.peft.retrieval import in_batch
+from effjax.peft.retrieval import POOLS, in_batch
 from effjax.train import make_train_step, through
 from effjax.train.step import Step
 from experiments import harness
@@ -18,6 +18,7 @@ from experiments.lab.subject import Subject, load
 from experiments.peft.retrieval.prefixed import Prefixed, adam, encode
 from experiments.peft.retrieval.task import Grid
 
+KEPT = "trainings"  # folder of arrays that no result needs
 MIXING = 0.1  # the rate of weights, which begin at 0 and 1
 
 
@@ -28,7 +29,7 @@ class Config:
   Attributes:
     model: a name or path for `models.load`, or a preset such as "tiny", which starts at random.
     domains, tasks: sources of `data.entries` and names of `data.pairs.TASKS`, comma-separated.
-    entries, queries: entries of a domain that are trained on, and that are held out.
+    entries, queries: of a domain, most that are trained on, and that are held out.
     length: tokens that are read of a text.
     pool: how an encoder's tokens become a vector, "mean" or "first".
     unit: whether vectors have length one.
@@ -66,7 +67,8 @@ def checked(config: Config) -> tuple[list[str], list[str], list[int]]:
   Raises:
     ValueError: for settings that are out of range.
   """
-  for name, allowed in (("documents", ("none", "general")), ("second", ("modules", "all"))):
+  named = {"documents": ("none", "general"), "second": ("modules", "all"), "pool": POOLS}
+  for name, allowed in named.items():
     if (given := getattr(config, name)) not in allowed:
       raise ValueError(f"{name}={given!r}; allowed: {' or '.join(map(repr, allowed))}")
   for name in ("entries", "queries", "length", "prefix", "batch", "steps"):
@@ -114,7 +116,7 @@ class Shared:
   @functools.cached_property
   def vectors(self) -> np.ndarray:
     """Of all texts, by the model as it is; kept in the folder."""
-    path = self.folder / "vectors.npy"
+    path = self.folder / KEPT / "vectors.npy"
     if not path.exists():
       every = self.grid.read(np.arange(len(self.grid.texts)))
       found = encode(self.model.plain, self.model.params, every)

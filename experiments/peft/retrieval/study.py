@@ -14,7 +14,7 @@ from effjax.train import init_state
 from experiments import harness
 from experiments.peft.retrieval import prefixed
 from experiments.peft.retrieval.prefixed import encode, train
-from experiments.peft.retrieval.setup import Config, Shared, checked
+from experiments.peft.retrieval.setup import KEPT, Config, Shared, checked
 from experiments.peft.retrieval.task import NOTHING, Batch, Cell, word
 
 BASE, FIRST, GENERAL, MODULES = "as it is", "general, first stage", "general", "modules"
@@ -28,7 +28,7 @@ class Study:
 
   Attributes:
     config: the settings.
-    folder: of the results; what is trained is kept there.
+    folder: of the results; what is trained is kept in it.
   """
 
   def __init__(self, config: Config, folder: Path):
@@ -161,7 +161,7 @@ class Study:
     )
 
   def _path(self, seed: int, kind: str) -> Path:
-    return self.folder / "prefixes" / f"{seed} {kind}.safetensors"
+    return self.folder / KEPT / f"{seed} {kind}.safetensors"
 
 
 def _copy(params: Params) -> Params:

@@ -2,14 +2,16 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.spatial import distance
 
 from effjax.data import pairs
 from effjax.data.tokenizers import ByteTokenizer
 from effjax.train import workdir as files
 from experiments.peft import modular_retrieval as study
-from experiments.peft.retrieval import findings
+from experiments.peft.retrieval import findings, prefixed
 from experiments.peft.retrieval.study import BASE, FIRST, GENERAL, MODULES, OWN, Study
 from experiments.peft.retrieval.task import NOTHING, Grid, padded, word
 from tests.entries import store
@@ -175,4 +177,15 @@ def test_a_study_measures_and_resumes(tmp_path):
   np.testing.assert_array_equal(general(first), general(after))
   assert not np.asarray(modules(first)).any() and np.asarray(modules(after)).any()
   assert not np.array_equal(general(model.start(0)), general(first))
+  # Weights of 1 for its own modules are what a cell's attributes choose.
+  cell = made.shared.grid.cells[0]
+  batch, own = made.shared.grid.read(made.shared.grid.pool), made.shared.grid.attributes(cell)
+  weighed = model.fold({"modules": after, "weights": jnp.zeros(4).at[own].set(1)})
+  chosen = prefixed.encode(model.modular, after, batch, own)
+  np.testing.assert_allclose(prefixed.encode(model.weighed, weighed, batch), chosen, atol=1e-5)
+  assert np.abs(chosen - prefixed.encode(model.modular, first, batch, own)).max() > 1e-4
+  arrays = [x for path, x in prefixed.arrays_of(after).items() if "module" in path]
+  flat = np.concatenate([np.moveaxis(np.asarray(x), -4, 0).reshape(4, -1) for x in arrays], axis=1)
+  wanted = 1 - distance.cdist(flat.astype(float), flat.astype(float), "cosine")
+  np.testing.assert_allclose(model.cosines(after), np.nan_to_num(wanted), atol=1e-6)
   assert {word(cell) for cell in made.held_out(0)} == {"wordnet/define", "manpages/expand"}
