@@ -17,6 +17,7 @@ from effjax.layers import MLP, LayerNorm, LayerSpec, Rope, TransformerConfig
 from effjax.layers.objective import through
 from effjax.models import Transformer
 from effjax.peft import prefix
+from effjax.peft.prefix.layers import replaced
 from effjax.train import next_token
 from tests.modules import apply, random_params
 
@@ -87,7 +88,7 @@ COMBINATIONS = ((0, 2), (2,), (), (1,))
 @pytest.mark.parametrize("mean", [False, True])
 def test_rows_choose_modules(modular, mean):
   tuned, params = modular
-  tuned = prefix._replaced(tuned, TrainedPrefix(2, 3, mean))
+  tuned = replaced(tuned, TrainedPrefix(2, 3, mean))
   tokens = np.tile(TOKENS[:1], (4, 1))
   found = np.asarray(apply(Transformer(tuned), params, tokens, attributes=ROWS))
   for row, chosen in enumerate(COMBINATIONS):
