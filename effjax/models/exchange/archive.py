@@ -114,7 +114,8 @@ def read_ours(folder: Folder) -> tuple[dict[str, str], Parts]:
   block = lambda x: isinstance(x, list) and [*map(type, x)] in ([str], [str, int, float])
   blocks = lambda x: isinstance(x, list) and all(map(block, x))
   lists = lambda x: isinstance(x, dict) and all(map(blocks, x.values()))
-  base, parts = values.get("base"), values.get("parts")
+  base: Any = values.get("base")
+  parts: Any = values.get("parts")
   if len(values) != 2 or not strings(base) or not lists(parts):
     raise ValueError(f"{folder.file(OURS)}: damaged: {values}; allowed: what peft.save wrote")
   return base, parts
@@ -129,10 +130,7 @@ def write(folder: Path, written: Written, base: Mapping[str, str]) -> Path:
   Raises:
     OSError: when they cannot be written.
   """
-  stored = {
-    name: (x.shape, x.dtype, lambda x=x: np.ascontiguousarray(x))
-    for name, x in written.tensors.items()
-  }
+  stored = {name: _stored(x) for name, x in written.tensors.items()}
   config = json.dumps(written.fields, indent=2, sort_keys=True)
   writers = {
     OURS: lambda path: path.write_text(ours(base, written.parts)),
@@ -155,3 +153,7 @@ def write(folder: Path, written: Written, base: Mapping[str, str]) -> Path:
 def ours(base: Mapping[str, str], parts: Parts) -> str:
   """The text of the file that peft does not have."""
   return json.dumps({"base": base, "parts": parts}, indent=2)
+
+
+def _stored(x: np.ndarray) -> safetensors_files.Stored:
+  return x.shape, x.dtype, lambda: x

@@ -144,7 +144,8 @@ def shortest(chosen: Iterable[str], modules: Mapping[str, Module]) -> list[str]:
 
   One name stands for the same module of all layers where it means no module besides.
   """
-  names, found = [*chosen], {}
+  names = [*chosen]
+  found: dict[str, None] = {}
   for name in names:
     local = modules[name].local
     meant = {other for other in modules if other.endswith(local)}

@@ -46,7 +46,9 @@ def gathered(module: Module, adapters: Adapters, view: View) -> Factors | None:
   alike = len({*scales}) == 1 and all(np.array_equal(a[0], other) for other in a)
   if alike and len(given) == len(module.parts):
     return Factors(a[0], np.concatenate(b), scale, magnitude)
-  blocks = [[part.slot.path, len(x), s] for (part, _), x, s in zip(given, a, scales, strict=True)]
+  blocks: list[Block] = [
+    [part.slot.path, len(x), s] for (part, _), x, s in zip(given, a, scales, strict=True)
+  ]
   whole, at = np.zeros((module.outputs, sum(map(len, a))), np.float32), 0
   for (part, _), x, (_, rank, own) in zip(given, b, blocks, strict=True):
     whole[_columns(part), at : at + rank] = x * _ratio(own, scale)
@@ -60,7 +62,7 @@ def scattered(module: Module, factors: Factors, dropout: float) -> Adapters:
     whole = slice(None), factors.scale
     return {part.slot: _adapter(factors, part, *whole, dropout) for part in module.parts}
   by_path = {part.slot.path: part for part in module.parts}
-  found, at = {}, 0
+  found, at = Adapters(), 0
   for path, rank, scale in factors.blocks:
     found[by_path[path].slot] = _adapter(
       factors, by_path[path], slice(at, at + rank), scale, dropout
@@ -93,7 +95,7 @@ def rebased(module: Module, factors: Factors, view: View) -> Factors:
 
 def _adapter(factors: Factors, part: Part, rows: slice, scale: float, dropout: float) -> LoRA:
   ratio = _ratio(scale, factors.scale)
-  a, b = factors.a[rows].T, factors.b[_columns(part), rows].T / (ratio or np.float32(1))
+  a, b = factors.a[rows].T, factors.b[_columns(part), rows].T / (ratio if ratio else 1)
   fields = (jnp.asarray(a), jnp.asarray(b), jnp.full((1, 1), scale, jnp.float32))
   if factors.magnitude is None:
     return LoRA(None, *fields, dropout=dropout)
@@ -120,6 +122,6 @@ def _columns(part: Part) -> slice:
   return slice(None) if part.span is None else slice(*part.span[:2])
 
 
-def _ratio(scale: float, whole: float) -> np.float32:
+def _ratio(scale: float, whole: float) -> np.ndarray:
   """By what B of a block of another scale is multiplied in that of the module."""
-  return np.float32(scale / whole if whole else 1)
+  return np.asarray(scale / whole if whole else 1, np.float32)

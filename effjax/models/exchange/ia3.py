@@ -53,11 +53,10 @@ def write(view: View, adapters: Adapters) -> Written | None:
   """What a folder has to hold; None where peft's layout cannot say it."""
   modules = naming.named(view.family, view.modules)
   given = {name: _given(module, adapters) for name, module in modules.items()}
-  vectors = {name: _gathered(modules[name], parts) for name, parts in given.items() if parts}
+  every = {name: _gathered(modules[name], parts) for name, parts in given.items() if parts}
+  vectors = {name: vector for name, vector in every.items() if vector is not None}
   beside = whole.write(adapters, modules, set(vectors))
-  if not vectors or beside is None or "bias" in beside.fields:
-    return None
-  if any(vector is None for vector in vectors.values()):
+  if not every or len(vectors) < len(every) or beside is None or "bias" in beside.fields:
     return None
   inputs = [name for name, vector in vectors.items() if len(vector) == 1]
   outputs = [name for name in vectors if name not in inputs]

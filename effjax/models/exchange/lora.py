@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
   "alpha_pattern": None,
 }
 # What would change the computation, and has to be as it is when left out.
-ABSENT = {
+ABSENT: dict[str, tuple] = {
   "lora_bias": (False, None),
   "use_qalora": (False, None),
   **{
@@ -83,7 +83,7 @@ def read(fields: Fields, archive: Archive, view: View, parts: Parts) -> Adapted:
   tied = tied and view.tied and ends.take_tied(archive, modules, tensors)
   adapted = {name for name, there in tensors.items() if {*A_AND_B, *OF_TABLES} & {*there}}
   choosing.check_adapted(archive, rules, modules, adapted, parts)
-  scales, found = _Scales(fields), {}
+  scales, found = _Scales(fields), Adapters()
   for name in sorted(adapted):
     factors = _read_factors(archive, name, modules[name], scales)
     if start == "pissa":
@@ -149,18 +149,18 @@ class _Scales:
 
 def _read_factors(archive: Archive, name: str, module: Module, scales: _Scales) -> Factors:
   rank, scale = scales.of(name)
-  shapes = {"a": (rank, module.inputs), "b": (module.outputs, rank)}
-  ends = dict(zip(shapes, OF_TABLES if module.kind == "embedding" else A_AND_B, strict=True))
-  if scales.dora:
-    shapes["magnitude"], ends["magnitude"] = (module.outputs,), MAGNITUDE
-  prefix = f"{PREFIX}{name}."
-  return Factors(
-    **{what: archive.take(prefix + end, shapes[what]) for what, end in ends.items()}, scale=scale
-  )
+  take = lambda end, *shape: archive.take(f"{PREFIX}{name}.{end}", shape)
+  of_a, of_b = _ends_of(module)
+  a, b = take(of_a, rank, module.inputs), take(of_b, module.outputs, rank)
+  return Factors(a, b, scale, take(MAGNITUDE, module.outputs) if scales.dora else None)
+
+
+def _ends_of(module: Module) -> tuple[str, str]:
+  return OF_TABLES if module.kind == "embedding" else A_AND_B
 
 
 def _tensors(prefix: str, module: Module, factors: Factors) -> dict[str, np.ndarray]:
-  a, b = OF_TABLES if module.kind == "embedding" else A_AND_B
+  a, b = _ends_of(module)
   found = {prefix + a: factors.a, prefix + b: factors.b}
   return found if factors.magnitude is None else found | {prefix + MAGNITUDE: factors.magnitude}
 

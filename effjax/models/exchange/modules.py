@@ -32,7 +32,7 @@ class Slot:
 
 
 TABLE, HEAD = Slot(None, "embed/embedding"), Slot(None, "head/kernel")
-Adapters = dict[Slot, Weight]
+Adapters = dict[Slot, Any]  # a `Weight` without a base for each
 Adapted = tuple[TransformerConfig, Params]
 
 

@@ -67,7 +67,7 @@ def save(model: Model, folder: str | Path) -> Path:
     (folder / OURS).write_text(archive.ours(digests, {}))
     return path
   task = "CAUSAL_LM" if model.config.head == "lm" else "FEATURE_EXTRACTION"
-  fields = COMMON | {"peft_type": method, "task_type": task} | written.fields
+  fields = {**COMMON, "peft_type": method, "task_type": task, **written.fields}
   return archive.write(folder, written._replace(fields=fields), digests)
 
 

@@ -84,7 +84,7 @@ def reparametrize(
     >>> config, params = add(presets.TINY, params, jax.random.key(1), length=5)
     >>> trained, view = reparametrize(config, params, jax.random.key(2), hidden=8)
     >>> trained["embedding"].shape, trained["up"]["kernel"].shape, flat(config, view(trained)).shape
-    ((5, 64), (64, 8), (5, 256))
+    ((5, 32), (32, 8), (5, 128))
 
   Reference: arXiv 2101.00190, section 4.3; two layers, as in Hugging Face's peft.
   """
@@ -94,7 +94,8 @@ def reparametrize(
     "hidden": config.width if hidden is None else hidden,
   }
   E, H = (number(name, n, integer=True, least=1) for name, n in sizes.items())
-  trained = {"embedding": jax.random.normal(trees.path_key(key, "embedding"), (prefix.length, E))}
+  trained: dict[str, PyTree] = {}
+  trained["embedding"] = jax.random.normal(trees.path_key(key, "embedding"), (prefix.length, E))
   for name, D, F in (("up", E, H), ("down", H, sum(map(math.prod, shapes)))):
     kernel = KERNEL_INIT(trees.path_key(key, name), (D, F), jnp.float32)
     trained[name] = {"kernel": kernel, "bias": jnp.zeros(F)}
