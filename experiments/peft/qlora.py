@@ -19,10 +19,11 @@ import statistics
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from effjax import cost, data, quant
 from effjax.peft.lora import LoftQ
-from effjax.train import make_train_step
+from effjax.train import init_state, make_train_step, next_token
 from effjax.train import workdir as files
 from experiments import harness
 from experiments.lab import provenance
@@ -31,7 +32,7 @@ from experiments.lab.plots import LOG, Axis, Line, Panel, Series
 from experiments.lab.subject import Subject, load
 from experiments.lab.verdicts import Verdict, deviation, less
 from experiments.peft.methods import METHODS, Method, low_rank
-from experiments.peft.tuning import Evaluation, Timed, Tuning, account, adamw
+from experiments.peft.tuning import PARTS, Evaluation, Timed, account, adamw
 from experiments.quant.schemes import SCHEMES
 
 SHARE, MARGIN = 0.25, 1.02  # of the bytes of full fine-tuning, and of LoRA's loss
@@ -48,13 +49,12 @@ class Arm:
   method: Method
   base: str = "float32"
 
-  def __call__(self, subject: Subject) -> Tuning:
+  def __call__(self, subject: Subject) -> Subject:
     params = SCHEMES[self.base].change(subject.params, None)
-    return Tuning.of(self.method(Subject(subject.config, params), jax.random.key(0)))
+    return self.method(Subject(subject.config, params), jax.random.key(0))
 
 
 FULL, PLAIN, QLORA, LOFTQ, INT8 = "full", "lora", "qlora", "qlora-loftq", "int8-lora"
-PARTS = ("frozen", "trained", "optimiser")
 ARMS = {
   FULL: Arm(METHODS["full"]),
   PLAIN: Arm(LORA),
@@ -160,19 +160,19 @@ class Prepared:
   """The programs of an arm, which its seeds share.
 
   Attributes:
-    start: gives the state before the first step.
+    start: gives the state before the first step, of copies.
     step, evaluate: what the runs compute.
     sizes: bytes of the state and of the compiled step, and the loss at the start.
   """
 
-  def __init__(self, tuning: Tuning, optimizer, batch: dict, text: list[dict]):
-    self.start = functools.partial(tuning.start, optimizer)
-    self.step = make_train_step(tuning.objective, optimizer)
-    self.evaluate = Evaluation(tuning, text)
+  def __init__(self, subject: Subject, optimizer, batch: dict, text: list[dict]):
+    self.start = lambda: init_state(jax.tree.map(jnp.copy, subject.params), optimizer)
+    self.step = make_train_step(next_token(subject.module), optimizer)
+    self.evaluate = Evaluation(subject.module, text)
     state = self.start()
     arguments = (self.step.objective, state, batch, jax.random.key(0))
     self.sizes = {
-      **account(tuning, state),
+      **account(state),
       "peak": cost.compiled(self.step.program, *arguments).peak,
       "loss_before": self.evaluate(state.params),
     }
