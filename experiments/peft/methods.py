@@ -9,11 +9,12 @@ PiSSA and full fine-tuning want plain matrices; a mixture of experts wants layer
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core import trees
 from effjax.core.typing import Key, Params, PyTree
@@ -21,7 +22,6 @@ from effjax.core.weights import is_weight
 from effjax.models import TransformerConfig
 from effjax.moe import MoE, TopK
 from effjax.peft import bitfit, bottleneck, experts, ia3, lora, prefix, soft_prompt
-from effjax.train.objectives import Batch
 from experiments.lab.subject import Subject
 
 KERNELS = r"(query|key|value|out|up|gate|down)/kernel$"
@@ -40,7 +40,7 @@ class Method:
     kind: what the plots tell it by.
     rate: peak learning rate of AdamW where no other is asked for.
     change: (config, params, key) → the model with what trains, which alone does.
-    batch: (params, batch) → the batch as that model reads it.
+    batch: (params, batch) → the batch, or the prompts, as that model reads it.
     stored: (trained, started, original) → `trained` as it stands over the parameters `original`,
       of which `change` made `started`.
   """
@@ -49,7 +49,7 @@ class Method:
   kind: str
   rate: float
   change: Change
-  batch: Callable[[Params, Batch], Batch] = lambda params, batch: batch
+  batch: Callable[[Params, Any], Any] = lambda params, batch: batch
   stored: Callable[[Params, Params, Params], Params] = lambda trained, started, original: trained
 
   def __call__(self, subject: Subject, key: Key) -> Subject:
@@ -103,6 +103,15 @@ def prefixed(config: TransformerConfig, params: Params, key: Key):
   return prefix.add(config, params, key, length=VIRTUAL, bidirectional=seen)
 
 
+def prompted(params: Params, batch: Any) -> Any:
+  """Virtual tokens before each sequence; the tokens that are scored are those of other methods."""
+  found = soft_prompt.prepend(params, batch)
+  if not isinstance(found, Mapping) or "weights" not in found:
+    return found
+  real = found["tokens"] < params["embed"]["embedding"].shape[0]
+  return {**found, "weights": found["weights"] * real.astype(np.float32)}
+
+
 def bidirectional(config: TransformerConfig) -> bool:
   """Whether the first of two tokens sees the second in a layer, as in encoders."""
   masks = {getattr(spec.mixer, "mask", None) for spec in config.layers} - {None}
@@ -151,7 +160,7 @@ METHODS = {
       VIRTUAL_TOKENS,
       1e-2,
       functools.partial(soft_prompt.add, length=VIRTUAL),
-      batch=soft_prompt.prepend,
+      batch=prompted,
     ),
     Method("full", "everything", 5e-5, full),
   )

@@ -245,13 +245,12 @@ def panels(rows: list[harness.Row]) -> list[Panel]:
     y = lambda name: [row["loss"] for row in of(name)]
     return [Series(name, x(name), y(name), joined=False) for name in ARMS if of(name)]
 
-  lines = []
+  lines, size = [], []
   if of(PLAIN):
     bound = MARGIN * statistics.mean(row["loss"] for row in of(PLAIN))
-    lines.append(Line(f"{MARGIN - 1:.0%} above LoRA's mean", y=bound))
-  size = [Line(f"{SHARE:g} of full fine-tuning", x=SHARE * total(of(FULL)[0]) / MB)] * bool(
-    of(FULL)
-  )
+    lines = [Line(f"{MARGIN - 1:.0%} above LoRA's mean", y=bound)]
+  if of(FULL):
+    size = [Line(f"{SHARE:g} of full fine-tuning", x=SHARE * total(of(FULL)[0]) / MB)]
   loss = Axis("held-out text, nats a token")
   state, peak = Axis("MB of parameters and optimiser", LOG), Axis("MB that a step holds", LOG)
   return [

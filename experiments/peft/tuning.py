@@ -1,4 +1,4 @@
-"""What runs of fine-tuning share: the optimiser, what is kept, what is paid, and how long it takes."""
+"""What runs of fine-tuning share: the optimiser, what is kept and paid, how long a step takes."""
 
 import math
 import statistics
