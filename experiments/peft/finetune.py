@@ -100,6 +100,7 @@ class Config:
 def run(config: Config, workdir: str) -> list[harness.Row]:
   """One row; writes adapters, the merged model, checkpoints, metrics, table, plot and samples."""
   method, scheme = _one("method", METHODS, config.method), _one("base", BASES, config.base)
+  optimizer = adamw(config.learning_rate or method.rate, config.steps)
   folder = files.claim(workdir, config)
   corpus = data.text(config.text)
   provenance.write(folder, corpus)
@@ -109,7 +110,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   started = adapted(method, base, jax.random.key(config.seed))
   plain = lambda params, given: given
   before = kept(folder / "before.json", lambda: text.read(base, plain))
-  state, seconds = _train(config, method, started, text, folder)
+  state, seconds = _train(config, optimizer, method, started, text, folder)
   tuned = Subject(started.config, state.params)
   measure = lambda: {**text.read(tuned, method.batch), "seconds": seconds}
   after = kept(folder / "after.json", measure)
@@ -218,9 +219,8 @@ def adapted(method: Method, base: Subject, key: jax.Array) -> Subject:
   return method(base, key)
 
 
-def _train(config: Config, method: Method, started: Subject, text: Text, folder: Path):
+def _train(config: Config, optimizer, method: Method, started: Subject, text: Text, folder: Path):
   """The state after the last step, and the seconds of one."""
-  optimizer = adamw(config.learning_rate or method.rate, config.steps)
   objective = next_token(started.module)
   step = make_train_step(objective, optimizer, microbatches=config.microbatches)
   lay_out = functools.partial(method.batch, started.params)
