@@ -10,8 +10,8 @@ from effjax.attention.longformer import Longformer
 from effjax.attention.longlora import ShiftedSparseAttention, shifted_group_attention
 from effjax.attention.lsra import LSRA
 from effjax.attention.multi_head import Attention
-from effjax.attention.prefix import TrainedPrefix
 from effjax.attention.ring import ring_attend
+from effjax.layers.prefix import TrainedPrefix
 
 __all__ = [
   "LSRA",

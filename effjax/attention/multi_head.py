@@ -10,15 +10,14 @@ import jax.numpy as jnp
 from effjax.attention import masks, parts
 from effjax.attention.attend import attend
 from effjax.attention.kv_cache import KVCache, empty
-from effjax.attention.prefix import TrainedPrefix
 from effjax.attention.scores import Score
 from effjax.core.typing import Array, Dim, DTypeLike, Float
 from effjax.core.weights import materialize
 from effjax.layers import Context, Linear, RMSNorm, Rope, taps, weight, without_padding
 from effjax.layers.axes import linear_axes
 from effjax.layers.meshes import on_any_mesh
-
-PREFIX_INIT = nn.initializers.normal(0.02)
+from effjax.layers.prefix import INIT as PREFIX_INIT
+from effjax.layers.prefix import TrainedPrefix
 
 
 class Attention(nn.Module):

@@ -164,7 +164,7 @@ def digests(params: PyTree) -> dict[str, str]:
   Example:
     >>> import numpy as np
     >>> digests({"w": np.ones(3, np.float32)})
-    {'w': 'float32 [3] 3b8d5fd7ff9a9c5c'}
+    {'w': 'float32 [3] 82c3cafeca1f2512'}
   """
   return {path: _digest(leaf) for path, leaf in items(params).items()}
 

@@ -234,7 +234,7 @@ def check_attributes(config: TransformerConfig, attributes: Any) -> None:
     check_ids("attributes", attributes, min(counts), attributes >= 0)
 
 
-def ask(module: nn.Module, name: str, where: str) -> Any:
+def ask(module: nn.Module | None, name: str, where: str) -> Any:
   """The attribute `name` of a module; ValueError with what stands `where` if there is none."""
   if not hasattr(module, name):
     raise ValueError(f"{where} is {type(module).__name__}; allowed: modules that have `{name}`")

@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning: small trained additions to a frozen model."""
 
-from effjax.peft import bottleneck, experts, ia3, lora, named, prefix, soft_prompt
-from effjax.peft.adapter import Tuned
+from effjax.peft import adapters, experts, ia3, lora, named, prefix, ranking, retrieval, soft_prompt
+from effjax.peft.beside import Tuned
 from effjax.peft.combine import combine
 from effjax.peft.compose import compose
 from effjax.peft.detached import attach, detach
@@ -20,9 +20,9 @@ __all__ = [
   "LoRA",
   "Named",
   "Tuned",
+  "adapters",
   "attach",
   "bitfit",
-  "bottleneck",
   "combine",
   "compose",
   "detach",
@@ -33,6 +33,8 @@ __all__ = [
   "merge",
   "named",
   "prefix",
+  "ranking",
+  "retrieval",
   "save",
   "soft_prompt",
   "trainable",

@@ -15,7 +15,7 @@ import numpy as np
 from effjax.core import trees
 from effjax.core.known import number
 from effjax.core.typing import Array, Float, Key, PyTree, Scalar, Size
-from effjax.peft.adapter import is_adapter
+from effjax.peft.beside import is_adapter
 from effjax.peft.detached import attach, detach
 from effjax.peft.low_rank import LoRA
 from effjax.peft.members import family, is_same

@@ -8,7 +8,7 @@ from typing import Any
 from effjax.core import trees
 from effjax.core.typing import PyTree
 from effjax.core.weights import Weight
-from effjax.peft.adapter import Tuned, is_adapter
+from effjax.peft.beside import Tuned, is_adapter
 
 
 def detach(params: PyTree) -> tuple[PyTree, dict[str, Weight]]:
@@ -30,7 +30,7 @@ def detach(params: PyTree) -> tuple[PyTree, dict[str, Weight]]:
   found = {path: leaf for path, leaf in trees.items(params).items() if is_adapter(leaf)}
   if not found:
     raise ValueError(
-      "params has no adapter; allowed: what tune and the add of lora, ia3, bottleneck, … give"
+      "params has no adapter; allowed: what tune and the add of lora, ia3, adapters, … give"
     )
   base = trees.update(params, lambda path, leaf: path in found, lambda path, leaf: _base(leaf))
   for path, leaf in found.items():

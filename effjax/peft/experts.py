@@ -20,8 +20,8 @@ from effjax.core.weights import Over, linear, materialize, register, transpose
 from effjax.layers import MLP, Context, LayerSpec, Router, TransformerConfig
 from effjax.layers.stack import change
 from effjax.peft import lora
-from effjax.peft.adapter import Tuned, is_adapter
-from effjax.peft.bottleneck import chosen_layers
+from effjax.peft.adapters import chosen_layers
+from effjax.peft.beside import Tuned, is_adapter
 
 TARGETS = r"kernel$"
 Mixture = Callable[[nn.Module], nn.Module]

@@ -14,7 +14,7 @@ from effjax.core import numerics, trees, weights
 from effjax.core.trees import Chooser
 from effjax.core.typing import Array, Float, Int, PyTree
 from effjax.core.weights import linear, materialize, register, transpose
-from effjax.peft.adapter import Adapter
+from effjax.peft.beside import Adapter
 
 TARGETS = r"(mixer|cross)/(key|value)/kernel$"
 FEEDFORWARD = r"ffn/(.*/)?down/kernel$"

@@ -17,12 +17,24 @@ from effjax.core.known import number
 from effjax.core.trees import Chooser
 from effjax.core.typing import Array, Key, Number, PyTree, Scalar, Size
 from effjax.core.weights import Weight, entries, is_weight, materialize, offset
-from effjax.peft.adapter import is_adapter
+from effjax.peft.beside import is_adapter
+from effjax.peft.combine import combine
 from effjax.peft.dora import DoRA
 from effjax.peft.low_rank import LoRA
 from effjax.peft.starts import LoftQ, PiSSA, Represent, Start, default, start_of
 
-__all__ = ["DoRA", "LoRA", "LoftQ", "PiSSA", "add", "init", "merge", "rebase", "unmerge"]
+__all__ = [
+  "DoRA",
+  "LoRA",
+  "LoftQ",
+  "PiSSA",
+  "add",
+  "combine",
+  "init",
+  "merge",
+  "rebase",
+  "unmerge",
+]
 TARGETS = r"mixer/(query|value)/kernel$"
 
 

@@ -12,7 +12,7 @@ from effjax.core import numerics, weights
 from effjax.core.known import number
 from effjax.core.typing import Array, Float, Int, Key, PyTree
 from effjax.core.weights import Weight, linear, materialize, register, transpose
-from effjax.peft.adapter import Adapter
+from effjax.peft.beside import Adapter
 
 
 @register(trains=("a", "b"), static=("dropout",), kind="adapter")

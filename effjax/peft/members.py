@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from effjax.core import trees
 from effjax.core.known import known
 from effjax.core.typing import PyTree
-from effjax.peft.adapter import is_adapter
+from effjax.peft.beside import is_adapter
 from effjax.peft.low_rank import LoRA
 
 

@@ -11,7 +11,7 @@ from effjax.core import trees, weights
 from effjax.core.register import register
 from effjax.core.typing import Array, Float, Int, Key, PyTree
 from effjax.core.weights import Transposed
-from effjax.peft.adapter import Adapter
+from effjax.peft.beside import Adapter
 from effjax.peft.low_rank import LoRA
 
 

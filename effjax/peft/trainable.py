@@ -5,7 +5,7 @@ from typing import Any
 
 from effjax.core import trees
 from effjax.core.typing import PyTree
-from effjax.peft.adapter import is_adapter
+from effjax.peft.beside import is_adapter
 
 
 def trainable(params: PyTree) -> Callable[[str, Any], bool]:

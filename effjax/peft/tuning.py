@@ -10,7 +10,7 @@ from effjax.core import trees
 from effjax.core.trees import Chooser
 from effjax.core.typing import PyTree
 from effjax.core.weights import materialize
-from effjax.peft.adapter import Tuned, is_adapter
+from effjax.peft.beside import Tuned, is_adapter
 
 BIASES = r"(^|/)bias$"
 NORMS = r"norm/(scale|bias)$"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from effjax.core import known, trees
 from effjax.core.typing import Key, Params
 from effjax.parallel.placement import Placement
-from effjax.peft.adapter import is_adapter
+from effjax.peft.beside import is_adapter
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.objectives import Batch
 from effjax.train.settings import Settings, moments

@@ -30,7 +30,7 @@ from effjax.core import trees
 from effjax.core.typing import Params
 from effjax.data.tokenizers import Tokenizer
 from effjax.models.tokenizers import PretrainedTokenizer
-from effjax.peft.adapter import is_adapter
+from effjax.peft.beside import is_adapter
 from effjax.train import LoopConfig, fit, init_state, make_train_step, next_token, perplexity
 from effjax.train import workdir as files
 from effjax.train.objectives import Batch

@@ -21,11 +21,11 @@ from effjax.core.typing import Key, Params, PyTree
 from effjax.core.weights import is_weight
 from effjax.models import TransformerConfig
 from effjax.moe import MoE, TopK
-from effjax.peft import bitfit, bottleneck, experts, ia3, lora, prefix, soft_prompt
+from effjax.peft import adapters, bitfit, experts, ia3, lora, prefix, soft_prompt
 from experiments.lab.subject import Subject
 
 KERNELS = r"(query|key|value|out|up|gate|down)/kernel$"
-RANK, HOUSLBY, PFEIFFER, VIRTUAL = 8, 32, 64, 16
+RANK, HOULSBY, PFEIFFER, VIRTUAL = 8, 32, 64, 16
 EXPERTS, CHOSEN, EXPERT_RANK = 4, 2, 4
 
 Change = Callable[[TransformerConfig, Params, Key], tuple[TransformerConfig, Params]]
@@ -93,8 +93,9 @@ def beside(change: Callable[[PyTree], PyTree]) -> Change:
   return lambda config, params, key: (config, change(params))
 
 
-def adapters(kind: str, width: int) -> Change:
-  return functools.partial(bottleneck.add, kind=kind, width=width)
+def bottlenecks(kind: str, width: int) -> Change:
+  """Adapters of one width in every layer."""
+  return functools.partial(adapters.add, kind=kind, width=width)
 
 
 def prefixed(config: TransformerConfig, params: Params, key: Key):
@@ -151,8 +152,8 @@ METHODS = {
     Method("lora-dropout", LOW_RANK, 1e-3, low_rank(dropout=0.1)),
     Method("ia3", SCALES, 1e-2, beside(ia3.add)),
     Method("bitfit", SCALES, 1e-2, beside(bitfit)),
-    Method("houlsby", MODULES, 1e-3, adapters("houlsby", HOUSLBY)),
-    Method("pfeiffer", MODULES, 1e-3, adapters("pfeiffer", PFEIFFER)),
+    Method("houlsby", MODULES, 1e-3, bottlenecks("houlsby", HOULSBY)),
+    Method("pfeiffer", MODULES, 1e-3, bottlenecks("pfeiffer", PFEIFFER)),
     Method("lora-experts", MODULES, 1e-3, mixed),
     Method("prefix", VIRTUAL_TOKENS, 1e-2, prefixed),
     Method(

@@ -18,7 +18,7 @@ from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models import Transformer
 from effjax.parallel import Anywhere, Placement, Zero, make_mesh
-from effjax.peft import bottleneck, experts, ia3, lora, named, prefix, soft_prompt
+from effjax.peft import adapters, experts, ia3, lora, named, prefix, soft_prompt
 from effjax.train import next_token
 from tests.contract.layers import GQA, KEY, MHA, SWIGLU, TOKENS, B, T, V, config
 from tests.modules import random_params
@@ -116,11 +116,11 @@ def with_modules(config: TransformerConfig, params: Any) -> tuple[TransformerCon
   """LoRA experts, and a mixture of adapters after them."""
   config, params = experts.add(config, params, KEY, MIXTURE, rank=2)
   inner = MIXTURE(MLP(4, use_bias=True))
-  return bottleneck.insert(config, params, KEY, inner, places=("after_ffn",))
+  return adapters.insert(config, params, KEY, inner, places=("after_ffn",))
 
 
 def without_modules(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
-  return experts.remove(*bottleneck.remove(*with_modules(config, params)))
+  return experts.remove(*adapters.remove(*with_modules(config, params)))
 
 
 def folded(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
@@ -159,13 +159,13 @@ TRANSFORMS = [
   Transform("tuned", on_params(lambda p: peft.tune(peft.bitfit(p), "norm/scale$")),
             (peft.tune, peft.bitfit), config=WITH_BIASES),
   Transform("IA3 and merged", on_params(lambda p: peft.merge(ia3.add(p))), (ia3.add, peft.merge)),
-  Transform("Houlsby", lambda c, p: bottleneck.add(c, p, KEY, width=4), (bottleneck.add,), 0.1),
-  Transform("modules", with_modules, (experts.add, bottleneck.insert), 0.1),
-  Transform("modules and removed", without_modules, (experts.remove, bottleneck.remove), 0),
+  Transform("Houlsby", lambda c, p: adapters.add(c, p, KEY, width=4), (adapters.add,), 0.1),
+  Transform("modules", with_modules, (experts.add, adapters.insert), 0.1),
+  Transform("modules and removed", without_modules, (experts.remove, adapters.remove), 0),
   Transform("named adapters", on_params(mixed), (named.add, named.use), same=None),
   Transform("one named adapter alone", on_params(alone), (named.take, named.remove)),
   Transform("prefix", lambda c, p: prefix.add(c, p, KEY, length=2), (prefix.add,), same=None),
-  Transform("prefix of a text", lambda c, p: prefix.from_tokens(c, p, [1, 2]),
+  Transform("prefix of a text", lambda c, p: prefix.from_tokens(Transformer(c), p, [1, 2]),
             (prefix.from_tokens,), same=None, config=PLAIN),
   Transform("prefix, modules folded", folded,
             (prefix.add_modules, prefix.remove_modules, prefix.fold), same=None),

@@ -31,8 +31,8 @@ from effjax.layers.spec import LayerSpec, Mixer, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models.transformer import Transformer
 from effjax.moe import MoE, TopK
-from effjax.peft import LoRA, bottleneck, experts, lora
-from effjax.peft.bottleneck import Bottleneck
+from effjax.peft import LoRA, adapters, experts, lora
+from effjax.peft.adapters import Bottleneck
 from effjax.quant import quantize
 from tests.modules import normal, random_params
 
@@ -243,7 +243,7 @@ def bottlenecks(params, key):
   layer = params["segments_0"]["layers_0"]
   kept = {name: x for name, x in layer.items() if name not in ("after_mixer", "after_ffn")}
   plain = quantize(params | {"segments_0": {"layers_0": kept}})
-  return bottleneck.add(LLAMA, plain, key, width=4, stddev=0.3)[1]
+  return adapters.add(LLAMA, plain, key, width=4, stddev=0.3)[1]
 
 
 ROPE, SWIGLU = Rope(1e4), MLP(24, "silu", gated=True)

@@ -20,7 +20,7 @@ from effjax.decode import sampling
 from effjax.distill import kd_loss, kd_objective
 from effjax.layers import Embed, Rope, TransformerConfig, sinusoidal_positions
 from effjax.models import Transformer
-from effjax.peft import lora
+from effjax.peft import lora, ranking, retrieval
 from effjax.quant import basics
 from effjax.train import LoopConfig, OptimizerConfig, make_optimizer, next_token, per_token
 from tests.contract.weights import ROWS as REPRESENTATIONS
@@ -189,6 +189,9 @@ NUMBERS = [
   NumberRow("rank of a path", lambda x: with_lora(rank={"": x}), 2, (0, 5, 1.5)),
   NumberRow("dropout", lambda x: with_lora(dropout=x), 0.5, (-0.1, 1)),
   NumberRow("alpha", lambda x: with_lora(alpha=x), 8.0, ()),
+  NumberRow("in-batch temperature", lambda x: retrieval.in_batch_nll(
+    normal(2, V), normal(2, V, seed=1), temperature=x), 0.5, (0, -1.0)),
+  NumberRow("recall", lambda x: ranking.recall(np.array([1, 3]), x), 2, (0, 1.5)),
   NumberRow("bits", lambda x: basics.symmetric(normal(4, 6), bits=x), 4, (1, 9, 4.0)),
   NumberRow("group", lambda x: basics.symmetric(normal(4, 6), granularity="group", group=x), 2,
             (0, 3)),

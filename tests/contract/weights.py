@@ -143,7 +143,7 @@ WRAPPERS: dict[str, Represent] = {
   "Prompted": prompted,
 }
 STANDS_OVER = {  # others over all
-  "DoRA": ("array", "Int8", "NF4"),
+  "DoRA": ("array", "NF4"),
   "Named": ("array", "Int8", "NF4", "LoRA"),
   "InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA"),
   "IA3": ("array", "NF4, double, of a table", "LLMInt8", "LoRA"),

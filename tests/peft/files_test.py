@@ -9,7 +9,7 @@ from effjax.core import trees
 from effjax.core.register import REPRESENTATIONS, register
 from effjax.core.typing import PyTree
 from effjax.peft import LoRA, lora
-from effjax.peft.adapter import Adapter, Tuned
+from effjax.peft.beside import Adapter, Tuned
 from effjax.quant import quantize
 
 BASE = {"query": {"kernel": jnp.ones((3, 4, 6))}, "out": {"kernel": jnp.ones((6, 4))}}

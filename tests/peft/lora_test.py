@@ -11,7 +11,7 @@ from effjax.kernels.grouped_matmul import grouped_linear
 from effjax.layers import MLP, Embed, LayerSpec, TransformerConfig
 from effjax.models import Transformer
 from effjax.peft import LoRA, detach, load, lora, save, trainable
-from effjax.peft.adapter import Tuned
+from effjax.peft.beside import Tuned
 from effjax.quant import Int8, quantize
 from effjax.train import next_token
 from tests.modules import normal, random_params

@@ -58,7 +58,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_prefix_of_a_text_is_that_text(name):
   plain, params = CASES[name], drawn(CASES[name])
-  tuned, adapted = prefix.from_tokens(plain, params, TEXT)
+  tuned, adapted = prefix.from_tokens(Transformer(plain), params, TEXT)
   text = np.concatenate([np.tile(TEXT, (2, 1)), TOKENS], axis=1)
   whole = apply(Transformer(plain), params, text)[:, len(TEXT) :]
   found = apply(Transformer(tuned, remat=True), adapted, TOKENS)
@@ -72,7 +72,7 @@ def test_a_prefix_of_a_text_is_that_text(name):
 
 def test_generation_goes_on_after_the_text():
   plain, params = CASES["gemma"], drawn(CASES["gemma"])
-  tuned, adapted = prefix.from_tokens(plain, params, TEXT)
+  tuned, adapted = prefix.from_tokens(Transformer(plain), params, TEXT)
   found = generate(Transformer(tuned), adapted, [[5, 9], [1]], max_new_tokens=5)
   prompts = [[*TEXT.tolist(), 5, 9], [*TEXT.tolist(), 1]]
   whole = generate(Transformer(plain), params, prompts, max_new_tokens=5)
@@ -199,7 +199,7 @@ def test_bad_input_is_refused(modular):
   with pytest.raises(ValueError, match="config has no prefix"):
     prefix.remove(LLAMA, params)
   with pytest.raises(ValueError, match="tokens: id 32"):
-    prefix.from_tokens(LLAMA, params, [32])
+    prefix.from_tokens(Transformer(LLAMA), params, [32])
 
 
 def test_attributes_that_are_none_of_the_modules_give_nan_while_tracing(modular):

@@ -10,7 +10,7 @@ import numpy as np
 
 from effjax.models.exchange.archive import PREFIX, Archive, Written
 from effjax.models.exchange.modules import HEAD, TABLE, Adapters, Module, Slot
-from effjax.peft.adapter import Tuned
+from effjax.peft.beside import Tuned
 
 # What the head has → what the table has, and whether the one is the other transposed.
 ALIKE = {

@@ -16,7 +16,7 @@ from effjax.models.exchange.archive import Archive, Parts, Written
 from effjax.models.exchange.modules import Adapted, Adapters, Slot, View, stacked
 from effjax.models.families.fields import Fields
 from effjax.peft import prefix
-from effjax.peft.adapter import Tuned
+from effjax.peft.beside import Tuned
 
 TYPE = "PREFIX_TUNING"
 WEIGHTS = (Tuned,)

@@ -22,7 +22,7 @@ from effjax.models.families.fields import Fields
 from effjax.models.folders import Folder
 from effjax.models.model import Model
 from effjax.peft import files
-from effjax.peft.adapter import Tuned, is_adapter
+from effjax.peft.beside import Tuned, is_adapter
 from effjax.peft.detached import detach
 
 METHODS = {method.TYPE: method for method in (lora, ia3, prefix, soft_prompt)}
@@ -138,5 +138,5 @@ def _check_places(model: Model, params: Params, folder: str | Path) -> None:
   if wrong := {*trees.items(params)} ^ {*trees.items(wanted)}:
     raise ValueError(
       f"{folder}: model.config has no place for, or lacks, {trees.some(sorted(wrong))}; allowed: "
-      "the configuration of the model that was saved, such as bottleneck.add returns"
+      "the configuration of the model that was saved, such as adapters.add returns"
     )

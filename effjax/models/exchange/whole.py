@@ -11,7 +11,7 @@ from effjax.models.exchange import choosing
 from effjax.models.exchange.archive import CONFIG, NOTHING, PREFIX, Archive, Written
 from effjax.models.exchange.choosing import Rules
 from effjax.models.exchange.modules import Adapters, Module, Part, Slot
-from effjax.peft.adapter import Tuned
+from effjax.peft.beside import Tuned
 
 ROUNDING = 2.0**-7  # of bfloat16: a table may be kept in it here, or there
 KINDS = ("weight", "bias")

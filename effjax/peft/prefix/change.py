@@ -2,21 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.attention.multi_head import PREFIX_INIT, Attention
-from effjax.attention.prefix import TrainedPrefix
 from effjax.core import trees
 from effjax.core.known import check_ids
 from effjax.core.typing import Array, Int, Key, Params, PyTree, Size
 from effjax.layers import stack
-from effjax.layers.spec import LayerSpec, TransformerConfig
-from effjax.models.transformer import Transformer
-from effjax.peft.adapter import Tuned
-from effjax.peft.prefix.layers import attention, of, prefix_of, with_prefix
+from effjax.layers.prefix import INIT, TrainedPrefix
+from effjax.layers.spec import LayerSpec, TransformerConfig, ask
+from effjax.peft.beside import Tuned
+from effjax.peft.prefix.layers import of, prefix_of, with_prefix
 
 NAMES = ("prefix_key", "prefix_value", "module_key", "module_value")
 
@@ -54,7 +54,7 @@ def add(
       bidirectional model without saying so, and for a shift that leaves no learned position.
 
   Example:
-    >>> from effjax.models import presets
+    >>> from effjax.models import Transformer, presets
     >>> params = Transformer(presets.TINY).init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     >>> config, params = add(presets.TINY, params, jax.random.key(1), length=5)
     >>> config.layers[0].mixer.prefix.length, sorted(trees.trained(params))[0]
@@ -64,14 +64,14 @@ def add(
   """
 
   def start(index: int, name: str, shape: tuple[int, ...]) -> Array:
-    return PREFIX_INIT(trees.path_key(key, f"{index}/{name}"), shape, jnp.float32)
+    return INIT(trees.path_key(key, f"{index}/{name}"), shape, jnp.float32)
 
   prefix = TrainedPrefix(length, modules, mean, _shift(config, layers, bidirectional, shift))
   return _put(config, params, prefix, layers, start)
 
 
 def from_tokens(
-  config: TransformerConfig,
+  module: nn.Module,
   params: Params,
   tokens: Int[Array | np.ndarray, "P"] | Sequence[int],
   *,
@@ -86,28 +86,28 @@ def from_tokens(
   A causal model with that prefix, its tokens shifted, computes what it computes after the text.
 
   Args:
+    module: the model, a `Transformer`.
     tokens: ids of the text.
-    config, params, modules, mean, layers, bidirectional, shift: as in `add`.
+    params, modules, mean, layers, bidirectional, shift: as in `add`.
 
   Raises:
     ValueError: as `add`, and for tokens that are no ids [P].
 
   Reference: section 7.4, which starts from real words for little data.
   """
-  tokens = jnp.asarray(tokens)
+  config, tokens = ask(module, "config", "module"), jnp.asarray(tokens)
   if tokens.ndim != 1 or not tokens.size:
     raise ValueError(f"tokens: shape {tokens.shape}; allowed: ids [P], one or more")
   check_ids("tokens", tokens, config.vocab_size)
   prefix = TrainedPrefix(tokens.size, modules, mean, _shift(config, layers, bidirectional, shift))
-  module = Transformer(dataclasses.replace(config, head=None))
+  reader: Any = module.clone(config=dataclasses.replace(config, head=None))
 
   @jax.jit
-  def absorbed(params: Params) -> PyTree:
-    return module.apply({"params": params}, tokens[None], cache=module.init_cache(1, tokens.size))[
-      1
-    ]
+  def absorbed(params: Params) -> Any:
+    cache = reader.init_cache(1, tokens.size)
+    return reader.apply({"params": params}, tokens[None], cache=cache)[1].layers
 
-  caches = stack.split_caches(config, absorbed(params).layers)
+  caches = stack.split_caches(config, absorbed(params))
   start = lambda index, name, shape: getattr(caches[index], name)[0]
   return _put(config, params, prefix, layers, start)
 
@@ -143,11 +143,11 @@ def _put(
   def change(index: int, spec: LayerSpec, tree: PyTree) -> tuple[LayerSpec, PyTree]:
     if index not in chosen:
       return spec, tree
-    spec = with_prefix(spec, prefix)
-    found: dict[str, Tuned] = {}
-    attention(spec).check_prefix()
+    spec, found = with_prefix(spec, prefix), dict[str, Tuned]()
+    mixer: Any = spec.mixer
+    mixer.check_prefix()
     for name in ("key", "value"):
-      shape = (prefix.length, *attention(spec).kv_shape(config.width))
+      shape = (prefix.length, *mixer.kv_shape(config.width))
       found[f"prefix_{name}"] = Tuned(None, start(index, name, shape))
       if prefix.modules:
         found[f"module_{name}"] = Tuned(None, jnp.zeros((prefix.modules, *shape)))
@@ -168,7 +168,7 @@ def _chosen(config: TransformerConfig, layers: Sequence[int] | None) -> set[int]
   chosen = set(range(count)) if layers is None else {index % count for index in layers}
   for index in sorted(chosen):
     mixer = config.layers[index].mixer
-    if not isinstance(mixer, Attention):
+    if not hasattr(mixer, "check_prefix"):
       raise ValueError(
         f"layer {index}: the mixer is {type(mixer).__name__}; allowed: Attention, or other layers="
       )
@@ -190,7 +190,7 @@ def _shift(
   """
   ahead = [i for i in sorted(_chosen(config, layers)) if _sees_later(config, i)]
   if ahead and not bidirectional:
-    mask = attention(config.layers[ahead[0]]).mask
+    mask = _mask(config, ahead[0])
     raise ValueError(
       f"layer {ahead[0]}: with mask={mask} tokens see later ones; allowed: bidirectional=True, "
       "which says that this is meant"
@@ -200,10 +200,14 @@ def _shift(
 
 def _sees_later(config: TransformerConfig, index: int) -> bool:
   """Whether the first of all tokens sees another."""
-  mask = attention(config.layers[index]).mask
+  mask = _mask(config, index)
   with jax.ensure_compile_time_eval():
     first = jnp.zeros((1, 1), jnp.int32)
     return bool(mask.dense(1, max(2, config.context), first)[..., 1:].any())
+
+
+def _mask(config: TransformerConfig, index: int) -> Any:
+  return ask(config.layers[index].mixer, "mask", f"layer {index}: mixer")
 
 
 def _moved(config: TransformerConfig, by: int) -> TransformerConfig:

@@ -15,9 +15,9 @@ from effjax.core.typing import Array, Float, Key, Params, PyTree, Size
 from effjax.core.weights import linear
 from effjax.layers import stack
 from effjax.layers.linear import KERNEL_INIT
-from effjax.layers.spec import TransformerConfig
-from effjax.peft.adapter import Tuned
-from effjax.peft.prefix.layers import attention, of, prefix_of
+from effjax.layers.spec import TransformerConfig, ask
+from effjax.peft.beside import Tuned
+from effjax.peft.prefix.layers import of, prefix_of
 
 
 def flat(config: TransformerConfig, params: Params) -> Float[Array, "P N"]:
@@ -111,7 +111,11 @@ def _reparametrized(config: TransformerConfig, params: Params, trained: PyTree) 
 def _places(config: TransformerConfig) -> list[tuple[str, int | None, tuple[int, int]]]:
   """Path, index in the stack and shape [K, H] of keys, then values, of each layer's prefix."""
   return [
-    (f"{segment}/{name}/mixer/prefix_{part}", index, attention(spec).kv_shape(config.width))
+    (
+      f"{segment}/{name}/mixer/prefix_{part}",
+      index,
+      ask(spec.mixer, "kv_shape", name)(config.width),
+    )
     for (segment, name, index), spec in zip(stack.places(config), config.layers, strict=True)
     if prefix_of(spec) is not None
     for part in ("key", "value")

@@ -1,9 +1,9 @@
 """Which layers have a prefix, and configurations with another."""
 
 import dataclasses
+from typing import Any
 
-from effjax.attention.multi_head import Attention
-from effjax.attention.prefix import TrainedPrefix
+from effjax.layers.prefix import TrainedPrefix
 from effjax.layers.spec import LayerSpec, TransformerConfig
 
 
@@ -25,15 +25,10 @@ def replaced(config: TransformerConfig, prefix: TrainedPrefix) -> TransformerCon
   return dataclasses.replace(config, layers=tuple(map(change, config.layers)))
 
 
-def attention(spec: LayerSpec) -> Attention:
-  """The mixer of a layer that is known to be of attention."""
-  assert isinstance(spec.mixer, Attention)
-  return spec.mixer
-
-
 def prefix_of(spec: LayerSpec) -> TrainedPrefix | None:
   return getattr(spec.mixer, "prefix", None)
 
 
 def with_prefix(spec: LayerSpec, prefix: TrainedPrefix | None) -> LayerSpec:
-  return dataclasses.replace(spec, mixer=attention(spec).clone(prefix=prefix))
+  mixer: Any = spec.mixer
+  return dataclasses.replace(spec, mixer=mixer.clone(prefix=prefix))

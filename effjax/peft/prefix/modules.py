@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.attention.prefix import TrainedPrefix
 from effjax.core.known import check_ids, number
 from effjax.core.typing import Params, PyTree, Scalar, Size
+from effjax.layers.prefix import TrainedPrefix
 from effjax.layers.spec import TransformerConfig
-from effjax.peft.adapter import Tuned
+from effjax.peft.beside import Tuned
 from effjax.peft.compose import compose
 from effjax.peft.prefix.layers import of, replaced
 

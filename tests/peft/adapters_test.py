@@ -14,7 +14,7 @@ from effjax.decode import generate
 from effjax.layers import MLP, LayerSpec, RMSNorm, Rope, TransformerConfig
 from effjax.models import Model, Transformer
 from effjax.moe import MoE, TopK
-from effjax.peft import Tuned, bottleneck
+from effjax.peft import Tuned, adapters
 from effjax.quant import quantize
 from effjax.train import init_state, make_train_step, next_token
 from tests.modules import apply, random_params
@@ -44,7 +44,7 @@ def trained(params, by=0.1):
 def test_bert_large_trains_the_share_of_the_paper(width, share, with_norms_and_head):
   config, params = large()
   whole = trees.count(params) + 1024**2 + 1024  # the pooler
-  new = lambda params: bottleneck.add(config, params, KEY, width=width)[1]
+  new = lambda params: adapters.add(config, params, KEY, width=width)[1]
   adapted = jax.eval_shape(new, params)
   count = lambda params: trees.count(trees.partition(params, peft.trainable(params))[0])
   assert count(adapted) == 48 * (2 * width * 1024 + width + 1024)
@@ -56,7 +56,7 @@ def test_bert_large_trains_the_share_of_the_paper(width, share, with_norms_and_h
 
 def test_it_is_the_formula_at_the_places_of_the_paper():
   base = drawn(CONFIG)
-  config, params = bottleneck.add(CONFIG, base, KEY, width=2, activation="relu")
+  config, params = adapters.add(CONFIG, base, KEY, width=2, activation="relu")
   assert config.layers[0].modules.keys() == {"mixer", "after_mixer", "ffn", "after_ffn"}
   inner = params["segments_0"]["layers_0"]["after_ffn"]["inner"]
   up, down = (np.asarray(inner[name]["kernel"].value) for name in ("up", "down"))
@@ -84,7 +84,7 @@ def test_it_is_the_formula_at_the_places_of_the_paper():
 def test_standard_deviation_is_that_of_the_truncated_normal():
   config = TransformerConfig(4, 128, (LayerSpec(None, MLP(1)),))
   params = {"segments_0": {"layers_0": {"ffn": {}}}}
-  _, params = bottleneck.add(config, params, KEY, width=64, kind="pfeiffer")
+  _, params = adapters.add(config, params, KEY, width=64, kind="pfeiffer")
   w = params["segments_0"]["layers_0"]["after_ffn"]["inner"]["up"]["kernel"].value
   np.testing.assert_allclose(np.std(w), 0.8796e-2, rtol=0.03)  # of N(0, 1) cut at ±2
   assert np.abs(w).max() <= 2e-2
@@ -93,7 +93,7 @@ def test_standard_deviation_is_that_of_the_truncated_normal():
 def test_they_train_alone_and_come_off_bit_identically(tmp_path):
   base = quantize(drawn())
   kept = jax.tree.map(np.asarray, base)
-  config, params = bottleneck.add(CONFIG, base, KEY, width=2, kind="pfeiffer")
+  config, params = adapters.add(CONFIG, base, KEY, width=2, kind="pfeiffer")
   assert trees.count(params) == trees.count(base) + 3 * (2 * 2 * 8 + 2 + 8)
   assert flops(config, 6, params) == flops(CONFIG, 6, base) + 3 * 2 * 2 * 2 * 8
   batch = {"tokens": TOKENS, "targets": np.roll(TOKENS, -1, 1)}
@@ -102,12 +102,12 @@ def test_they_train_alone_and_come_off_bit_identically(tmp_path):
   state = init_state(params, optimizer)
   for _ in range(2):
     state, _ = step(state, batch, KEY)
-  _, fresh = bottleneck.add(CONFIG, kept, KEY, width=2, kind="pfeiffer")
+  _, fresh = adapters.add(CONFIG, kept, KEY, width=2, kind="pfeiffer")
   chosen = [trees.partition(p, peft.trainable(p))[0] for p in (state.params, fresh)]
   assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, *chosen)))
   peft.save(state.params, tmp_path)
   assert_trees_all_equal(peft.load(peft.detach(fresh)[0], tmp_path), state.params)
-  plain, removed = bottleneck.remove(config, state.params)
+  plain, removed = adapters.remove(config, state.params)
   assert plain == CONFIG
   assert_trees_all_equal(removed, kept)
   assert jax.tree.structure(removed) == jax.tree.structure(kept)
@@ -115,7 +115,7 @@ def test_they_train_alone_and_come_off_bit_identically(tmp_path):
 
 def test_a_mixture_of_bottlenecks_is_a_value():
   base, x = drawn(), np.ones((1, 1, 8), np.float32)
-  config, params = bottleneck.insert(CONFIG, base, KEY, MIXTURE, layers=[0, -1], stddev=0.3)
+  config, params = adapters.insert(CONFIG, base, KEY, MIXTURE, layers=[0, -1], stddev=0.3)
   assert trees.count(params) == trees.count(base) + 2 * 2 * (8 * 3 + 3 * (2 * 2 * 8 + 2 + 8))
   assert {"segments_0", "segments_1", "segments_2"} <= set(params)
   own = params["segments_2"]["layers_0"]["after_mixer"]
@@ -123,7 +123,7 @@ def test_a_mixture_of_bottlenecks_is_a_value():
   values = peft_values(own["inner"])
   np.testing.assert_allclose(y, apply(MIXTURE, values, x), rtol=1e-5, atol=1e-6)
   assert config.layers[0].after_ffn.share("inner/experts/up/kernel") == 2 / 3
-  plain, removed = bottleneck.remove(config, params)
+  plain, removed = adapters.remove(config, params)
   assert plain == CONFIG
   assert_trees_all_equal(removed, base)
 
@@ -133,7 +133,7 @@ def peft_values(tree):
 
 
 def test_what_is_generated_step_by_step_is_of_the_whole():
-  config, params = bottleneck.add(CONFIG, drawn(), KEY, width=2)
+  config, params = adapters.add(CONFIG, drawn(), KEY, width=2)
   module, params = Transformer(config), trained(params)
   new = np.asarray(generate(module, params, TOKENS[:, :3], max_new_tokens=3).tokens)
   logits = np.asarray(apply(module, params, np.concatenate([TOKENS[:, :3], new], 1)))
@@ -142,7 +142,7 @@ def test_what_is_generated_step_by_step_is_of_the_whole():
 
 def test_a_published_layout_does_not_hold_them(tmp_path):
   config = dataclasses.replace(CONFIG, family="llama", norm=RMSNorm())
-  config, params = bottleneck.add(config, drawn(), KEY, width=2)
+  config, params = adapters.add(config, drawn(), KEY, width=2)
   with pytest.raises(ValueError, match=r"after_|Bottleneck|adapter"):
     models.save(Model(config, Transformer(config), params), tmp_path / "model")
 
@@ -151,7 +151,7 @@ def test_a_published_layout_does_not_hold_them(tmp_path):
   ("arguments", "message"),
   [
     ({"kind": "parallel"}, "kind='parallel'; allowed: houlsby, pfeiffer"),
-    ({"width": 0}, "bottleneck: width=0; allowed: from 1"),
+    ({"width": 0}, "adapters: width=0; allowed: from 1"),
     ({"activation": "elu"}, "activation 'elu' is unknown"),
     ({"layers": [3]}, "layers 3; allowed: -3 … 2"),
     ({"layers": []}, r"layers=\[\]"),
@@ -160,21 +160,21 @@ def test_a_published_layout_does_not_hold_them(tmp_path):
 )
 def test_bad_arguments_are_named(arguments, message):
   with pytest.raises(ValueError, match=message):
-    bottleneck.add(CONFIG, drawn(), KEY, **{"width": 2} | arguments)
+    adapters.add(CONFIG, drawn(), KEY, **{"width": 2} | arguments)
 
 
 def test_what_is_there_already_or_cannot_be_is_refused():
   base = drawn()
-  config, params = bottleneck.add(CONFIG, base, KEY, width=2, layers=[1], kind="pfeiffer")
+  config, params = adapters.add(CONFIG, base, KEY, width=2, layers=[1], kind="pfeiffer")
   with pytest.raises(ValueError, match="layer 1 has something after_ffn; remove it first"):
-    bottleneck.add(config, params, KEY, width=2)
+    adapters.add(config, params, KEY, width=2)
   with pytest.raises(ValueError, match="config has none"):
-    bottleneck.remove(CONFIG, base)
+    adapters.remove(CONFIG, base)
   with pytest.raises(ValueError, match=r"inner is RMSNorm; allowed: a feed-forward module"):
-    bottleneck.insert(CONFIG, base, KEY, RMSNorm())
+    adapters.insert(CONFIG, base, KEY, RMSNorm())
   for places in ("after_ffn", (), ("ffn",)):
     with pytest.raises(ValueError, match="places"):
-      bottleneck.insert(CONFIG, base, KEY, MLP(2), places=places)
+      adapters.insert(CONFIG, base, KEY, MLP(2), places=places)
   alone = TransformerConfig(24, 8, (LayerSpec(LAYER.mixer, None),))
   with pytest.raises(ValueError, match="layer 0 is LayerSpec"):
-    bottleneck.add(alone, drawn(alone), KEY, kind="pfeiffer", layers=[0])
+    adapters.add(alone, drawn(alone), KEY, kind="pfeiffer", layers=[0])

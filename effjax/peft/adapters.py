@@ -24,7 +24,7 @@ from effjax.layers.meshes import on_any_mesh
 from effjax.layers.mlp import activation as known_activation
 from effjax.layers.spec import ask
 from effjax.layers.stack import change
-from effjax.peft.adapter import Tuned
+from effjax.peft.beside import Tuned
 
 KINDS = {"houlsby": ("after_mixer", "after_ffn"), "pfeiffer": ("after_ffn",)}
 
@@ -102,8 +102,8 @@ def add(
     (LayerSpec(MLP + Bottleneck), True)
   """
   if kind not in KINDS:
-    raise ValueError(f"bottleneck: kind={kind!r}; allowed: {', '.join(KINDS)}")
-  width = number("width", width, of="bottleneck", integer=True, least=1)
+    raise ValueError(f"adapters: kind={kind!r}; allowed: {', '.join(KINDS)}")
+  width = number("width", width, of="adapters", integer=True, least=1)
   known_activation(activation)
   inner = MLP(width, activation, use_bias=True)
   return insert(config, params, key, inner, places=KINDS[kind], layers=layers, stddev=stddev)
@@ -140,12 +140,12 @@ def insert(
       or a module that is no feed-forward one.
   """
   if not isinstance(inner, FeedForward):
-    given = f"bottleneck: inner is {type(inner).__name__}"
+    given = f"adapters: inner is {type(inner).__name__}"
     raise ValueError(f"{given}; allowed: a feed-forward module with flops")
   allowed = KINDS["houlsby"]
   if isinstance(places, str) or not places or not {*places} <= {*allowed}:
-    raise ValueError(f"bottleneck: places={places!r}; allowed: {allowed}, one or both")
-  stddev = number("stddev", stddev, of="bottleneck", least=0)
+    raise ValueError(f"adapters: places={places!r}; allowed: {allowed}, one or both")
+  stddev = number("stddev", stddev, of="adapters", least=0)
   chosen = chosen_layers(config, layers)
 
   def of_layer(index: int, spec: LayerSpec, tree: PyTree) -> tuple[LayerSpec, PyTree]:
@@ -153,9 +153,9 @@ def insert(
       return spec, tree
     own = [place for place in places if place.removeprefix("after_") in spec.modules]
     if not own and layers is not None:
-      raise ValueError(f"bottleneck: layer {index} is {spec}; allowed: one with a place before")
+      raise ValueError(f"adapters: layer {index} is {spec}; allowed: one with a place before")
     if taken := [place for place in own if place in spec.modules]:
-      raise ValueError(f"bottleneck: layer {index} has something {taken[0]}; remove it first")
+      raise ValueError(f"adapters: layer {index} has something {taken[0]}; remove it first")
     layer_key = jax.random.fold_in(key, index)
     module = Bottleneck(inner)
     new = {
@@ -175,7 +175,7 @@ def remove(config: TransformerConfig, params: Params) -> tuple[TransformerConfig
   places = KINDS["houlsby"]
   held = lambda spec: [p for p in places if isinstance(spec.modules.get(p), Bottleneck)]
   if not any(map(held, config.layers)):
-    raise ValueError("bottleneck: config has none; allowed: what bottleneck.add returns")
+    raise ValueError("adapters: config has none; allowed: what adapters.add returns")
 
   def of_layer(index: int, spec: LayerSpec, tree: PyTree) -> tuple[LayerSpec, PyTree]:
     own = held(spec)

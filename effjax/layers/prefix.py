@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from effjax.core.known import check_ids, is_id, number
 from effjax.core.numerics import nan_unless, zero_unless
 from effjax.core.typing import Array, Float, Int
+
+INIT = nn.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
