@@ -47,7 +47,8 @@ HALF = Scheme(
   "bfloat16", "16 bits", lambda p, seen: jax.tree.map(lambda x: x.astype("bfloat16"), p)
 )
 BASES = {**SCHEMES, HALF.name: HALF}
-CALIBRATION, PROMPT = 8, 16  # rows that calibrated bases see; tokens that are continued
+CALIBRATION = 8  # rows that calibrated bases see
+OPENING = 80  # characters of the held-out text that are continued where no prompt is given
 COLUMNS = {
   "method": "",
   "base": "",
@@ -76,8 +77,9 @@ class Config:
     seed: of the order of the text, what is drawn at the start, and dropout.
     rows: rows of held-out text.
     evaluate_every, checkpoint_every: steps.
-    prompt: what is continued, before and after; empty takes the beginning of the held-out text.
-    new_tokens: how far.
+    prompt: what is continued, before and after; empty takes the opening of the longest document
+      that is held out.
+    new_tokens: how far, the ends of documents passed over.
   """
 
   model: str = "smollm2-135m"
@@ -128,9 +130,9 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
     "loss": after["loss"],
     "perplexity": perplexity(after["loss"]),
   }
+  print(f"\n{text.prompt}\nbefore: … {before['sample']}\nafter:  … {after['sample']}")
   harness.plot(folder, functools.partial(panels, before=before["loss"]))
   learnt = {"held-out text costs less than before": row["loss"] < row["loss before"]}
-  print(f"\n{text.prompt}\nbefore: … {before['sample']}\nafter:  … {after['sample']}")
   harness.finish(folder, [row], COLUMNS, learnt)
   harness.write_csv(folder, [row])
   return [row]
@@ -148,8 +150,8 @@ class Text:
     self._config, self._corpus, self._tokenizer = config, corpus, tokenizer
     sizes = {"rows": config.rows, "length": config.length, "batch_size": 1}
     self._held_out = held_out(corpus, tokenizer, **sizes).batches
-    first = self._held_out[0]["tokens"][0, :PROMPT].tolist()
-    self._prompt = tokenizer.encode(config.prompt) if config.prompt else first
+    first = max(corpus.select(split="validation"), key=lambda document: len(document.text)).text
+    self._prompt = tokenizer.encode(config.prompt or first[:OPENING])
 
   @property
   def prompt(self) -> str:
@@ -180,9 +182,8 @@ class Text:
       subject.params,
       [prompt],
       max_new_tokens=self._config.new_tokens,
-      eos_id=getattr(self._tokenizer, "eos_id", None),
     )
-    added = out.tokens[0, : int(out.lengths[0])].tolist()
+    added = out.tokens[0].tolist()
     known = [token for token in added if token < self._tokenizer.vocab_size]  # others are padding
     return {"loss": loss, "sample": self._tokenizer.decode(known)}
 
