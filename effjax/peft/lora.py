@@ -16,7 +16,7 @@ from effjax.core import trees
 from effjax.core.known import number
 from effjax.core.trees import Chooser
 from effjax.core.typing import Array, Key, Number, PyTree, Scalar, Size
-from effjax.core.weights import Weight, is_weight, materialize, offset
+from effjax.core.weights import Weight, entries, is_weight, materialize, offset
 from effjax.peft.beside import is_adapter
 from effjax.peft.combine import combine
 from effjax.peft.dora import DoRA
@@ -122,7 +122,8 @@ def merge(params: PyTree, represent: Represent | None = None) -> PyTree:
 
   Raises:
     ValueError: when there is no adapter in `params`, one is new in the model and stands over
-      nothing, as a prefix, or one is no single matrix.
+      nothing, as a prefix, has rows that its matrix has not, as a soft prompt, or is no single
+      matrix.
 
   Example:
     >>> import jax
@@ -138,6 +139,11 @@ def merge(params: PyTree, represent: Represent | None = None) -> PyTree:
       return offset(beside[path], leaf)
     with _naming(path):
       base, matrix = _innermost(leaf), leaf.materialize()
+      if entries(leaf) != entries(base):
+        raise ValueError(
+          f"looks up ids {entries(base)} … {entries(leaf) - 1} too, which are not in a matrix "
+          f"{leaf.shape}; allowed: adapters without virtual tokens"
+        )
       plain = represent(path, matrix) if represent and is_weight(base) else matrix
     return offset(beside.get(path), plain)
 
