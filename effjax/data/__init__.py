@@ -1,4 +1,4 @@
-"""Text by name, tokenizers for small models, packing, and loaders whose place can be saved."""
+"""Text by name, pairs for retrieval, tokenizers, packing, and loaders whose place can be saved."""
 
 from effjax.data.batches import Loader, domain_rows, epoch, loader
 from effjax.data.cache import cache_dir

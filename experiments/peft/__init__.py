@@ -1,0 +1,1 @@
+"""What is added beside frozen weights, measured."""

@@ -1,0 +1,1 @@
+"""What `modular_retrieval` stands on: its task, what it trains, what it says."""
