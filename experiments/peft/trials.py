@@ -1,0 +1,118 @@
+"""Methods tried on a task: what they cost, and what they reach within some steps."""
+
+import functools
+import math
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from effjax.core import trees
+from effjax.core.typing import Params
+from effjax.models import TransformerConfig
+from effjax.train import TrainState, init_state, make_train_step
+from effjax.train.objectives import Batch
+from effjax.train.step import Step
+from experiments.harness import Row
+from experiments.lab.speed import ratio, timed
+from experiments.lab.subject import Subject
+from experiments.lab.training import optimizer
+from experiments.peft.methods import METHODS, Method
+from experiments.peft.tasks import Task
+
+BASELINE = "lora"
+KEY = jax.random.key(0)  # of randomness in layers
+NO_DECAY = {"weight_decay": 0.0}  # which would pull scales to 0, and they begin at 1
+
+
+class Trials:
+  """Runs of a task.
+
+  Attributes:
+    task: what is learned.
+    steps: of a run.
+  """
+
+  def __init__(self, task: Task, steps: int):
+    self.task, self.steps = task, steps
+    self._of_config = functools.cache(self._compiled)
+
+  def as_it_is(self) -> Row:
+    """The score without training."""
+    return self.task.score(METHODS["full"], self.task.subject)
+
+  def run(self, method: Method, rate: float, seed: int) -> Row:
+    """The score after training, with the mean loss of the last half of the steps."""
+    subject, losses, seconds = self.trained(method, rate, seed)
+    late = losses[len(losses) // 2 :]
+    return {
+      "rate": rate,
+      "seed": seed,
+      "loss": statistics.mean(late),
+      "step_ms": 1e3 * statistics.median(seconds[1:] or seconds),
+      **self.task.score(method, subject),
+    }
+
+  def trained(
+    self, method: Method, rate: float, seed: int
+  ) -> tuple[Subject, list[float], list[float]]:
+    """The model after training; of each step the loss, and the seconds that it took."""
+    subject, state = self._start(method, rate, seed)
+    batches, losses, seconds = self.task.batches(method, subject.params, seed), [], []
+    for _, batch in zip(range(self.steps), batches, strict=False):
+      time, (state, loss) = timed(functools.partial(self._taken, subject.config, state, batch))
+      losses.append(loss)
+      seconds.append(time)
+      if not math.isfinite(loss):
+        break
+    return Subject(subject.config, state.params), losses, seconds
+
+  def costs(self, method: Method, turns: int) -> Row:
+    """What trains and what that keeps; the time of a step beside LoRA's, the two in turns."""
+    state = jax.eval_shape(lambda: self._start(method, method.rate, 0)[1])
+    chosen, _ = state.partition()
+    found = {
+      "trained": trees.count(chosen),
+      "share": trees.count(chosen) / trees.count(self.task.subject.params),
+      "state_bytes": trees.nbytes(chosen) + trees.nbytes(state.opt_state),
+    }
+    names = list(dict.fromkeys([method.name, BASELINE]))
+    runners = {name: self._again(METHODS.get(name, method)) for name in names}
+    for runner in runners.values():
+      next(runner)  # compiles
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(turns):
+      for name, runner in runners.items():
+        times[name].append(next(runner))
+    own, base = times[method.name], times[BASELINE]
+    return found | {"step_ms": 1e3 * statistics.median(own), "step_ratio": ratio(own, base)}
+
+  def _again(self, method: Method) -> Iterator[float]:
+    """Seconds of a step, again and again on one batch."""
+    subject, state = self._start(method, 0.0, 0)
+    batch = next(self.task.batches(method, subject.params, 0))
+    while True:
+      seconds, (state, _) = timed(functools.partial(self._taken, subject.config, state, batch))
+      yield seconds
+
+  def _taken(
+    self, config: TransformerConfig, state: TrainState, batch: Batch
+  ) -> tuple[TrainState, float]:
+    state, metrics = self._of_config(config)(state, batch, KEY)
+    return state, float(metrics["loss"])
+
+  def _start(self, method: Method, rate: float, seed: int) -> tuple[Subject, TrainState]:
+    subject = method(self.task.subject, jax.random.key(seed))
+    rule = optimizer(rate, self.steps, **NO_DECAY)
+    return subject, init_state(_copy(subject.params), rule)
+
+  def _compiled(self, config: TransformerConfig) -> Step:
+    subject = Subject(config, self.task.subject.params)
+    rule = optimizer(1.0, self.steps, **NO_DECAY)
+    return make_train_step(self.task.objective(subject), rule)
+
+
+def _copy(params: Params) -> Any:
+  """The same in arrays of its own, since a step consumes its state."""
+  return jax.tree.map(jax.numpy.array, params)
