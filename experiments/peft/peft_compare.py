@@ -27,12 +27,11 @@ from experiments import harness
 from experiments.lab import provenance
 from experiments.lab.plots import LINEAR, LOG, Axis, Line, Panel, Series, differences
 from experiments.lab.verdicts import UNDECIDED, Verdict, deviation, less, paired
-from experiments.peft.methods import METHODS, refusal
+from experiments.peft.methods import METHODS, Method, refusal
 from experiments.peft.tasks import Asking, Continuing, Task
-from experiments.peft.trials import BASELINE, Trials
+from experiments.peft.trials import BASELINE, SWEPT, Trials
 
 AS_IT_IS, FULL = "as it is", "full"
-SWEPT = 1000  # the seed of the sweep, above any other
 COSTS, RATES, RUNS = "costs", "rates", "runs"
 TASKS: Mapping[str, type[Task]] = {"continue": Continuing, "ask": Asking}
 COLUMNS = {
@@ -148,7 +147,7 @@ def planned(
   suited = [name for name in methods if refusal(METHODS[name], trials.task.subject) is None]
   for name in suited:
     method = METHODS[name]
-    add("costs", name, COSTS, functools.partial(trials.costs, method, config.turns))
+    add("costs", name, COSTS, functools.partial(_costs, trials, method, config.turns))
     for multiple in multiples:
       call = functools.partial(trials.run, method, multiple * method.rate, SWEPT)
       add(f"rate × {multiple:g}", name, RATES, call)
@@ -156,6 +155,10 @@ def planned(
     for name in suited:
       add(f"seed={seed}", name, RUNS, functools.partial(_run, folder, trials, task, name, seed))
   return {key: lambda row=row, call=call: row | call() for key, (row, call) in every.items()}
+
+
+def _costs(trials: Trials, method: Method, turns: int) -> harness.Row:
+  return trials.keeps(method) | trials.takes(method, turns)
 
 
 def _run(folder: Path, trials: Trials, task: str, method: str, seed: int) -> harness.Row:

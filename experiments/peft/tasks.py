@@ -6,7 +6,6 @@ Both have batches to train on, an objective, and a score on what was held out.
 import abc
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 
 import jax
@@ -16,7 +15,8 @@ from effjax import data
 from effjax.core.typing import Array, Params
 from effjax.data.tokenizers import Tokenizer
 from effjax.models import Transformer
-from effjax.peft.retrieval import Encoder, in_batch
+from effjax.peft import ranking
+from effjax.peft.retrieval import Encoder, in_batch, in_batch_loss
 from effjax.train import next_token
 from effjax.train.objectives import Batch, Objective
 from experiments.harness import Row
@@ -157,7 +157,16 @@ class Asking(Task):
     queries = self.grid.read(self.grid.rows("validation", self._cell)[:, 0])
     read = dict(method.batch(subject.params, queries))
     vectors = encode(self._encoder(subject), subject.params, read)
-    return self.grid.found(vectors, self._vectors[self.grid.pool], self._cell)
+    found = self.grid.found(vectors, self._vectors[self.grid.pool], self._cell)
+    return found | {"nats": self._nats(vectors)}
+
+  def _nats(self, queries: np.ndarray) -> float:
+    """The mean cross-entropy of the document asked for, among all."""
+    rows, pool = self.grid.rows("validation", self._cell), self.grid.pool
+    relevant = np.array([pool.tolist().index(place) for place in rows[:, 1]])
+    hidden = ranking.hidden(pool, relevant, rows[:, 0])
+    options = {"relevant": relevant, "hidden": hidden, "temperature": TEMPERATURE}
+    return float(in_batch_loss(queries, self._vectors[pool], **options).mean())
 
   def _encoder(self, subject: Subject) -> Encoder:
     return Encoder(Transformer(subject.config))
@@ -166,9 +175,3 @@ class Asking(Task):
 @functools.partial(jax.jit, static_argnums=0)
 def _nats(module: Transformer, params: Params, batch: Batch) -> Array:
   return (token_nll(module, params, batch) * batch["weights"]).sum()
-
-
-def gain(task: Task, before: Row, after: Row) -> float:
-  """By how much the score has become better; NaN where training diverged."""
-  change = task.sign * (before[task.metric] - after[task.metric])
-  return change if math.isfinite(change) else math.nan

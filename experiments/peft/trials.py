@@ -22,6 +22,7 @@ from experiments.peft.methods import METHODS, Method
 from experiments.peft.tasks import Task
 
 BASELINE = "lora"
+SWEPT = 1000  # the seed of sweeps, above any other
 KEY = jax.random.key(0)  # of randomness in layers
 NO_DECAY = {"weight_decay": 0.0}  # which would pull scales to 0, and they begin at 1
 
@@ -68,25 +69,29 @@ class Trials:
         break
     return Subject(subject.config, state.params), losses, seconds
 
-  def costs(self, method: Method, turns: int) -> Row:
-    """What trains and what that keeps; the time of a step beside LoRA's, the two in turns."""
+  def keeps(self, method: Method) -> Row:
+    """What trains: its numbers, their share of the model's, bytes with and without moments."""
     state = jax.eval_shape(lambda: self._start(method, method.rate, 0)[1])
     chosen, _ = state.partition()
-    found = {
-      "trained": trees.count(chosen),
-      "share": trees.count(chosen) / trees.count(self.task.subject.params),
-      "state_bytes": trees.nbytes(chosen) + trees.nbytes(state.opt_state),
+    count, nbytes = trees.count(chosen), trees.nbytes(chosen)
+    return {
+      "trained": count,
+      "share": count / trees.count(self.task.subject.params),
+      "trained_bytes": nbytes,
+      "state_bytes": nbytes + trees.nbytes(state.opt_state),
     }
-    names = list(dict.fromkeys([method.name, BASELINE]))
-    runners = {name: self._again(METHODS.get(name, method)) for name in names}
+
+  def takes(self, method: Method, turns: int) -> Row:
+    """The time of a step, and as a ratio to LoRA's, the two in turns."""
+    runners = {name: self._again(METHODS[name]) for name in dict.fromkeys([method.name, BASELINE])}
     for runner in runners.values():
       next(runner)  # compiles
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(turns):
       for name, runner in runners.items():
         times[name].append(next(runner))
     own, base = times[method.name], times[BASELINE]
-    return found | {"step_ms": 1e3 * statistics.median(own), "step_ratio": ratio(own, base)}
+    return {"step_ms": 1e3 * statistics.median(own), "step_ratio": ratio(own, base)}
 
   def _again(self, method: Method) -> Iterator[float]:
     """Seconds of a step, again and again on one batch."""
