@@ -6,6 +6,7 @@ regular expression that must occur in the path (`re.search`). `select`, `update`
 two factors of a LoRA weight and leave its base alone: ".../kernel/a".
 """
 
+import hashlib
 import math
 import re
 import zlib
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from effjax.core import weights
 from effjax.core.typing import Key, PyTree
@@ -156,6 +158,17 @@ def path_key(key: Key, path: str) -> Key:
   return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
+def digests(params: PyTree) -> dict[str, str]:
+  """Path → type, shape and a hash of the bytes of each parameter, a `Weight` being one.
+
+  Example:
+    >>> import numpy as np
+    >>> digests({"w": np.ones(3, np.float32)})
+    {'w': 'float32 [3] 3b8d5fd7ff9a9c5c'}
+  """
+  return {path: _digest(leaf) for path, leaf in items(params).items()}
+
+
 def count(params: PyTree) -> int:
   """Logical parameters: a quantised weight counts as the matrix it stands for; shapes suffice.
 
@@ -186,6 +199,16 @@ def chooses(pattern: Chooser, path: str, leaf) -> bool:
 def is_table(path: str) -> bool:
   """Whether the parameter at `path` is a table of rows: it is named "embedding"."""
   return path.rsplit("/", 1)[-1] == "embedding"
+
+
+def _digest(leaf) -> str:
+  digest = hashlib.sha256()
+  for path, x in jax.tree_util.tree_leaves_with_path(leaf):
+    array = np.ascontiguousarray(x)
+    digest.update(f"{path_string(path)} {array.dtype} {array.shape}".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+  kind = type(leaf).__name__ if is_weight(leaf) else str(leaf.dtype)
+  return f"{kind} {list(leaf.shape)} {digest.hexdigest()[:16]}"
 
 
 def _size(leaf) -> int:

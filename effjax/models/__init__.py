@@ -1,7 +1,7 @@
 """Models as lists of layers; pretrained ones loaded and saved."""
 
 from effjax.layers.spec import LayerSpec, TransformerConfig
-from effjax.models import presets
+from effjax.models import exchange, presets
 from effjax.models.loading import load
 from effjax.models.model import Model, TokenIds, check_tokens
 from effjax.models.saving import save
@@ -15,6 +15,7 @@ __all__ = [
   "Transformer",
   "TransformerConfig",
   "check_tokens",
+  "exchange",
   "load",
   "presets",
   "save",

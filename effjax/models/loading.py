@@ -13,13 +13,13 @@ import numpy as np
 from effjax.core import trees
 from effjax.core.typing import DTypeLike, PyTree
 from effjax.layers.spec import TransformerConfig
-from effjax.layers.stack import places
 from effjax.models import blocks, families, gguf_tokenizers, packages, tokenizers
 from effjax.models.families import gguf_names
 from effjax.models.families.fields import Fields
-from effjax.models.families.table import Entry, Family, Span
+from effjax.models.families.table import Family
 from effjax.models.folders import Folder
 from effjax.models.gguf_file import GGUFFile
+from effjax.models.layout import Piece, plan_tensors
 from effjax.models.model import Model, TokenIds
 from effjax.models.safetensors_files import SafetensorsFolder
 from effjax.models.sources import TensorSource
@@ -39,19 +39,6 @@ class Checkpoint:
   source: TensorSource
   tokenizer: PretrainedTokenizer | None
   ids: TokenIds
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-  """One tensor of one parameter: `index` in its stack, or None when it is not stacked.
-
-  `span` says which part of the tensor it is, see `Entry`.
-  """
-
-  entry: Entry
-  tensor: str
-  index: int | None
-  span: Span | None = None
 
 
 def load(
@@ -204,42 +191,6 @@ def read_params(
       value = _filled(checkpoint.source, names, plan[path], leaf.shape, kind)
     arrays[path] = jax.block_until_ready(jax.device_put(value, there))
   return jax.tree_util.tree_map_with_path(lambda path, _: arrays[trees.path_string(path)], shapes)
-
-
-def plan_tensors(
-  family: Family, config: TransformerConfig, params: PyTree
-) -> dict[str, list[Piece]]:
-  """For the path of each parameter, the tensors it consists of.
-
-  Raises:
-    ValueError: for a parameter that the family has no tensor for.
-  """
-  shapes = {path: leaf.shape for path, leaf in trees.items(params).items()}
-  plan: dict[str, list[Piece]] = {}
-  for entry in family.rest:
-    if entry.path in shapes:
-      plan[entry.path] = [Piece(entry, entry.name, None)]
-  for i, (segment, name, index) in enumerate(places(config)):
-    for entry in family.layer:
-      path = f"{segment}/{name}/{entry.path}"
-      if path in shapes:
-        layer = {other: shapes[f"{segment}/{name}/{other}"] for other in entry.together}
-        span = _span(entry, layer)
-        piece = Piece(entry, entry.name.format(i=i), index, span)
-        plan.setdefault(path, []).append(piece)
-  for path in shapes:
-    if path not in plan:
-      raise ValueError(f"parameter {path!r} has no place in the layout of family {family.name!r}")
-  return plan
-
-
-def _span(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> Span | None:
-  """Which part of the last axis of a tensor a parameter is, from the shapes of all in it."""
-  if not entry.together:
-    return None
-  widths = [shapes[path][-1] for path in entry.together]
-  which = entry.together.index(entry.path)
-  return sum(widths[:which]), sum(widths[: which + 1]), sum(widths)
 
 
 def _check(checkpoint: Checkpoint, plan: Mapping, shapes: Mapping, stored: Mapping) -> None:

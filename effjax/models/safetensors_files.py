@@ -49,20 +49,23 @@ class TensorInfo:
 class SafetensorsFolder:
   """A `TensorSource` over a folder's model.safetensors, or its shards and their index.
 
+  Args:
+    single: the name of the file where it is one; shards are those of a model.
+
   Raises:
     FileNotFoundError: when the folder has neither, or lacks a shard that its index names.
     ValueError: when a file is truncated or damaged, or lacks a tensor that the index puts there.
   """
 
-  def __init__(self, folder: str | Path):
+  def __init__(self, folder: str | Path, single: str = SINGLE):
     self.path, self._folder = Path(folder), Folder(folder)
     self._tensors: dict[str, TensorInfo] = {}
-    if self._folder.has(SINGLE):
-      self._tensors = read_header(self._folder.file(SINGLE))
-    elif self._folder.has(INDEX):
+    if self._folder.has(single):
+      self._tensors = read_header(self._folder.file(single))
+    elif single == SINGLE and self._folder.has(INDEX):
       self._read_shards()
     else:
-      raise FileNotFoundError(f"{self.path}: neither {SINGLE} nor {INDEX} is there")
+      raise FileNotFoundError(f"{self.path}: neither {single} nor {INDEX} is there")
 
   def names(self) -> list[str]:
     return list(self._tensors)

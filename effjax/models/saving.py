@@ -13,7 +13,7 @@ import numpy as np
 from effjax.core import trees
 from effjax.core.weights import is_weight
 from effjax.models import families, safetensors_files
-from effjax.models.loading import Piece, plan_tensors
+from effjax.models.layout import Piece, plan_tensors
 from effjax.models.model import Model, TokenIds
 
 # How a weight of each kind becomes a plain array.

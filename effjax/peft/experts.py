@@ -1,9 +1,8 @@
 """An expert as the adapter: a mixture of LoRA experts over one frozen feed-forward layer.
 
-Li et al., MixLoRA, arXiv 2404.15159, section 3.1: the experts' matrices are the frozen one, which
-is not copied, plus factors of their own, and one router chooses for the whole feed-forward layer.
-In MoLoRA (Zadouri et al., arXiv 2309.05444) each matrix has a router, and all its experts are
-mixed.
+Li et al., MixLoRA, arXiv 2404.15159, section 3.1: the matrices of an expert are the frozen ones,
+which are not copied, plus factors of its own, and one router chooses for the whole layer. In MoLoRA
+(Zadouri et al., arXiv 2309.05444) each matrix has a router, and all its experts are mixed.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """Files of adapters alone, in a format of our own: every method, over any base."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,12 @@ FILE = "adapters.safetensors"
 FORMAT = "effjax adapters 2"
 
 
+@functools.singledispatch
 def save(params: PyTree, folder: str | Path) -> Path:
   """Writes what adapts `params`, and nothing of the base, to `folder`/adapters.safetensors.
+
+  Of a `Model` it writes the folder that Hugging Face's peft does, where that library has the
+  method and can hold what is there; `models.exchange` says what it can.
 
   Raises:
     ValueError: when `params` holds no adapter.
@@ -39,8 +44,11 @@ def save(params: PyTree, folder: str | Path) -> Path:
   return path
 
 
+@functools.singledispatch
 def load(params: PyTree, folder: str | Path) -> PyTree:
   """`params` with the adapters that `save` wrote, over this base or another of its shapes.
+
+  A `Model` takes the folders of Hugging Face's peft too, and comes back as one.
 
   Raises:
     FileNotFoundError: when the folder holds none.

@@ -5,8 +5,8 @@ of embeddings knows: wherever tokens go, they go, and `prepend` puts them there.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from effjax.layers.spec import TransformerConfig
 from effjax.peft.virtual import widened
 
 PATH = "embed/embedding"
+Given = TypeVar("Given")
 
 
 @register(trains=("prompt",), kind="adapter")
@@ -150,10 +151,10 @@ def ids(params: Params, prompt: Size = 0) -> np.ndarray:
 
 def prepend(
   params: Params,
-  batch: Any,
+  batch: Given,
   *,
   prompt: Size | Sequence[int] | Int[Array | np.ndarray, "B"] = 0,
-) -> Any:
+) -> Given:
   """Virtual tokens before each sequence: of a batch, of tokens [B, T], or of lists of prompts.
 
   In a batch they come before each packed document, whose segment id they have, and positions of
@@ -184,14 +185,18 @@ def prepend(
 
   Reference: arXiv 2104.08691, section 2; labels are as in Hugging Face's peft.
   """
-  whole = isinstance(batch, dict)
-  tokens = batch["tokens"] if whole else batch
+  given: Any = batch
+  tokens = given["tokens"] if isinstance(given, Mapping) else given
   chosen = np.broadcast_to(np.asarray(prompt), (len(tokens),))
   virtual = [ids(params, m) for m in chosen.tolist()]
-  if whole or hasattr(tokens, "shape"):
-    found = widened(batch if whole else {"tokens": tokens}, np.stack(virtual))
-    return found if whole else found["tokens"]
-  return [[*own.tolist(), *row] for own, row in zip(virtual, tokens, strict=True)]
+  found: Any
+  if isinstance(given, Mapping):
+    found = widened(given, np.stack(virtual))
+  elif hasattr(tokens, "shape"):
+    found = widened({"tokens": tokens}, np.stack(virtual))["tokens"]
+  else:
+    found = [[*own.tolist(), *row] for own, row in zip(virtual, tokens, strict=True)]
+  return found
 
 
 def _prompted(params: Params) -> Prompted:

@@ -15,12 +15,12 @@ class Places(NamedTuple):
 
   Attributes:
     column: the column of a token before, of a virtual one that of its document's first token.
-    index: which virtual token it is; −1 for others.
+    nth: which virtual token it is; −1 for others.
     there: False at padding that fills up a row.
   """
 
   column: np.ndarray
-  index: np.ndarray
+  nth: np.ndarray
   there: np.ndarray
 
   @classmethod
@@ -28,7 +28,7 @@ class Places(NamedTuple):
     """Those of rows where each document is preceded by `count` virtual tokens.
 
     Example:
-      >>> Places.of(np.array([[4, 4, -1]]), 2).index.tolist()
+      >>> Places.of(np.array([[4, 4, -1]]), 2).nth.tolist()
       [[0, 1, -1, -1, -1]]
     """
     rows = [_row(row, count) for row in segment_ids]
@@ -41,7 +41,7 @@ class Places(NamedTuple):
 
   @property
   def virtual(self) -> np.ndarray:
-    return self.index >= 0
+    return self.nth >= 0
 
   def take(self, x: np.ndarray) -> np.ndarray:
     """What stands at the column of each place, [B, W, …]."""
@@ -49,7 +49,7 @@ class Places(NamedTuple):
 
 
 def _row(ids: np.ndarray, count: int) -> np.ndarray:
-  """(column, index) of each place of a row."""
+  """(column, nth) of each place of a row."""
   values, first = np.unique(ids, return_index=True)
   starts = np.sort(first[values >= 0])
   tokens = np.stack([np.arange(len(ids)), np.full(len(ids), -1)], axis=1)
@@ -70,7 +70,7 @@ def widened(batch: Mapping[str, Any], virtual: np.ndarray) -> dict[str, Any]:
   places = Places.of(given.get("segment_ids", np.zeros_like(tokens)), virtual.shape[1])
   if "targets" in given and "weights" not in given:
     given["weights"] = np.ones(tokens.shape, np.float32)
-  own = np.take_along_axis(virtual, np.maximum(places.index, 0), axis=1)
+  own = np.take_along_axis(virtual, np.maximum(places.nth, 0), axis=1)
   return {
     name: x if name in OF_ROWS else _placed(name, x, tokens, places, own)
     for name, x in given.items()
@@ -85,14 +85,14 @@ def _placed(
     return _moved(x, places)
   if x.shape[:2] != tokens.shape:
     return x
-  count, virtual = places.index.max(initial=-1) + 1, places.virtual
-  last, taken = virtual & (places.index == count - 1), places.take(x)
+  count, virtual = places.nth.max(initial=-1) + 1, places.virtual
+  last, taken = virtual & (places.nth == count - 1), places.take(x)
   if name == "tokens":
     found = np.where(virtual, own, taken)
   elif name == "segment_ids":
     return np.where(places.there, taken, -1).astype(x.dtype)
   elif name == "positions":
-    found = taken + np.where(virtual, places.index, count)
+    found = taken + np.where(virtual, places.nth, count)
   elif name == "targets":
     found = np.where(virtual, np.where(last, places.take(tokens), 0), taken)
   elif name == "weights":
@@ -100,7 +100,7 @@ def _placed(
   elif name == "previous":
     before = np.pad(own[:, :-1], ((0, 0), (1, 0)))
     after_virtual = np.pad(last[:, :-1], ((0, 0), (1, 0)))
-    found = np.where((places.index > 0) | after_virtual, before, taken)
+    found = np.where((places.nth > 0) | after_virtual, before, taken)
   else:
     found = _zeros_unless(~virtual, taken)
   return _zeros_unless(places.there, found).astype(x.dtype)

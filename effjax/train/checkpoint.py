@@ -10,15 +10,15 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1
 
+from effjax.core import trees
 from effjax.core.known import number
-from effjax.core.trees import path_string
 from effjax.core.typing import PyTree, Size
 from effjax.train import records, workdir
 from effjax.train.lock import locked
@@ -86,13 +86,17 @@ class Checkpoints:
     names = (path.name for path in self.directory.iterdir() if path.is_dir())
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
-  def save(self, step: int, state: PyTree, *, data: Any = None) -> None:
+  def save(
+    self, step: int, state: PyTree, *, data: Any = None, base: Mapping[str, str] | None = None
+  ) -> None:
     """Writes a checkpoint and removes those beyond `keep`; returns when it is on disk.
 
     Args:
       step: its number, above that of every checkpoint there is.
       state: a pytree of arrays; `Weight` and optax states are pytrees too.
       data: JSON, such as the state of the data iterator.
+      base: path → digest (`trees.digests`) of arrays that whoever restores has, such as what stands
+        under adapters; those of `state` that are still the same are named and not written.
 
     Raises:
       ValueError: for a `step` that is not above the others.
@@ -104,10 +108,13 @@ class Checkpoints:
         f"save: step={step}; allowed: above {before[-1]}, which {self.directory} has"
       )
     unfinished = self.directory / f"{step}{UNFINISHED}"
+    same = _digests(state, base or {})
+    named = {path: digest for path, digest in same.items() if (base or {})[path] == digest}
+    written = _split(state, named)[1]
     try:
       with _quiet():
-        v1.save_checkpointables(unfinished, {"state": state}, overwrite=True)
-      records.write(unfinished, {"data": data, "arrays": _layout(state)})
+        v1.save_checkpointables(unfinished, {"state": written}, overwrite=True)
+      records.write(unfinished, {"data": data, "arrays": _layout(written), "base": named})
       unfinished.rename(self.directory / str(step))
       _to_disk(self.directory)
     except Exception as error:  # Orbax and TensorStore raise many types for a failed write.
@@ -124,13 +131,15 @@ class Checkpoints:
     where this may write.
 
     Args:
-      like: arrays or `jax.ShapeDtypeStruct`s that give structure, shapes, types and shardings.
+      like: arrays or `jax.ShapeDtypeStruct`s that give structure, shapes, types and shardings; of
+        the `base` that was saved without, arrays, which come back as they are.
       step: one of `steps()`.
 
     Raises:
       FileNotFoundError: when there is no such checkpoint.
-      ValueError: when its structure, shapes or types are not those of `like`; `Damaged`, when
-        files of it are missing or changed, and of all others too where `step` is None.
+      ValueError: when its structure, shapes or types are not those of `like`, or its base is
+        another; `Damaged`, when files of it are missing or changed, and of all others too where
+        `step` is None.
     """
     steps = self.steps()
     if not steps or (step is not None and step not in steps):
@@ -169,9 +178,12 @@ class Checkpoints:
   def _read(self, step: int, like: PyTree) -> Saved:
     path = self.directory / str(step)
     record = records.read(path)
-    _check_layout(record["arrays"], _layout(like), str(path))
-    state = v1.load_checkpointables(path, {"state": jax.tree.map(_abstract, like)})["state"]
-    return Saved(step, state, record["data"])
+    named = record.get("base", {})
+    _check_base(named, like, str(path))
+    base, rest = _split(like, named)
+    _check_layout(record["arrays"], _layout(rest), str(path))
+    state = v1.load_checkpointables(path, {"state": jax.tree.map(_abstract, rest)})["state"]
+    return Saved(step, trees.merge(state, base), record["data"])
 
   def _pass_over(self, damage: dict[int, str], good: int) -> None:
     if not damage:
@@ -217,10 +229,38 @@ def _abstract(x) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
+def _split(tree: PyTree, paths: Mapping[str, Any]) -> tuple[PyTree, PyTree]:
+  """`tree` as (the arrays at `paths`, the others), None elsewhere."""
+  take = lambda there: jax.tree_util.tree_map_with_path(
+    lambda path, x: x if (trees.path_string(path) in paths) == there else None, tree
+  )
+  return take(True), take(False)
+
+
+def _digests(tree: PyTree, paths: Mapping[str, Any]) -> dict[str, str]:
+  """Digests of the arrays that are at `paths`."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  named = ((trees.path_string(path), x) for path, x in leaves)
+  return trees.digests({path: x for path, x in named if path in paths})
+
+
+def _check_base(there: Mapping[str, str], like: PyTree, where: str) -> None:
+  base = _split(like, there)[0]
+  if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base)):
+    raise ValueError(f"{where}: is without its base; allowed: a `like` with the arrays of that")
+  here = _digests(like, there)
+  for path, digest in there.items():
+    if here.get(path) != digest:
+      raise ValueError(
+        f"{where}: was trained over another base: {path} is {digest} there and "
+        f"{here.get(path, 'absent')} here; allowed: the base that it was trained over"
+      )
+
+
 def _layout(tree: PyTree) -> dict[str, list]:
   """Path → shape and type of every array, as JSON."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {path_string(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
+  return {trees.path_string(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
 
 
 def _check_layout(there: dict[str, list], here: dict[str, list], where: str) -> None:

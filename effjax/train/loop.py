@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from effjax.core import known
+from effjax.core import known, trees
 from effjax.core.typing import Key, Params
 from effjax.parallel.placement import Placement
+from effjax.peft.adapter import is_adapter
 from effjax.train.checkpoint import Checkpoints
 from effjax.train.objectives import Batch
 from effjax.train.settings import Settings, moments
@@ -81,6 +82,7 @@ def fit(
 
   Rows of `workdir`/metrics.jsonl hold "step", the metrics of that step, and what `evaluate` gave.
   They hold no times: those of a run that was killed and resumed equal an undisturbed run's.
+  Where there are adapters, checkpoints hold what trains, and name what is frozen by its digest.
   After SIGTERM or SIGINT the current step is finished and saved, and the process exits with status
   0. A checkpoint that is damaged is named in a warning, and the one before it is gone on from.
 
@@ -103,7 +105,7 @@ def fit(
   directory = Path(workdir)
   opened = Checkpoints(directory / "checkpoints", keep=config.keep)
   with _Stop() as stop, opened as checkpoints, _naming(opened):
-    settings = Settings(directory, step, rng, placement, moments(state))
+    settings, base = Settings(directory, step, rng, placement, moments(state)), _base(state)
     state = _resume(checkpoints, state, batches, config.steps, settings)
     number = start = int(state.step)
     log = Log(directory, start, tensorboard=config.tensorboard)
@@ -127,7 +129,7 @@ def fit(
         leaving = stop.asked  # read once: what is asked for later is for the next step
         if due(config.checkpoint_every) or leaving:
           _drain(pending, checkpoints)
-          checkpoints.save(number, state, data=batches.get_state())
+          checkpoints.save(number, state, data=batches.get_state(), base=base)
         bar.update()
         if leaving:
           break
@@ -226,6 +228,14 @@ def _resume(
   batches.set_state(saved.data)
   print(f"going on from step {saved.step} of {steps} in {checkpoints.directory}", flush=True)
   return saved.state
+
+
+def _base(state: TrainState) -> dict[str, str]:
+  """Path → digest of what is frozen beside adapters; nothing where there are none."""
+  if not any(is_adapter(leaf) for leaf in trees.items(state.params).values()):
+    return {}
+  frozen = jax.tree_util.tree_leaves_with_path(state.partition()[1])
+  return trees.digests({f"params/{trees.path_string(path)}": x for path, x in frozen})
 
 
 def _drain(pending: list[tuple[int, dict]], checkpoints: Checkpoints) -> dict[str, Any]:

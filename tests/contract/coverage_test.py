@@ -38,8 +38,12 @@ def public(room: str) -> dict[str, Any]:
   package = importlib.import_module(f"effjax.{room}")
   found = {name: getattr(package, name) for name in package.__all__}
   for module in [value for value in found.values() if inspect.ismodule(value)]:
-    own = {f"{module.__name__}.{name}": value for name, value in vars(module).items()
-           if name[0] != "_" and getattr(value, "__module__", None) == module.__name__}  # fmt: skip
+    inside = lambda value: f"{getattr(value, '__module__', '')}."
+    own = {
+      f"{module.__name__}.{name}": value
+      for name, value in vars(module).items()
+      if name[0] != "_" and inside(value).startswith(f"{module.__name__}.")
+    }
     found |= own
   return found
 

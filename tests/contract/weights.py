@@ -77,10 +77,10 @@ def dropping(base: Any, key: jax.Array) -> LoRA:
 
 
 def mixed(base: Any, key: jax.Array) -> Named:
-  """A weighted sum of two adapters."""
-  keys = {"fr": key, "de": jax.random.fold_in(key, 1)}
-  alone = lambda key: {"w": dataclasses.replace(adapted(base, key), base=None)}
-  params = named.join({name: alone(key) for name, key in keys.items()}, {"w": base})
+  """A weighted sum of two adapters, one with lengths of its own."""
+  members = {"fr": turned(base, key), "de": adapted(base, jax.random.fold_in(key, 1))}
+  alone = {name: {"w": dataclasses.replace(w, base=None)} for name, w in members.items()}
+  params = named.join(alone, {"w": base})
   return named.use(params, {"fr": 0.7, "de": -0.4})["w"]
 
 
@@ -144,11 +144,11 @@ WRAPPERS: dict[str, Represent] = {
 }
 STANDS_OVER = {  # others over all
   "DoRA": ("array", "Int8", "NF4"),
+  "Named": ("array", "Int8", "NF4", "LoRA"),
   "InputScaled": ("array", "Int8Dynamic", "Int4", "LoRA"),
   "IA3": ("array", "NF4, double, of a table", "LLMInt8", "LoRA"),
   "IA3 of inputs": ("array", "Int8"),
   "Tuned": ("array", "Int8"),
-  "Named": ("array", "Int8", "NF4", "LoRA"),
   "Prompted": ("array", "NF4", "LoRA"),
 }
 

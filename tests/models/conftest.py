@@ -64,31 +64,38 @@ def folder(tmp_path_factory):
   return models.save(model, tmp_path_factory.mktemp("loading") / "llama")
 
 
+def tiny(model_type: str, folder, **fields):
+  """Saves a random transformers model to `folder`; gives the model."""
+  import torch
+  import transformers
+
+  config = transformers.AutoConfig.for_model(
+    model_type,
+    **{"vocab_size": VOCABULARY, "max_position_embeddings": 64, **TINY[model_type], **fields},
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+  )
+  encoder = model_type in ENCODERS
+  kind = transformers.AutoModel if encoder else transformers.AutoModelForCausalLM
+  torch.manual_seed(0)
+  model = kind.from_config(config, dtype=torch.float32).eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      # Biases and norms begin at 0 and 1, where a wrong table could go unnoticed.
+      parameter.add_(0.1 * torch.randn(parameter.shape))
+  model.save_pretrained(folder)
+  return model
+
+
 @pytest.fixture
 def tiny_folder(tmp_path):
   """A function: saves a random transformers model; gives its folder and the model."""
-  torch = pytest.importorskip("torch", reason=WHY_TORCH)
-  import transformers
+  pytest.importorskip("torch", reason=WHY_TORCH)
 
   def make(model_type: str, folder=None, **fields):
-    config = transformers.AutoConfig.for_model(
-      model_type,
-      **{"vocab_size": VOCABULARY, "max_position_embeddings": 64, **TINY[model_type], **fields},
-      bos_token_id=1,
-      eos_token_id=2,
-      pad_token_id=0,
-    )
-    encoder = model_type in ENCODERS
-    kind = transformers.AutoModel if encoder else transformers.AutoModelForCausalLM
-    torch.manual_seed(0)
-    model = kind.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-      for parameter in model.parameters():
-        # Biases and norms begin at 0 and 1, where a wrong table could go unnoticed.
-        parameter.add_(0.1 * torch.randn(parameter.shape))
     folder = folder or tmp_path / model_type
-    model.save_pretrained(folder)
-    return folder, model
+    return folder, tiny(model_type, folder, **fields)
 
   return make
 

@@ -260,7 +260,7 @@ def test_prefixes():
 
 
 def test_every_parameter_of_every_preset_has_a_place():
-  from effjax.models.loading import plan_tensors
+  from effjax.models.layout import plan_tensors
 
   tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
   for name in ("smollm2-135m", "gemma3-270m", "opt-350m", "bert-base"):

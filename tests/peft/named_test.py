@@ -80,7 +80,7 @@ def test_an_adapter_for_each_row_is_what_each_computes_alone():
   assert_close(found, alone())
   assert np.ptp(alone(), axis=0).min() > 0
   chex.assert_trees_all_equal(none[2], found[2])
-  chex.assert_trees_all_equal(none, apply(MODULE, base(), TOKENS))
+  assert_close(none, apply(MODULE, base(), TOKENS))
 
 
 def test_they_generate_what_each_does_alone():
@@ -125,7 +125,9 @@ def test_rows_are_split_over_a_mesh_and_recomputed():
     placed = jax.lax.with_sharding_constraint(params, zero.params(params))
     return linear(x, zero.on_params(placed)["w"])
 
-  np.testing.assert_allclose(split(params), linear(x, params["w"]), atol=1e-5)
+  whole = linear(x, params["w"])
+  np.testing.assert_allclose(split(params), whole, atol=1e-5)
+  chex.assert_trees_all_equal(whole[2], linear(x, params["w"].base)[2])
   total = lambda params: jnp.square(linear(x, params["w"])).sum()
   grad = lambda f: jax.jit(jax.grad(f, allow_int=True))(params)
   grads = [grad(f) for f in (total, jax.checkpoint(total))]

@@ -9,14 +9,21 @@ import numpy as np
 import pytest
 
 from effjax import cost
-from effjax.attention import Attention, BigBird, Longformer, TrainedPrefix
+from effjax.attention import (
+  Attention,
+  BigBird,
+  Longformer,
+  ShiftedSparseAttention,
+  TrainedPrefix,
+)
 from effjax.attention.masks import Causal, Dilated, Full, Global, SlidingWindow
 from effjax.core import trees
 from effjax.decode import generate
-from effjax.layers import MLP, LayerNorm, LayerSpec, Rope, TransformerConfig
+from effjax.layers import MLP, Context, LayerNorm, LayerSpec, Rope, TransformerConfig
 from effjax.layers.objective import through
 from effjax.models import Transformer
 from effjax.peft import prefix
+from effjax.peft.prefix.layers import replaced
 from effjax.train import next_token
 from tests.modules import apply, random_params
 
@@ -87,7 +94,7 @@ COMBINATIONS = ((0, 2), (2,), (), (1,))
 @pytest.mark.parametrize("mean", [False, True])
 def test_rows_choose_modules(modular, mean):
   tuned, params = modular
-  tuned = prefix._replaced(tuned, TrainedPrefix(2, 3, mean))
+  tuned = replaced(tuned, TrainedPrefix(2, 3, mean))
   tokens = np.tile(TOKENS[:1], (4, 1))
   found = np.asarray(apply(Transformer(tuned), params, tokens, attributes=ROWS))
   for row, chosen in enumerate(COMBINATIONS):
@@ -226,3 +233,20 @@ def test_learned_weights_mix_modules(modular):
   grad = jax.jit(jax.grad(lambda w, batch: objective(w, batch, None)[0]))
   slope = np.asarray(grad(jnp.zeros(3), batch))
   assert np.isfinite(slope).all() and (np.abs(slope) > 0).all()
+
+
+def test_shifted_groups_and_memory_are_seen_beside_a_prefix():
+  mixer = Attention(4, kv_heads=2, prefix=TrainedPrefix(2))
+  x = jax.random.normal(KEY, (1, 6, 16))
+  params = random_params(mixer, x)
+  whole, _ = apply(mixer, params, x)
+  grouped, _ = apply(ShiftedSparseAttention(4, 2, prefix=mixer.prefix, group=6), params, x)
+  np.testing.assert_allclose(grouped, whole, atol=1e-6)
+
+  cross = dataclasses.replace(mixer, cross=True)
+  two = jnp.concatenate([x[:, :2], x[:, :2]], axis=1)
+  key, value = ((x[0, :2] @ params[name]["kernel"]).reshape(2, 2, 4) for name in ("key", "value"))
+  drawn = params | {"prefix_key": key, "prefix_value": value}
+  seen, _ = apply(cross, drawn, x, Context(memory=x[:, :2]))
+  twice, _ = apply(dataclasses.replace(cross, prefix=None), params, x, Context(memory=two))
+  np.testing.assert_allclose(seen, twice, atol=1e-6)

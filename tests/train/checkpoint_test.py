@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import os
 import resource
@@ -9,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.core import weights
+from effjax.core import trees, weights
 from effjax.parallel import make_mesh, place
+from effjax.peft import lora
 from effjax.quant import Int8
 from effjax.train import Checkpoints, TrainState, init_state
 
@@ -55,6 +57,31 @@ def test_round_trip_is_exact_to_the_bit(tmp_path):
   _same_bits(saved.state, state)
   assert isinstance(saved.state, TrainState) and saved.state.params["w"].bits == 8
   assert (saved.step, saved.data) == (3, {"row": 17, "name": "é"})
+
+
+def test_what_is_frozen_beside_adapters_is_named_and_not_written(tmp_path):
+  base = {"kernel": jnp.arange(600_000.0).reshape(1000, 600), "bias": jnp.ones(600)}
+  params = lora.add(base, jax.random.key(0), rank=2, targets="kernel")
+  state = init_state(params, optax.adam(1e-3))
+  digests = trees.digests({"params/kernel/base": base["kernel"], "params/bias": base["bias"]})
+  changed = dataclasses.replace(state, params=params | {"bias": jnp.zeros(600)})
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, changed, base=digests)
+    _same_bits(checkpoints.restore(state).state, changed)  # the bias was written: it is another
+    checkpoints.save(2, state, base=digests)
+    _same_bits(checkpoints.restore(changed, step=1).state, changed)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert size < base["kernel"].nbytes / 4
+    for step in (1, 2):
+      other = dataclasses.replace(params["kernel"], base=base["kernel"] + 1)
+      with pytest.raises(ValueError, match="another base: params/kernel/base is float32"):
+        checkpoints.restore(
+          dataclasses.replace(state, params=params | {"kernel": other}), step=step
+        )
+    with pytest.raises(ValueError, match="is without its base; allowed: a `like` with the arrays"):
+      checkpoints.restore(jax.eval_shape(lambda: state))
+    with pytest.raises(ValueError, match=r"kernel/base is float32 .* there and absent here"):
+      checkpoints.restore(dataclasses.replace(state, params=base))
 
 
 def test_only_the_newest_stay(tmp_path):

@@ -8,7 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from effjax.core import linear
 from effjax.parallel import Zero, make_mesh, place
+from effjax.peft import lora
 from effjax.train import LoopConfig, fit, init_state, make_train_step
 
 
@@ -137,6 +139,31 @@ def test_a_run_goes_on_in_another_placement(tmp_path, run, bigram, stream, key):
   state = fit(step, state, stream(), key, placement=placement, **arguments)
   for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(state), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_with_adapters_keeps_what_trains(tmp_path, stream, key):
+  def objective(params, batch, rng):
+    logits = linear(jax.nn.one_hot(batch["tokens"], 11), params["kernel"], params["bias"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return losses.mean(), {}
+
+  optimizer = optax.adam(0.03)
+  step = make_train_step(objective, optimizer)
+
+  def run(name, steps, start=0.0):
+    base = {"kernel": jnp.full((11, 11), start), "bias": jnp.zeros(11)}
+    state = init_state(lora.add(base, jax.random.key(0), rank=2, targets="kernel"), optimizer)
+    config = LoopConfig(steps=steps, progress=False)
+    return fit(step, state, stream(), key, workdir=tmp_path / name, config=config)
+
+  whole = run("a", 4)
+  run("b", 2)
+  _same(whole, run("b", 4))
+  record = json.loads((tmp_path / "b/checkpoints/4/record.json").read_text().splitlines()[0])
+  kept = {path for path in record["arrays"] if path.startswith("params")}
+  assert kept == {"params/kernel/a", "params/kernel/b"}
+  with pytest.raises(ValueError, match="was trained over another base: params/kernel/base is"):
+    run("b", 5, start=1.0)
 
 
 def test_wrong_numbers_are_named():

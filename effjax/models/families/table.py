@@ -53,10 +53,13 @@ class Entry:
     if span is None and not self.shift:
       source.read(name, out.T if self.transpose else out)
       return
-    value = source.read(name)
-    value = value.T if self.transpose else value
+    out[...] = self.part(source.read(name), span)
+
+  def part(self, tensor: np.ndarray, span: Span | None = None) -> np.ndarray:
+    """The parameter in a tensor, float32: what `unload` undoes where it is all of it."""
+    value = tensor.T if self.transpose else tensor
     value = value if span is None else value[..., span[0] : span[1]]
-    out[...] = value.astype(np.float32) + np.float32(self.shift)
+    return value.astype(np.float32) + np.float32(self.shift)
 
   def unload(self, value: np.ndarray) -> np.ndarray:
     """The tensor from the parameter, or from those of `together` side by side."""
