@@ -27,6 +27,7 @@ from experiments.peft.retrieval.prefixed import encode
 from experiments.peft.retrieval.task import Grid
 
 TEMPERATURE = 0.05  # of in-batch cross-entropy
+loaded = functools.cache(load)
 
 
 class Task(abc.ABC):
@@ -73,7 +74,7 @@ class Continuing(Task):
 
   @functools.cached_property
   def _loaded(self) -> tuple[Subject, Tokenizer]:
-    return load(self._model)
+    return loaded(self._model)
 
   @property
   def subject(self) -> Subject:
@@ -120,7 +121,7 @@ class Asking(Task):
 
   @functools.cached_property
   def _loaded(self) -> tuple[Subject, Tokenizer]:
-    return load(self._model)
+    return loaded(self._model)
 
   @functools.cached_property
   def subject(self) -> Subject:

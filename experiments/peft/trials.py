@@ -56,11 +56,15 @@ class Trials:
     }
 
   def trained(
-    self, method: Method, rate: float, seed: int
+    self, method: Method, rate: float, seed: int, task: Task | None = None
   ) -> tuple[Subject, list[float], list[float]]:
-    """The model after training; of each step the loss, and the seconds that it took."""
+    """The model after training; of each step the loss, and the seconds that it took.
+
+    `task` gives other batches, of the same objective and model.
+    """
     subject, state = self._start(method, rate, seed)
-    batches, losses, seconds = self.task.batches(method, subject.params, seed), [], []
+    batches = (task or self.task).batches(method, subject.params, seed)
+    losses, seconds = [], []
     for _, batch in zip(range(self.steps), batches, strict=False):
       time, (state, loss) = timed(functools.partial(self._taken, subject.config, state, batch))
       losses.append(loss)
