@@ -120,7 +120,7 @@ def use_every_core() -> None:
 
 def start(params: Params, rates: Sequence[float], steps: int) -> TrainState:
   """The state before the first call: it carries those of all seeds, from copies of `params`."""
-  init = lambda params, rate: init_state(params, optimizer(rate, steps))
+  init = lambda params, rate: init_state(params, _optimizer(rate, steps))
   states = jax.jit(jax.vmap(init))(jax.tree.map(jnp.copy, params), jnp.asarray(rates, jnp.float32))
   state = TrainState(jnp.zeros((), jnp.int32), None, None, extra=states)
   return jax.device_put(state, _layout(len(rates)))
@@ -132,7 +132,7 @@ def program(objective: Objective, steps: int, seeds: Sequence[int]) -> Step:
   The batch is what `Orders` gives. Metrics: "losses", the mean nll of each seed over the steps of
   the call, "loss", their mean, and "finite", whether any seed still learns.
   """
-  layout, one = _layout(len(seeds)), make_train_step(objective, optimizer(1.0, steps))
+  layout, one = _layout(len(seeds)), make_train_step(objective, _optimizer(1.0, steps))
   together = jax.vmap(one.program)
 
   def several(objective: Partial, states: PyTree, batches: Batch, count: Array, keys: Key):
@@ -169,16 +169,6 @@ def program(objective: Objective, steps: int, seeds: Sequence[int]) -> Step:
   return Step(jax.jit(call, donate_argnums=1, out_shardings=outputs), one.objective)
 
 
-def optimizer(rate: float | Array, steps: int, **options: Any) -> optax.GradientTransformation:
-  """AdamW whose peak learning rate is part of its state, so that one program serves all rates.
-
-  `options` are others of `OptimizerConfig`.
-  """
-  shape = OptimizerConfig(learning_rate=1.0, warmup=math.ceil(steps / 10), steps=steps, **options)
-  scaled = lambda rate: optax.chain(make_optimizer(shape), optax.scale(rate))
-  return optax.inject_hyperparams(scaled)(rate=rate)
-
-
 def _layout(seeds: int) -> TrainState:
   """Shardings of the state that carries those of all seeds."""
   mesh = _mesh(seeds)
@@ -191,3 +181,10 @@ def _mesh(seeds: int) -> Mesh:
   devices = jax.devices()
   count = max(n for n in range(1, len(devices) + 1) if seeds % n == 0)
   return Mesh(np.array(devices[:count]), ("seeds",))
+
+
+def _optimizer(rate: float | Array, steps: int) -> optax.GradientTransformation:
+  """AdamW whose peak learning rate is part of its state, so that each seed may have its own."""
+  shape = OptimizerConfig(learning_rate=1.0, warmup=math.ceil(steps / 10), steps=steps)
+  scaled = lambda rate: optax.chain(make_optimizer(shape), optax.scale(rate))
+  return optax.inject_hyperparams(scaled)(rate=rate)

@@ -161,15 +161,15 @@ class Study:
 
   def exact(self) -> harness.Row:
     """What adding, removing and choosing by row change that they should not."""
-    loras = {name: self._module(LORA, name, 0).params for name in self._domains}
-    base, first = self.base.params, self._domains[0]
+    loras = {f"{i}": self._module(LORA, d, 0).params for i, d in enumerate(self._domains)}
+    base, first = self.base.params, next(iter(loras))
     joined = named.join(loras, base)
-    without = functools.reduce(named.remove, self._domains, joined)
-    prefixed = self._module(PREFIX, first, 0)
+    without = functools.reduce(named.remove, loras, joined)
+    prefixed = self._module(PREFIX, self._domains[0], 0)
     plain = prefix.remove(prefixed.config, prefixed.params)[1]
     batches = [task.held_out.batches[0]["tokens"][:1] for task in self.tasks.values()]
     logits = functools.partial(_logits, self.base.module)
-    together = logits(named.use(joined, self._domains), np.concatenate(batches))
+    together = logits(named.use(joined, [*loras]), np.concatenate(batches))
     apart = [logits(loras[name], x)[0] for name, x in zip(loras, batches, strict=True)]
     summed = logits(named.use(joined, dict.fromkeys(loras, 1.0)), batches[0])
     made = self._combined(0, self._domains, [1.0] * len(loras), "cat")

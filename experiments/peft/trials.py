@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import optax
 
 from effjax.core import trees
 from effjax.core.typing import Params
@@ -17,14 +18,13 @@ from effjax.train.step import Step
 from experiments.harness import Row
 from experiments.lab.speed import ratio, timed
 from experiments.lab.subject import Subject
-from experiments.lab.training import optimizer
 from experiments.peft.methods import METHODS, Method
 from experiments.peft.tasks import Task
+from experiments.peft.tuning import account, adamw
 
 BASELINE = "lora"
 SWEPT = 1000  # the seed of sweeps, above any other
 KEY = jax.random.key(0)  # of randomness in layers
-NO_DECAY = {"weight_decay": 0.0}  # which would pull scales to 0, and they begin at 1
 
 
 class Trials:
@@ -76,13 +76,12 @@ class Trials:
   def keeps(self, method: Method) -> Row:
     """What trains: its numbers, their share of the model's, bytes with and without moments."""
     state = jax.eval_shape(lambda: self._start(method, method.rate, 0)[1])
-    chosen, _ = state.partition()
-    count, nbytes = trees.count(chosen), trees.nbytes(chosen)
+    count, nbytes = trees.count(state.partition()[0]), account(state)
     return {
       "trained": count,
       "share": count / trees.count(self.task.subject.params),
-      "trained_bytes": nbytes,
-      "state_bytes": nbytes + trees.nbytes(state.opt_state),
+      "trained_bytes": nbytes["trained"],
+      "state_bytes": nbytes["trained"] + nbytes["optimiser"],
     }
 
   def takes(self, method: Method, turns: int) -> Row:
@@ -113,13 +112,16 @@ class Trials:
 
   def _start(self, method: Method, rate: float, seed: int) -> tuple[Subject, TrainState]:
     subject = method(self.task.subject, jax.random.key(seed))
-    rule = optimizer(rate, self.steps, **NO_DECAY)
-    return subject, init_state(_copy(subject.params), rule)
+    return subject, init_state(_copy(subject.params), self._rule(rate))
 
   def _compiled(self, config: TransformerConfig) -> Step:
     subject = Subject(config, self.task.subject.params)
-    rule = optimizer(1.0, self.steps, **NO_DECAY)
-    return make_train_step(self.task.objective(subject), rule)
+    return make_train_step(self.task.objective(subject), self._rule(1.0))
+
+  def _rule(self, rate: float) -> optax.GradientTransformation:
+    """AdamW whose peak rate is part of its state, so that one program serves all rates."""
+    scaled = lambda rate: optax.chain(adamw(1.0, self.steps), optax.scale(rate))
+    return optax.inject_hyperparams(scaled)(rate=rate)
 
 
 def _copy(params: Params) -> Any:
