@@ -73,9 +73,9 @@ class Config:
   domains: str = "debian-handbook/fr-FR,manpages"
   rows: int = 4
   length: int = 48
-  batch: int = 4
+  batch: int = 2
   steps: int = 6
-  rate: float = 4.0
+  rate: float = 2.0
   seeds: int = 2
 
 
