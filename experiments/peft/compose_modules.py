@@ -11,6 +11,16 @@ itself); "minus x" is the base with a domain's change negated, and "without x" t
 others. Prefixes are composed as P₀ + Σ (P_x − P₀), all or a mean. A sum keeps what each brings, so
 a composition holds where its mean over domains is below that of no module; what it costs is told by
 the mean of each domain under its own. Differences are paired by seed.
+
+Measured (`results/compose_modules`, 6 steps of 96 tokens a module, 192 held-out tokens a domain, 3
+seeds), as means of a French book and manual pages: no module 3.770 nats a token; under its own LoRA
+3.525, the other's 3.661; the sum of both 3.542, mean 3.556, svd 3.544, TIES 3.555, linear 3.567,
+DARE 3.567; its own negated 4.351. So LoRAs that were trained apart work together: sum and mean are
+better than no module, and neither is told from each domain's own; of the rules none is better than
+the mean by more than its interval, and DARE is worse. A prefix that begins at random numbers has in
+so few steps not yet made up for what these spoil (4.598 under a domain's own), and its compositions
+say nothing: their sum is 4.219. Removing is exact to the bit, and rows that choose a module each
+give the very logits of runs apart.
 """
 
 import dataclasses

@@ -13,6 +13,17 @@ few multiples of its own in `peft.methods`, on a seed that is not used again. Se
 at random and the order of the text, and differences to LoRA are paired by seed. State is what
 trains with both moments of the optimiser, all in float32. A step's time is the median of ratios to
 LoRA's, the two in turns.
+
+Measured (`results/peft_compare`, rates 0.5, 2 and 8 times a method's own, 3 seeds): "ask", 12 steps
+of 16 queries, all methods. Mean reciprocal ranks rise from 0.290 to 0.404 (Pfeiffer's adapters, the
+one method that is better than LoRA by more than its interval), 0.394 (Houlsby's), 0.368 (PiSSA),
+0.359 (everything, with 68 times LoRA's state), 0.358 (LoRA), 0.357 (DoRA, a step of which takes 1.3
+times LoRA's), 0.356 (BitFit, which trains 0.11 %), 0.349 (LoRA experts), 0.340 (prefix), 0.325 (soft
+prompt) and 0.323 (IA³, worse than LoRA by more than its interval). "continue", 6 steps of 128
+tokens, four methods: nats fall from 4.566 to 4.344 (DoRA), 4.346 (LoRA), 4.380 (everything, worse
+than LoRA by more than its interval) and 4.420 (IA³). This is little training: adapters, prefixes,
+experts and IA³ were best at the highest rate that was tried on "ask", BitFit at the lowest. Each
+interval is of one comparison among many. Times were taken on a busy machine.
 """
 
 import dataclasses
@@ -70,7 +81,7 @@ class Config:
   """
 
   tasks: str = "continue,ask"
-  methods: str = "lora,ia3,houlsby,prefix"
+  methods: str = "lora,ia3,pfeiffer"
   decoder: str = "smollm2-135m"
   encoder: str = "minilm"
   text: str = "debian-handbook/fr-FR"
@@ -85,7 +96,7 @@ class Config:
   group: int = 16
   steps: int = 6
   asked: int = 12
-  rates: str = "1,4"
+  rates: str = "2"
   seeds: int = 2
   turns: int = 2
 
@@ -242,7 +253,7 @@ def _line(found: Found, task: str, method: str) -> harness.Row:
 
 
 def claims(measured: list[harness.Row]) -> dict[str, bool | Verdict]:
-  """Of every method that it learns at all, and how it stands to LoRA; what each was cheap in."""
+  """Of every method that it is better than no training, and how it stands to LoRA."""
   found, said = Found(measured), {}
   for task in found.tasks:
     methods = found.methods(task)

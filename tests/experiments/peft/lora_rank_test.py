@@ -25,14 +25,17 @@ def texts(tmp_path_factory):
     yield
 
 
-def test_a_run_has_a_line_a_scale_and_rank(tmp_path):
+def test_a_run_has_a_line_a_scale_and_rank(tmp_path, monkeypatch):
+  scored = lambda trials, method, rate, seed: {"rate": rate, "seed": seed, "nats": 1.0, "mrr": 0.5}
+  monkeypatch.setattr(study.Trials, "run", scored)
+  monkeypatch.setattr(study.Trials, "as_it_is", lambda trials: {"nats": 2.0})
   rows = study.run(TINY, str(tmp_path))
   assert [(row["scale"], row["rank"]) for row in rows] == [
     (scale, rank) for scale in study.SCALES for rank in (1, 2)
   ]
   assert rows[1]["trained"] == 2 * rows[0]["trained"]
   assert rows[0]["trained MB"] == 4 * rows[0]["trained"] / 1e6
-  assert all(math.isfinite(row["nats"]) for row in rows)
+  assert [row["rate"] for row in rows] == [1e-3] * 4
   assert {"metrics.jsonl", "plot.png", "result.csv"} <= {path.name for path in tmp_path.iterdir()}
 
 
