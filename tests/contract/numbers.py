@@ -115,7 +115,8 @@ PARAMS = random_params(MODEL, IDS)
 
 def of_representation(row: Any) -> IdsRow:
   table = row.of(ENTRIES, WIDTH)
-  return IdsRow(f"rows of {row.name}", lambda ids: weights.take(table, ids), ENTRIES)
+  count = weights.entries(table)
+  return IdsRow(f"rows of {row.name}", lambda ids: weights.take(table, ids), count)
 
 
 READERS = [of_representation(row) for row in REPRESENTATIONS] + [
