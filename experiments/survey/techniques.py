@@ -20,6 +20,7 @@ from effjax.peft import lora
 from experiments.lab.budget import Spending
 from experiments.lab.study import Run, Study
 from experiments.lab.subject import Subject
+from experiments.peft.methods import METHODS
 
 KERNELS = r"(query|key|value|out|up|gate|down)/kernel$"
 
@@ -177,6 +178,9 @@ TECHNIQUES = (
   Technique("lora-r8", "weights", with_lora(8), same_function=True),
   Technique("lora-r8-merged", "weights", with_lora(8, merged=True), same_function=True),
   Technique("int8-lora-r8", "weights", lora_over(int8)),
+  Technique("ia3", "weights", METHODS["ia3"], same_function=True),
+  Technique("houlsby-32", "transform", METHODS["houlsby"]),
+  Technique("prefix-16", "transform", METHODS["prefix"]),
   Technique("nf4", "weights", nf4),
   Technique("window-128", "mask", masked(masks.SlidingWindow(127, 0))),
   Technique("window-128-alternating", "mask", masked(masks.SlidingWindow(127, 0), every=2)),
