@@ -1,6 +1,6 @@
 """Fine-tuning as people do it: a model, a text, a method; adapters and a model come out.
 
-  scripts/run finetune                                                          (about 4 minutes)
+  scripts/run finetune                                     (2 minutes of processor time)
   scripts/run finetune --config.text=path:my_texts --config.method=dora --config.base=nf4
   scripts/run finetune --config.model=gemma3-270m --config.text=debian-handbook/fr-FR
 
@@ -10,6 +10,9 @@ after, and read in between. What trained is in the folder `adapters`, for `peft.
 Face's peft writes it where that library has the method. Where it can be merged into the matrices,
 the model is in the folder `model`, which transformers opens. Stopped in any way and run again with
 the same flags, it goes on where it was. README has its core in twenty lines.
+
+Measured: 30 steps of LoRA on Python's own reference, 7,680 tokens: SmolLM2 pays 2.71 nats a token
+of what is held out, and 2.98 before; it trains 1.82 % and keeps 567 MB, optimiser included.
 """
 
 import dataclasses
@@ -158,12 +161,13 @@ class Text:
     return self._tokenizer.decode(self._prompt)
 
   @functools.cached_property
-  def calibration(self) -> list[Batch]:
+  def calibration(self) -> list[Any]:
     rows = self.training(batch_size=1)
     return [next(rows) for _ in range(CALIBRATION)]
 
   def training(self, batch_size: int) -> data.Loader:
-    sizes = {"batch_size": batch_size, "length": self._config.length, "seed": self._config.seed}
+    sizes: Any = {"batch_size": batch_size, "length": self._config.length}
+    sizes |= {"seed": self._config.seed}
     return data.loader(self._corpus, self._tokenizer, split="train", **sizes)
 
   def evaluation(self, subject: Subject, lay_out: Callable[[Params, Any], Any]) -> Evaluation:
@@ -192,7 +196,8 @@ class Reading:
   """Batches as a model reads them, and when they were asked for."""
 
   def __init__(self, loader: data.Loader, lay_out: Callable[[Batch], Batch]):
-    self._loader, self._lay_out, self._asked = loader, lay_out, []
+    self._loader, self._lay_out = loader, lay_out
+    self._asked: list[float] = []
     self.get_state, self.set_state = loader.get_state, loader.set_state
 
   def __next__(self) -> Batch:

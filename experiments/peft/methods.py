@@ -84,7 +84,7 @@ def suited(subject: Subject) -> list[str]:
 
 def low_rank(**options: Any) -> Change:
   """Factors beside every linear layer."""
-  options = {"rank": RANK, "targets": KERNELS} | options
+  options = {"rank": RANK, "targets": KERNELS, **options}
   return lambda config, params, key: (config, lora.add(params, key, **options))
 
 
@@ -115,7 +115,7 @@ def prompted(params: Params, batch: Any) -> Any:
 
 def bidirectional(config: TransformerConfig) -> bool:
   """Whether the first of two tokens sees the second in a layer, as in encoders."""
-  masks = {getattr(spec.mixer, "mask", None) for spec in config.layers} - {None}
+  masks: set[Any] = {getattr(spec.mixer, "mask", None) for spec in config.layers} - {None}
   with jax.ensure_compile_time_eval():
     first = jnp.zeros((1, 1), jnp.int32)
     return any(bool(mask.dense(1, 2, first)[..., 1].any()) for mask in masks)

@@ -58,7 +58,8 @@ class Timed:
   """A step that notes the seconds that each call takes."""
 
   def __init__(self, step: Step):
-    self._step, self._seconds = step, []
+    self._step = step
+    self._seconds: list[float] = []
 
   def __call__(self, *arguments: Any) -> Any:
     seconds, found = timed(lambda: jax.block_until_ready(self._step(*arguments)))

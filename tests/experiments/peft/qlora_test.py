@@ -49,7 +49,9 @@ def test_claims_are_about_what_was_run():
   assert words(full + plain + small) == ["held", "held", "undecided"]
   assert qlora.claims(full) == {} and len(qlora.claims(plain + small)) == 2
   lines = {line["arm"]: line for line in qlora.summarize(full + plain + small)}
-  assert lines["qlora"]["of full"] == 53 / 300 and lines["qlora"]["of lora"] == 2.6 / 2.5
+  assert (
+    lines["qlora"]["of full"] == 53 / 300 and lines["qlora"]["of lora"] == (2.1 / 2 + 3.1 / 3) / 2
+  )
   assert qlora.summarize(small)[0]["of full"] is None
 
 
