@@ -9,7 +9,7 @@ is the cross-entropy of the text that is asked for among all that were held out.
 α = 16, and each a learning rate of its own, the best at one of the ranks on a seed that is not used
 again, which then serves all ranks. Differences are paired by seed.
 
-Measured (`results/lora_rank`: ranks 1, 8 and 64, rates chosen at rank 8 from two, 8 steps, 3 seeds):
+Measured (`results/lora_rank`: ranks 1, 8, 64, rates chosen at rank 8 from two, 8 steps, 3 seeds):
 from 4.509 nats without training, α/r reaches 4.019, 3.494 and 3.510, α/√r 3.625, 3.558 and 3.487.
 With α/r rank 64 is better than rank 1, for which the rate of rank 8 is too much; rank 8 does as
 well as 64 with an eighth of its bytes, in the mean. That α/√r is better at rank 64 is undecided
