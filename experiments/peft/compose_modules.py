@@ -115,7 +115,7 @@ class Study:
   """Modules, trained when first asked for and kept in the folder, and what they are made into."""
 
   def __init__(self, config: Config, domains: Sequence[str], folder: Path):
-    sizes = {"rows": config.rows, "length": config.length, "batch": config.batch}
+    sizes: Any = {"rows": config.rows, "length": config.length, "batch": config.batch}
     self.tasks = {name: Continuing(config.model, name, **sizes) for name in domains}
     self._config, self._domains, self._folder = config, list(domains), folder
     self._trials = Trials(self.tasks[domains[0]], config.steps)
@@ -276,9 +276,13 @@ class Found:
     """
     found = self.of(kind)
     seeds = set.intersection(*({*found.get(name, {})} for name in self.domains))
-    values = lambda seed: [self._paid(found, combination, d, seed) for d in only or self.domains]
-    every = {seed: values(seed) for seed in sorted(s for s in seeds if s is not None)}
-    return {seed: statistics.mean(x) for seed, x in every.items() if None not in x}
+    every: dict[int, float] = {}
+    for seed in sorted(seed for seed in seeds if seed is not None):
+      paid = [self._paid(found, combination, d, seed) for d in only or self.domains]
+      known = [nats for nats in paid if nats is not None]
+      if len(known) == len(paid):
+        every[seed] = statistics.mean(known)
+    return every
 
   def _paid(self, found: dict, combination: str, domain: str, seed: int) -> float | None:
     """Nats of a domain under a combination; None where that was not measured."""

@@ -18,8 +18,8 @@ Measured (`results/peft_compare`, rates 0.5, 2 and 8 times a method's own, 3 see
 of 16 queries, all methods. Mean reciprocal ranks rise from 0.290 to 0.404 (Pfeiffer's adapters, the
 one method that is better than LoRA by more than its interval), 0.394 (Houlsby's), 0.368 (PiSSA),
 0.359 (everything, with 68 times LoRA's state), 0.358 (LoRA), 0.357 (DoRA, a step of which takes 1.3
-times LoRA's), 0.356 (BitFit, which trains 0.11 %), 0.349 (LoRA experts), 0.340 (prefix), 0.325 (soft
-prompt) and 0.323 (IA³, worse than LoRA by more than its interval). "continue", 6 steps of 128
+times LoRA's), 0.356 (BitFit, which trains 0.11 %), 0.349 (LoRA experts), 0.340 (prefix), 0.325
+(soft prompt) and 0.323 (IA³, worse than LoRA by more than its interval). "continue", 6 steps of 128
 tokens, four methods: nats fall from 4.566 to 4.344 (DoRA), 4.346 (LoRA), 4.380 (everything, worse
 than LoRA by more than its interval) and 4.420 (IA³). This is little training: adapters, prefixes,
 experts and IA³ were best at the highest rate that was tried on "ask", BitFit at the lowest. Each
@@ -32,6 +32,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from effjax.train import workdir as files
 from experiments import harness
@@ -133,10 +134,10 @@ def trials_of(config: Config, name: str) -> Trials:
   """The runs of a task."""
   c = config
   if TASKS[name] is Continuing:
-    sizes = {"rows": c.rows, "length": c.length, "batch": c.batch}
+    sizes: Any = {"rows": c.rows, "length": c.length, "batch": c.batch}
     return Trials(Continuing(c.decoder, c.text, **sizes), c.steps)
-  sizes = {"entries": c.entries, "queries": c.queries, "length": c.words, "batch": c.group}
-  return Trials(Asking(c.encoder, c.domain, c.question, **sizes), c.asked)
+  asked: Any = {"entries": c.entries, "queries": c.queries, "length": c.words, "batch": c.group}
+  return Trials(Asking(c.encoder, c.domain, c.question, **asked), c.asked)
 
 
 def planned(
@@ -165,7 +166,11 @@ def planned(
   for seed in range(config.seeds):
     for name in suited:
       add(f"seed={seed}", name, RUNS, functools.partial(_run, folder, trials, task, name, seed))
-  return {key: lambda row=row, call=call: row | call() for key, (row, call) in every.items()}
+  return {key: functools.partial(_joined, *parts) for key, parts in every.items()}
+
+
+def _joined(row: harness.Row, call: Callable[[], harness.Row]) -> harness.Row:
+  return row | call()
 
 
 def _costs(trials: Trials, method: Method, turns: int) -> harness.Row:
@@ -210,7 +215,7 @@ class Found:
   def paired(self, task: str, *methods: str) -> list[list[float]]:
     """What each method pays, of the seeds that all have; scores that rise are negated."""
     found = [self.scores(task, method) for method in methods]
-    seeds = sorted(set.intersection(*map(set, found))) if found else []
+    seeds = [seed for seed in found[0] if all(seed in scores for scores in found)]
     return [[self.sign(task) * scores[seed] for seed in seeds] for scores in found]
 
   def sign(self, task: str) -> int:
@@ -254,7 +259,7 @@ def _line(found: Found, task: str, method: str) -> harness.Row:
 
 def claims(measured: list[harness.Row]) -> dict[str, bool | Verdict]:
   """Of every method that it is better than no training, and how it stands to LoRA."""
-  found, said = Found(measured), {}
+  found, said = Found(measured), dict[str, bool | Verdict]()
   for task in found.tasks:
     methods = found.methods(task)
     for method in methods:
@@ -306,7 +311,7 @@ def panels(measured: list[harness.Row]) -> list[Panel]:
 def _points(kind: str, lines: list[harness.Row]) -> Series:
   column = lambda name: [line[name] for line in lines]
   spread = [line["± seeds"] or 0.0 for line in lines]
-  options = {"joined": False, "names": column("method")}
+  options: Any = {"joined": False, "names": column("method")}
   return Series(kind, column("trained"), column("gain"), spread, **options)
 
 

@@ -7,6 +7,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,14 +37,20 @@ class Task(abc.ABC):
   Attributes:
     metric: the column of `score` by which methods are compared.
     sign: 1 where it is to fall, −1 where it is to rise.
-    subject: the model as it is.
-    corpus: the text.
   """
 
   metric: str
   sign: int
-  subject: Subject
-  corpus: data.Corpus
+
+  @property
+  @abc.abstractmethod
+  def subject(self) -> Subject:
+    """The model as it is."""
+
+  @property
+  @abc.abstractmethod
+  def corpus(self) -> data.Corpus:
+    """The text."""
 
   @abc.abstractmethod
   def objective(self, subject: Subject) -> Objective:
@@ -66,7 +73,7 @@ class Continuing(Task):
   def __init__(self, model: str, text: str, *, rows: int, length: int, batch: int):
     """`rows` are held out, of `length` tokens; a step has `batch` of them."""
     self._model, self._text, self._rows = model, text, rows
-    self._sizes = {"length": length, "batch_size": batch}
+    self._sizes: Any = {"length": length, "batch_size": batch}
 
   @functools.cached_property
   def corpus(self) -> data.Corpus:
@@ -132,7 +139,7 @@ class Asking(Task):
   @functools.cached_property
   def grid(self) -> Grid:
     domain, task = self._cell
-    sizes = {"sizes": self._entries, "length": self._length}
+    sizes: Any = {"sizes": self._entries, "length": self._length}
     return Grid([domain], [task], self._loaded[1], **sizes)
 
   @property
@@ -148,7 +155,7 @@ class Asking(Task):
     return in_batch(self._encoder(subject), temperature=TEMPERATURE)
 
   def batches(self, method: Method, params: Params, seed: int) -> Iterator[Batch]:
-    options = {"vectors": self._vectors, "hard": True, "modular": False}
+    options: Any = {"vectors": self._vectors, "hard": True, "modular": False}
     rng = np.random.default_rng(seed)
     for batch in self.grid.batches([self._cell], self._batch, rng, **options):
       own = {name: batch[name] for name in ("tokens", "segment_ids")}
@@ -156,7 +163,7 @@ class Asking(Task):
 
   def score(self, method: Method, subject: Subject) -> Row:
     queries = self.grid.read(self.grid.rows("validation", self._cell)[:, 0])
-    read = dict(method.batch(subject.params, queries))
+    read: Any = dict(method.batch(subject.params, queries))
     vectors = encode(self._encoder(subject), subject.params, read)
     found = self.grid.found(vectors, self._vectors[self.grid.pool], self._cell)
     return found | {"nats": self._nats(vectors)}
@@ -166,7 +173,7 @@ class Asking(Task):
     rows, pool = self.grid.rows("validation", self._cell), self.grid.pool
     relevant = np.array([pool.tolist().index(place) for place in rows[:, 1]])
     hidden = ranking.hidden(pool, relevant, rows[:, 0])
-    options = {"relevant": relevant, "hidden": hidden, "temperature": TEMPERATURE}
+    options: Any = {"relevant": relevant, "hidden": hidden, "temperature": TEMPERATURE}
     return float(in_batch_loss(queries, self._vectors[pool], **options).mean())
 
   def _encoder(self, subject: Subject) -> Encoder:
