@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import weights
@@ -69,11 +70,12 @@ def update(params: PyTree, pattern: Chooser, change: Callable[[str, Any], Any]) 
 def matrices(params: PyTree, targets: Chooser, exclude: Chooser | None = None) -> dict[str, Any]:
   """The matrices among what `targets` selects and `exclude` does not, as path → leaf.
 
-  A matrix is an array or `Weight` of at least two axes not named "bias" or "scale": under a scanned
-  segment a bias [R, F] has two axes too, and `targets="query"` means the kernel alone.
+  A matrix is an array or `Weight` of floats, of at least two axes, not named "bias" or "scale":
+  under a scanned segment a bias [R, F] has two axes too, and `targets="query"` means the kernel
+  alone.
 
   Raises:
-    ValueError: when nothing is left, or nothing of it is a matrix.
+    ValueError: when nothing is left, or nothing of it is a matrix, or `exclude` leaves out nothing.
 
   Example:
     >>> import jax.numpy as jnp
@@ -83,12 +85,16 @@ def matrices(params: PyTree, targets: Chooser, exclude: Chooser | None = None) -
   """
   chosen = select(params, targets)
   kept = {p: x for p, x in chosen.items() if exclude is None or not chooses(exclude, p, x)}
+  if exclude is not None and len(kept) == len(chosen):
+    raise ValueError(f"exclude {exclude!r} matches none of the targets {some(chosen)}")
   if not kept:
     raise ValueError(f"exclude {exclude!r} leaves nothing of {some(chosen)}")
   found = {p: x for p, x in kept.items() if _is_matrix(p, x)}
   if not found:
     shapes = (f"{path} {tuple(leaf.shape)}" for path, leaf in kept.items())
-    raise ValueError(f"targets {targets!r} selects no matrix [..., D, F], but {some(shapes)}")
+    raise ValueError(
+      f"targets {targets!r} selects no matrix [..., D, F] of floats, but {some(shapes)}"
+    )
   return found
 
 
@@ -216,7 +222,8 @@ def _size(leaf) -> int:
 
 
 def _is_matrix(path: str, leaf) -> bool:
-  return len(leaf.shape) >= 2 and path.rsplit("/", 1)[-1] not in ("bias", "scale")
+  named = path.rsplit("/", 1)[-1] not in ("bias", "scale")
+  return named and len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:

@@ -95,11 +95,13 @@ def combine(
   weights = _numbers(adapters, weights)
   found = [family(f"number {i}", adapter) for i, adapter in enumerate(adapters)]
   paths = dict.fromkeys(path for each in found for path in each)
+  base = None if _is_detached(adapters[0]) else detach(adapters[0])[0]
+  bases = {} if base is None else trees.items(base)
 
   def at(path: str) -> LoRA:
     shares = [w for w, each in zip(weights, found, strict=True) if path in each]
     loras = [each[path] for each in found if path in each]
-    _check_alike(path, loras, method, rank)
+    _check_alike(path, loras, bases.get(path, loras[0].base), method, rank)
     draw = None if key is None else trees.path_key(key, path)
     mix = functools.partial(_mixed, density=density, sign=sign, key=draw)
     a, b = _combined(shares, loras, method, rank, mix)
@@ -107,7 +109,7 @@ def combine(
     return dataclasses.replace(loras[0], base=None, a=a, b=b, scale=scale)
 
   combined = {path: at(path) for path in paths}
-  return combined if _is_detached(adapters[0]) else attach(detach(adapters[0])[0], combined)
+  return combined if base is None else attach(base, combined)
 
 
 def _combined(
@@ -194,15 +196,17 @@ def _is_detached(adapter: PyTree) -> bool:
   return all(is_adapter(leaf) and leaf.base is None for leaf in leaves)
 
 
-def _check_alike(path: str, loras: Sequence[LoRA], method: str, rank: Size | None) -> None:
-  """Raises ValueError where the factors at a path cannot be combined."""
+def _check_alike(
+  path: str, loras: Sequence[LoRA], base: Any, method: str, rank: Size | None
+) -> None:
+  """Raises ValueError where the factors at a path cannot be combined over `base`."""
   for lora in loras:
     if type(lora) is not LoRA:
       raise ValueError(f"adapters: {type(lora).__name__} at {path}; allowed: plain LoRA")
   shapes = [(*lora.a.shape[:-1], lora.b.shape[-1]) for lora in loras]
   if len(set(shapes)) > 1:
     raise ValueError(f"adapters: at {path} they are of matrices {shapes}; allowed: one shape")
-  if not all(is_same(lora.base, loras[0].base) for lora in loras):
+  if not all(is_same(lora.base, base) for lora in loras):
     raise ValueError(f"adapters: over several bases at {path}; allowed: one, or what detach gives")
   ranks = {lora.rank for lora in loras}
   if method in RULES and len(ranks) > 1:

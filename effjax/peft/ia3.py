@@ -54,11 +54,11 @@ class IA3(Adapter):
 
   def materialize(self) -> Array:
     base = materialize(self.base)
-    return (base.astype(jnp.float32) * self.scale).astype(base.dtype)
+    return (base.astype(numerics.wide(base.dtype)) * self.scale).astype(base.dtype)
 
   def beneath(self, w: Float[Array, "... D F"]) -> Array:
-    base = (w.astype(jnp.float32) / jnp.where(self.scale == 0, 1, self.scale)).astype(w.dtype)
-    return jnp.where(self.scale == 0, materialize(self.base), base)
+    divided = w.astype(numerics.wide(w.dtype)) / jnp.where(self.scale == 0, 1, self.scale)
+    return jnp.where(self.scale == 0, materialize(self.base), divided.astype(w.dtype))
 
   def affine(self, x: Float[Array, "... D"], bias: Any) -> Float[Array, "... F"]:
     if self.of_inputs:
@@ -73,13 +73,14 @@ class IA3(Adapter):
     scale = numerics.expand(self.scale.reshape(-1), rows.ndim)
     if self.of_inputs:
       scale = weights.lookup(self.scale, indices)
-    return (rows.astype(jnp.float32) * scale).astype(rows.dtype)
+    return (rows.astype(numerics.wide(rows.dtype)) * scale).astype(rows.dtype)
 
   def offset(self, bias: Any) -> Any:
     bias = super().offset(bias)
     if self.of_inputs:
       return bias
-    return (materialize(bias).astype(jnp.float32) * self.scale.squeeze(-2)).astype(bias.dtype)
+    added = materialize(bias).astype(numerics.wide(bias.dtype)) * self.scale.squeeze(-2)
+    return added.astype(bias.dtype)
 
   @property
   def T(self) -> "IA3":

@@ -21,7 +21,7 @@ from effjax.peft.beside import is_adapter
 from effjax.peft.combine import combine
 from effjax.peft.dora import DoRA
 from effjax.peft.low_rank import LoRA
-from effjax.peft.starts import LoftQ, PiSSA, Represent, Start, default, start_of
+from effjax.peft.starts import LoftQ, PiSSA, Represent, Start, check_represent, default, start_of
 
 __all__ = [
   "DoRA",
@@ -74,8 +74,9 @@ def add(
 
   Raises:
     ValueError: when nothing matches, nothing of it is a matrix, or one is adapted already; for a
-      rank, an α or a dropout out of range; for a pattern that no target matches, and a target that
-      none does; for an unknown start, and one that cannot be over what is there.
+      rank, an α or a dropout out of range; for a pattern of rank, α or `exclude` that no target
+      matches, and a target that none does; for an unknown start, and one that cannot be over
+      what is there.
 
   Example:
     >>> import jax
@@ -106,7 +107,15 @@ def add(
 
 
 def init(base: Array | Weight, key: Key, *, rank: Size, scale: Scalar) -> LoRA:
-  """A `LoRA` over the matrix `base` that changes nothing yet."""
+  """A `LoRA` over the matrix `base` that changes nothing yet.
+
+  Raises:
+    ValueError: for a base that is no matrix [..., D, F], and for a rank or a scale out of range.
+  """
+  if len(base.shape) < 2:
+    raise ValueError(f"base {tuple(base.shape)}; allowed: a matrix [..., D, F]")
+  _check_rank("base", base, rank)
+  scale = number("scale", scale)
   return _over(*default("", base, key, rank, scale), scale)
 
 
@@ -123,7 +132,7 @@ def merge(params: PyTree, represent: Represent | None = None) -> PyTree:
   Raises:
     ValueError: when there is no adapter in `params`, one is new in the model and stands over
       nothing, as a prefix, has rows that its matrix has not, as a soft prompt, or is no single
-      matrix.
+      matrix; for a `represent` that is no function.
 
   Example:
     >>> import jax
@@ -131,6 +140,7 @@ def merge(params: PyTree, represent: Represent | None = None) -> PyTree:
     >>> merge(adapted)["kernel"].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
   """
+  check_represent(represent)
   chosen = _adapters(params)
   beside = _biases(chosen)
 
@@ -313,6 +323,10 @@ def _over_what_makes(leaf: Any, w: Array) -> Any:
 def _check(path: str, leaf: Array | Weight, rank: Size) -> None:
   if is_adapter(leaf):
     raise ValueError(f"{path} has a {type(leaf).__name__} already; merge it first, or exclude it")
+  _check_rank(path, leaf, rank)
+
+
+def _check_rank(path: str, leaf: Array | Weight, rank: Size) -> None:
   allowed = min(leaf.shape[-2:])
   if not 1 <= number("rank", rank, integer=True) <= allowed:
     raise ValueError(f"rank {rank} for {path} {tuple(leaf.shape)}; allowed: 1 … {allowed}")

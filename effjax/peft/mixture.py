@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax.core import trees, weights
+from effjax.core import numerics, trees, weights
 from effjax.core.register import register
 from effjax.core.typing import Array, Float, Int, Key, PyTree
 from effjax.core.weights import Transposed
@@ -131,10 +131,11 @@ class Named(Adapter):
 
   def materialize(self) -> Array:
     base = weights.materialize(self.base)
-    return (base.astype(jnp.float32) + self._change(base)).astype(base.dtype)
+    return (base.astype(numerics.wide(base.dtype)) + self._change(base)).astype(base.dtype)
 
   def beneath(self, w: Float[Array, "... D F"]) -> Array:
-    return (w.astype(jnp.float32) - self._change(weights.materialize(self.base))).astype(w.dtype)
+    change = self._change(weights.materialize(self.base))
+    return (w.astype(numerics.wide(w.dtype)) - change).astype(w.dtype)
 
   def added(self, x: Float[Array, "... D"], y: Float[Array, "... F"], bias: Any) -> Array:
     self._check_rows("x", x, 2)
@@ -155,9 +156,9 @@ class Named(Adapter):
     return y + self._sum(lambda w, own: w.lookup(own) - rows(own), indices).astype(y.dtype)
 
   def _change(self, base: Array) -> Float[Array, "..."]:
-    """W − W0 in float32, for W0 as an array."""
+    """W − W0 in the wide type of W0, for W0 as an array."""
     self._refuse_rows("one matrix, as merging it wants")
-    base = base.astype(jnp.float32)
+    base = base.astype(numerics.wide(base.dtype))
     return self._sum(lambda w: dataclasses.replace(w, base=base).materialize() - base)
 
   def _sum(self, part: Callable[..., Array], *rows: Array) -> Array:

@@ -42,6 +42,13 @@ def default(path: str, w: Any, key: Key, rank: Size, scale: Scalar) -> Factors:
   return w, a, jnp.zeros(of_b, jnp.float32)
 
 
+def check_represent(represent: Any) -> None:
+  """Raises ValueError for what is no function, such as `NF4` in place of `NF4.represent`."""
+  if represent is not None and (not callable(represent) or isinstance(represent, type)):
+    allowed = "a function of path and matrix, as NF4.represent"
+    raise ValueError(f"represent={represent!r}; allowed: {allowed}")
+
+
 @dataclasses.dataclass(frozen=True)
 class PiSSA:
   """s·A B = U_r S_r V_rᵀ, the principal part of W = U S Vᵀ, and W0 = W − s·A B (arXiv 2404.02948).
@@ -59,6 +66,9 @@ class PiSSA:
   """
 
   represent: Represent | None = None
+
+  def __post_init__(self):
+    check_represent(self.represent)
 
   def __call__(self, path: str, w: Any, key: Key, rank: Size, scale: Scalar) -> Factors:
     _check("PiSSA", w, scale)
@@ -78,7 +88,7 @@ class LoftQ:
     steps: turns.
 
   Raises:
-    ValueError: for steps that are no integer from 1.
+    ValueError: for steps that are no integer from 1, and for a `represent` that is no function.
 
   Example:
     >>> from effjax.quant import Int4
@@ -93,6 +103,7 @@ class LoftQ:
   steps: Size = 1
 
   def __post_init__(self):
+    check_represent(self.represent)
     number("steps", self.steps, of="LoftQ", integer=True, least=1)
 
   def __call__(self, path: str, w: Any, key: Key, rank: Size, scale: Scalar) -> Factors:
@@ -112,13 +123,13 @@ def start_of(start: str | Start) -> Start:
   """The function that is meant by one of `STARTS`, or the one given.
 
   Raises:
-    ValueError: for another name.
+    ValueError: for another name, and for a class, such as `PiSSA` in place of `PiSSA()`.
   """
-  if callable(start):
+  if callable(start) and not isinstance(start, type):
     return start
-  if start not in STARTS:
-    allowed = f"{', '.join(STARTS)}, LoftQ(represent), or a function as lora.starts says"
-    raise ValueError(f"start={start!r}; allowed: {allowed}")
+  if not isinstance(start, str) or start not in STARTS:
+    ours = f"{', '.join(STARTS)}, PiSSA(represent), LoftQ(represent)"
+    raise ValueError(f"start={start!r}; allowed: {ours}, or a function as lora.starts says")
   return STARTS[start]
 
 

@@ -17,7 +17,7 @@ from effjax.core.typing import Array, Params
 from effjax.data.tokenizers import Tokenizer
 from effjax.models import Transformer
 from effjax.peft import ranking
-from effjax.peft.retrieval import Encoder, in_batch, in_batch_loss
+from effjax.peft.retrieval import Encoder, in_batch, in_batch_nll
 from effjax.train import next_token
 from effjax.train.objectives import Batch, Objective
 from experiments.harness import Row
@@ -174,7 +174,7 @@ class Asking(Task):
     relevant = np.array([pool.tolist().index(place) for place in rows[:, 1]])
     hidden = ranking.hidden(pool, relevant, rows[:, 0])
     options: Any = {"relevant": relevant, "hidden": hidden, "temperature": TEMPERATURE}
-    return float(in_batch_loss(queries, self._vectors[pool], **options).mean())
+    return float(in_batch_nll(queries, self._vectors[pool], **options).mean())
 
   def _encoder(self, subject: Subject) -> Encoder:
     return Encoder(Transformer(subject.config))

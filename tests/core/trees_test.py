@@ -80,6 +80,10 @@ def test_matrices_refuse_targets_without_a_matrix():
     trees.matrices(params(), "bias")
   with pytest.raises(ValueError, match=r"exclude 'kernel' leaves nothing"):
     trees.matrices(params(), "out/kernel", exclude="kernel")
+  with pytest.raises(ValueError, match=r"exclude 'absent' matches none of the targets mixer/out"):
+    trees.matrices(params(), "out/kernel", exclude="absent")
+  with pytest.raises(ValueError, match=r"no matrix \[\.\.\., D, F\] of floats, but ids \(2, 3\)"):
+    trees.matrices({"ids": jnp.ones((2, 3), int)}, "ids")
 
 
 @settings(max_examples=30, deadline=None)

@@ -207,6 +207,8 @@ def test_what_is_no_lora_over_one_base_is_refused():
     ([one, detach(one)[1]], "some with a base and some without"),
     ([one, {"kernel": dataclasses.replace(one["kernel"], base=normal(D, 3), b=normal(2, 3))}],
      r"at kernel they are of matrices \[\(8, 12\), \(8, 3\)\]"),
+    ([attach(base | {"other": 1 + base["kernel"]}, detach(one)[1]), {"other": one["kernel"]}],
+     "over several bases at other"),
   ):  # fmt: skip
     with pytest.raises(ValueError, match=message):
       combine(adapters, [1.0] * len(adapters))

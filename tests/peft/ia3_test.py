@@ -39,6 +39,19 @@ def test_experts_scale_their_biases_too(implementation):
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [OUT, IN], ids=["outputs", "inputs"])
+def test_float64_stays_so(scale):
+  with jax.enable_x64(True):
+    w, x, bias = (jnp.asarray(v, jnp.float64) / 3 for v in (W, X, BIAS))
+    adapted = IA3(w, scale)
+    matrix = np.asarray(w) * np.asarray(scale, np.float64)
+    np.testing.assert_allclose(adapted.materialize(), matrix, rtol=1e-15)
+    np.testing.assert_allclose(adapted.take(jnp.array([2])), matrix[[2]], rtol=1e-15)
+    np.testing.assert_allclose(adapted.beneath(adapted.materialize()), w, rtol=1e-15)
+    whole = np.asarray(x) @ matrix + np.asarray(adapted.offset(bias))
+    np.testing.assert_allclose(linear(x, adapted, bias), whole, rtol=1e-12)
+
+
 def test_a_square_matrix_and_vectors_of_one_entry():
   x = jnp.array([[2.0]])
   assert linear(x, IA3(jnp.ones((1, 1)), jnp.full((1, 1), 3.0)), jnp.ones(1)).item() == 9

@@ -141,6 +141,7 @@ def test_merge_over_a_quantised_base_adds_to_what_it_stands_for():
     ({"rank": 0}, r"rank 0 for mixer/query/kernel \(8, 12\); allowed: 1 … 8"),
     ({"rank": 5}, r"rank 5 for mixer/value/kernel \(8, 4\); allowed: 1 … 4"),
     ({"exclude": "kernel"}, "leaves nothing"),
+    ({"exclude": "out"}, "exclude 'out' matches none of the targets mixer/query/kernel, "),
     ({"rank": {"query": 2}}, r"rank: none of the patterns \['query'\] is in mixer/value/kernel"),
     ({"rank": {"query": 5, "": 2}, "targets": "value"}, "rank: pattern 'query' is in none of"),
     ({"alpha": {"layers_3": 2, "": 1}}, r"alpha: pattern 'layers_3' .* scanned together"),
@@ -151,6 +152,20 @@ def test_merge_over_a_quantised_base_adds_to_what_it_stands_for():
 def test_bad_arguments_are_named(arguments, message):
   with pytest.raises(ValueError, match=message):
     lora.add(tree(), KEY, **arguments)
+
+
+@pytest.mark.parametrize(
+  ("base", "options", "message"),
+  [
+    (jnp.ones((3, 4)), {"rank": 4}, r"rank 4 for base \(3, 4\); allowed: 1 … 3"),
+    (jnp.ones((3, 4)), {"rank": True}, "rank True; allowed"),
+    (jnp.ones((3, 4)), {"scale": jnp.nan}, "scale nan; allowed"),
+    (jnp.ones(3), {}, r"base \(3,\); allowed: a matrix"),
+  ],
+)
+def test_one_matrix_gets_factors_that_fit(base, options, message):
+  with pytest.raises(ValueError, match=message):
+    lora.init(base, KEY, **{"rank": 1, "scale": 1.0, **options})
 
 
 def test_what_is_adapted_already_or_not_at_all_is_refused():

@@ -363,6 +363,20 @@ def test_bad_arguments_are_named():
       call()
 
 
+def test_float64_stays_so():
+  with jax.enable_x64(True):
+    params = {"w": jnp.asarray(normal(D, F), jnp.float64) / 3}
+    one = moved(lora.add(params, jax.random.key(0), rank=2, targets="w"), 1)
+    w = named.use(named.join({"fr": one}), {"fr": 0.5})["w"]
+    member = w.member("fr")
+    delta = np.asarray(member.a, np.float64) @ np.asarray(member.b, np.float64)
+    matrix = params["w"] + 0.5 * np.asarray(member.scale, np.float64) * delta
+    np.testing.assert_allclose(w.materialize(), matrix, atol=1e-6)
+    none = named.use({"w": w}, None)["w"]
+    np.testing.assert_array_equal(none.materialize(), params["w"])
+    np.testing.assert_allclose(w.beneath(w.materialize()), params["w"], rtol=1e-14)
+
+
 def test_shapes_suffice():
   shapes = jax.eval_shape(lambda: named.use(together(), ROWS))
   assert trees.count(shapes) == trees.count(together())

@@ -109,7 +109,8 @@ def test_shapes_suffice():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"start": "piss"}, r"start='piss'; allowed: default, pissa, LoftQ\(represent\)"),
+    ({"start": "piss"}, r"start='piss'; allowed: default, pissa, PiSSA\(represent\), LoftQ\("),
+    ({"start": lora.PiSSA}, "start=<class '.*PiSSA'>; allowed: default"),
     ({"start": "pissa", "params": {"kernel": Int8.quantize(normal(8, 8))}},
      r"^kernel: PiSSA over Int8\[8, 8\] float32; allowed: a plain matrix"),
     ({"start": lora.LoftQ(functools.partial(Int4.represent, group=6))},
@@ -128,6 +129,9 @@ def test_more_bad_input_is_named():
     lora.add(PARAMS, KEY, rank=2, alpha=0, targets="kernel", start="pissa")
   with pytest.raises(ValueError, match="LoftQ: steps=0; allowed: from 1, an integer"):
     lora.LoftQ(Int8.represent, steps=0)
+  for call in (lora.LoftQ, lora.PiSSA, functools.partial(lora.merge, add())):
+    with pytest.raises(ValueError, match=r"represent=<class .*; allowed: a function .*NF4\.repr"):
+      call(NF4)
   started, other = add(start="pissa"), add(rank=3)
   with pytest.raises(ValueError, match=r"started has LoRA.* at query/kernel"):
     lora.rebase(started, other, PARAMS)
