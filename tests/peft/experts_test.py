@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from chex import assert_trees_all_close, assert_trees_all_equal
-from tests.peft.bottleneck_test import CONFIG, TOKENS, drawn
 
 from effjax import peft
 from effjax.core import trees
@@ -22,6 +21,7 @@ from effjax.peft.experts import Shared
 from effjax.quant import NF4, quantize
 from effjax.train import init_state, make_train_step, next_token
 from tests.modules import apply, normal
+from tests.peft.adapters_test import CONFIG, TOKENS, drawn
 
 KEY = jax.random.key(0)
 MIXTURE = functools.partial(MoE, TopK(4, 2))
