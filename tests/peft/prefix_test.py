@@ -192,6 +192,12 @@ def test_bad_input_is_refused(modular):
     Transformer(modular[0]).apply(
       {"params": modular[1]}, jnp.asarray(TOKENS), attributes=jnp.full((2, 1), 3)
     )
+  for config, part in (
+    (LLAMA, "prefix"),
+    (prefix.remove_modules(*modular, [0, 1, 2])[0], "module"),
+  ):
+    with pytest.raises(ValueError, match=f"mixer has {part}_key, which prefix=.* does not read"):
+      apply(Transformer(config), modular[1], TOKENS)
   with pytest.raises(ValueError, match="weights: module 3 is unknown; allowed: 0, 1, 2"):
     prefix.fold(*modular, {3: 1.0})
   with pytest.raises(ValueError, match="allowed: a prefix with modules"):
