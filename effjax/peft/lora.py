@@ -16,7 +16,7 @@ from effjax.core import trees
 from effjax.core.known import number
 from effjax.core.trees import Chooser
 from effjax.core.typing import Array, Key, Number, PyTree, Scalar, Size
-from effjax.core.weights import Weight, is_weight, materialize, offset
+from effjax.core.weights import Weight, entries, is_weight, materialize, offset
 from effjax.peft.beside import is_adapter
 from effjax.peft.combine import combine
 from effjax.peft.dora import DoRA
@@ -122,7 +122,7 @@ def merge(params: PyTree, represent: Represent | None = None) -> PyTree:
 
   Raises:
     ValueError: when there is no adapter in `params`, one is new in the model and stands over
-      nothing, as a prefix, or one is no single matrix.
+      nothing, as a prefix, one is more than a matrix, as a soft prompt, or no single one.
 
   Example:
     >>> import jax
@@ -275,12 +275,17 @@ def _innermost(leaf: Any) -> Any:
   """What is under an adapter and those that it stands over.
 
   Raises:
-    ValueError: when that is nothing.
+    ValueError: when that is nothing, or one of them is more than a matrix.
   """
   if leaf is None:
     raise ValueError(
       "is new in the model, with nothing under it to be merged into; allowed: adapters that stand "
       "over a matrix, such as LoRA"
+    )
+  if entries(leaf) != leaf.shape[0]:
+    raise ValueError(
+      f"{leaf!r} has rows that its matrix has no place for; allowed: to take them off before, as "
+      "soft_prompt.remove does"
     )
   return _innermost(leaf.base) if is_adapter(leaf) else leaf
 
@@ -306,7 +311,9 @@ def _over_what_makes(leaf: Any, w: Array) -> Any:
 
 def _check(path: str, leaf: Array | Weight, rank: Size) -> None:
   if is_adapter(leaf):
-    raise ValueError(f"{path} has a {type(leaf).__name__} already; merge it first, or exclude it")
+    raise ValueError(
+      f"{path} has a {type(leaf).__name__} already; merge or remove it first, or exclude it"
+    )
   allowed = min(leaf.shape[-2:])
   if not 1 <= number("rank", rank, integer=True) <= allowed:
     raise ValueError(f"rank {rank} for {path} {tuple(leaf.shape)}; allowed: 1 … {allowed}")
