@@ -76,6 +76,10 @@ class Tuned(Over):
     return self.value.dtype
 
   @property
+  def entries(self) -> int:
+    return self.shape[0]
+
+  @property
   def parameters(self) -> int:
     return 0 if self.value is None else math.prod(self.shape)
 

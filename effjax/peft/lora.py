@@ -282,7 +282,7 @@ def _innermost(leaf: Any) -> Any:
       "is new in the model, with nothing under it to be merged into; allowed: adapters that stand "
       "over a matrix, such as LoRA"
     )
-  if entries(leaf) != leaf.shape[0]:
+  if len(leaf.shape) > 1 and entries(leaf) != leaf.shape[0]:
     raise ValueError(
       f"{leaf!r} has rows that its matrix has no place for; allowed: to take them off before, as "
       "soft_prompt.remove does"
