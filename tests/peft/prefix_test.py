@@ -179,6 +179,7 @@ def test_bad_input_is_refused(modular):
   for given, message in (
     ({"length": 0}, "TrainedPrefix: length=0"),
     ({"length": 2, "layers": [2]}, "layers has 2; allowed: -2 … 1"),
+    ({"length": 2, "layers": [True]}, "layers has True"),
     ({"length": 2, "modules": -1}, "modules=-1"),
   ):
     with pytest.raises(ValueError, match=message):
@@ -202,6 +203,8 @@ def test_bad_input_is_refused(modular):
     prefix.fold(*modular, {3: 1.0})
   with pytest.raises(ValueError, match="allowed: a prefix with modules"):
     prefix.remove_modules(*prefix.add(LLAMA, drawn(LLAMA), KEY, length=2), [0])
+  with pytest.raises(ValueError, match="params: has no segments_0/layers_0/mixer/prefix_key"):
+    prefix.flat(modular[0], params)
   with pytest.raises(ValueError, match="config has no prefix"):
     prefix.remove(LLAMA, params)
   with pytest.raises(ValueError, match="tokens: id 32"):

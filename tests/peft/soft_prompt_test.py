@@ -65,6 +65,12 @@ def test_ids_that_nobody_has_are_refused(params):
     soft_prompt.remove(CONFIG, params)
   with pytest.raises(ValueError, match=r"prompt 2; allowed: 0 … 1"):
     soft_prompt.prepend(tuned, TOKENS, prompt=2)
+  with pytest.raises(ValueError, match=r"prompt: shape \(3,\); allowed: one, or 2"):
+    soft_prompt.prepend(tuned, TOKENS, prompt=[0, 1, 0])
+  with pytest.raises(ValueError, match="one of its prompts is no sequence"):
+    soft_prompt.prepend(tuned, [1, 2])
+  with pytest.raises(ValueError, match=r"batch: has text; allowed: with tokens \[B, T\]"):
+    soft_prompt.prepend(tuned, {"text": TOKENS})
   with pytest.raises(ValueError, match="allowed: 'vocabulary', 'random'"):
     prompted(params, start="text")
   with pytest.raises(ValueError, match="start: id 32"):
