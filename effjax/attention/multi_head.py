@@ -89,6 +89,7 @@ class Attention(nn.Module):
       )
 
     self.check_prefix()
+    self._check_unread()
     source = source.astype(x.dtype)
     if cache is not None:
       context = context.after(x, cache.ends)
@@ -132,6 +133,16 @@ class Attention(nn.Module):
         f"{name}: prefix={self.prefix} with scores of {type(self.scores).__name__}; allowed: "
         "functions of distances"
       )
+
+  def _check_unread(self) -> None:
+    """Raises ValueError for a prefix among the parameters that nothing would read."""
+    read = {"prefix_key": self.prefix is not None, "module_key": self.attributes > 0}
+    for name in read:
+      if not read[name] and self.has_variable("params", name):
+        raise ValueError(
+          f"params: {'/'.join(self.path)} has {name}, which prefix={self.prefix} does not read; "
+          "allowed: the configuration that belongs to them, as prefix.add gives both"
+        )
 
   def _project(self, name: str, x: Array, heads: int, width: int) -> Array:
     y = Linear(heads * width, self.use_bias, name=name)(x)

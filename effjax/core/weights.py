@@ -241,7 +241,7 @@ class Over(Weight):
 
   @property
   def entries(self) -> int:
-    return entries(self.base)
+    return self.shape[0] + entries(self.base) - self.base.shape[0]
 
   def drawn(self, key: Key) -> "Weight":
     if not isinstance(self.base, Weight):

@@ -12,7 +12,7 @@ from effjax.core.numerics import softcap
 from effjax.core.typing import Array, DTypeLike, Float, Int, PyTree
 from effjax.layers import Context, Embed, Linear, sinusoidal_positions
 from effjax.layers.meshes import on_any_mesh
-from effjax.layers.spec import LayerSpec, TransformerConfig, ask, check_attributes, facts
+from effjax.layers.spec import PLACES, LayerSpec, TransformerConfig, ask, check_attributes, facts
 from effjax.layers.stack import Segment, segments
 
 RNG_STREAMS = ("params", "dropout", "router", "mask")
@@ -30,6 +30,7 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"], context: Context, cache: PyTree = None):
+    self._check_places()
     if self.spec.mixer is not None:
       mixer = self.spec.mixer.copy(name="mixer")
       x, cache = self._residual("mixer", x, context, lambda y: mixer(y, context, cache))
@@ -40,6 +41,15 @@ class Layer(nn.Module):
       ffn = self.spec.ffn.copy(name="ffn")
       x, _ = self._residual("ffn", x, context, lambda y: (ffn(y, context), None))
     return x, cache
+
+  def _check_places(self) -> None:
+    """Raises ValueError for parameters of a place that is left out, which nothing would read."""
+    held = self.variables.get("params", {})
+    if unread := [place for place in PLACES if place in held and place not in self.spec.modules]:
+      raise ValueError(
+        f"params: {'/'.join(self.path)} has {', '.join(unread)}, which {self.spec} does not read; "
+        "allowed: the configuration that belongs to them, as adapters.add gives both"
+      )
 
   def _residual(self, name: str, x, context: Context, function):
     norm = lambda suffix: self.config.norm.copy(name=name + suffix)

@@ -21,6 +21,13 @@ from effjax.core.weights import Over, Weight, linear
 class Adapter(Over):
   """x W + b = y + added(x, y, b), where y = x W0 + b is what the frozen `base` W0 gives."""
 
+  def check(self) -> None:
+    if weights.entries(self.base) != self.base.shape[0]:
+      raise ValueError(
+        f"{type(self).__name__}: base {self.base!r} has rows beside its matrix, which this would "
+        "take for others; allowed: the other order, a soft prompt over adapters"
+      )
+
   @abc.abstractmethod
   def added(self, x: Float[Array, "... D"], y: Float[Array, "... F"], bias: Any) -> Array:
     """What it adds to y = x W0 + bias, in the type of x."""
@@ -67,6 +74,10 @@ class Tuned(Over):
   @property
   def dtype(self) -> jnp.dtype:
     return self.value.dtype
+
+  @property
+  def entries(self) -> int:
+    return self.shape[0]
 
   @property
   def parameters(self) -> int:

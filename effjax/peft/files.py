@@ -64,6 +64,16 @@ def load(params: PyTree, folder: str | Path) -> PyTree:
     >>> bool((load(base, folder)["kernel"].a == adapted["kernel"].a).all())
     True
   """
+  return attach(params, read(folder))
+
+
+def read(folder: str | Path) -> dict[str, Any]:
+  """Path → adapter without its base, as `save` wrote them.
+
+  Raises:
+    FileNotFoundError: when the folder holds none.
+    ValueError: for a damaged file.
+  """
   path = Path(folder) / FILE
   if not path.is_file():
     raise FileNotFoundError(f"{path}: is not there; allowed: a folder that peft.save wrote")
@@ -74,10 +84,9 @@ def load(params: PyTree, folder: str | Path) -> PyTree:
     if metadata.get("format") != FORMAT:
       raise ValueError(f"format {metadata.get('format')!r}; allowed: {FORMAT!r}")
     described = json.loads(metadata["adapters"])
-    adapters = {place: _build(of, arrays) for place, of in described.items()}
+    return {place: _build(of, arrays) for place, of in described.items()}
   except Exception as error:  # safetensors raises its own types, a damaged header any.
     raise ValueError(f"{path}: damaged or not a file of adapters: {error}") from error
-  return attach(params, adapters)
 
 
 def _describe(value: Any, place: str, arrays: dict[str, Any]) -> Any:

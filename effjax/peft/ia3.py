@@ -42,6 +42,7 @@ class IA3(Adapter):
     return super().parameters + math.prod(self.scale.shape)
 
   def check(self) -> None:
+    super().check()
     *batch, D, F = self.shape
     given, allowed = tuple(self.scale.shape), ((*batch, 1, F), (*batch, D, 1))
     if given not in allowed:

@@ -149,11 +149,6 @@ def merge(params: PyTree, represent: Represent | None = None) -> PyTree:
       return offset(beside[path], leaf)
     with _naming(path):
       base, matrix = _innermost(leaf), leaf.materialize()
-      if entries(leaf) != entries(base):
-        raise ValueError(
-          f"looks up ids {entries(base)} … {entries(leaf) - 1} too, which are not in a matrix "
-          f"{leaf.shape}; allowed: adapters without virtual tokens"
-        )
       plain = represent(path, matrix) if represent and is_weight(base) else matrix
     return offset(beside.get(path), plain)
 
@@ -291,12 +286,17 @@ def _innermost(leaf: Any) -> Any:
   """What is under an adapter and those that it stands over.
 
   Raises:
-    ValueError: when that is nothing.
+    ValueError: when that is nothing, or one of them is more than a matrix.
   """
   if leaf is None:
     raise ValueError(
       "is new in the model, with nothing under it to be merged into; allowed: adapters that stand "
       "over a matrix, such as LoRA"
+    )
+  if len(leaf.shape) > 1 and entries(leaf) != leaf.shape[0]:
+    raise ValueError(
+      f"{leaf!r} has rows that its matrix has no place for; allowed: to take them off before, as "
+      "soft_prompt.remove does"
     )
   return _innermost(leaf.base) if is_adapter(leaf) else leaf
 
@@ -322,7 +322,9 @@ def _over_what_makes(leaf: Any, w: Array) -> Any:
 
 def _check(path: str, leaf: Array | Weight, rank: Size) -> None:
   if is_adapter(leaf):
-    raise ValueError(f"{path} has a {type(leaf).__name__} already; merge it first, or exclude it")
+    raise ValueError(
+      f"{path} has a {type(leaf).__name__} already; merge or remove it first, or exclude it"
+    )
   _check_rank(path, leaf, rank)
 
 

@@ -51,6 +51,7 @@ class LoRA(Adapter):
     return super().flops + 2.0 * self.rank * (D + F)
 
   def check(self) -> None:
+    super().check()
     *batch, D, F = self.shape
     for name, allowed in (("a", (D, self.rank)), ("b", (self.rank, F)), ("scale", (1, 1))):
       self._check_shape(name, (*batch, *allowed))

@@ -67,6 +67,7 @@ class Named(Adapter):
     return alone + sum(self.member(name).flops - alone for name in self.names)
 
   def check(self) -> None:
+    super().check()
     for name, member in self.members.items():
       if not isinstance(member, LoRA):
         raise ValueError(f"Named: {name!r} is {type(member).__name__}; allowed: LoRA, DoRA")

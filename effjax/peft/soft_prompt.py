@@ -170,7 +170,7 @@ def prepend(
     prompt: which of the prompts, for all rows or for each.
 
   Raises:
-    ValueError: for a prompt that there is none of, and tokens that are traced.
+    ValueError: for a prompt that there is none of, a batch of another form, and traced tokens.
 
   Example:
     >>> from effjax.models import Transformer, presets
@@ -186,14 +186,21 @@ def prepend(
   Reference: arXiv 2104.08691, section 2; labels are as in Hugging Face's peft.
   """
   given: Any = batch
+  if isinstance(given, Mapping) and "tokens" not in given:
+    raise ValueError(f"batch: has {trees.some(given)}; allowed: with tokens [B, T]")
   tokens = given["tokens"] if isinstance(given, Mapping) else given
-  chosen = np.broadcast_to(np.asarray(prompt), (len(tokens),))
+  chosen = np.asarray(prompt)
+  if chosen.shape not in ((), (len(tokens),)):
+    raise ValueError(f"prompt: shape {chosen.shape}; allowed: one, or {len(tokens)}, one a row")
+  chosen = np.broadcast_to(chosen, (len(tokens),))
   virtual = [ids(params, m) for m in chosen.tolist()]
   found: Any
   if isinstance(given, Mapping):
     found = widened(given, np.stack(virtual))
   elif hasattr(tokens, "shape"):
     found = widened({"tokens": tokens}, np.stack(virtual))["tokens"]
+  elif any(np.ndim(row) != 1 for row in tokens):
+    raise ValueError("batch: one of its prompts is no sequence; allowed: ids [T] each")
   else:
     found = [[*own.tolist(), *row] for own, row in zip(virtual, tokens, strict=True)]
   return found

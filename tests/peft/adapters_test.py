@@ -168,6 +168,9 @@ def test_what_is_there_already_or_cannot_be_is_refused():
   config, params = adapters.add(CONFIG, base, KEY, width=2, layers=[1], kind="pfeiffer")
   with pytest.raises(ValueError, match="layer 1 has something after_ffn; remove it first"):
     adapters.add(config, params, KEY, width=2)
+  loose = peft.attach(base, peft.detach(adapters.add(CONFIG, base, KEY, width=2)[1])[1])
+  with pytest.raises(ValueError, match=r"has after_mixer, after_ffn, which .* does not read"):
+    apply(Transformer(CONFIG), loose, TOKENS)
   with pytest.raises(ValueError, match="config has none"):
     adapters.remove(CONFIG, base)
   with pytest.raises(ValueError, match=r"inner is RMSNorm; allowed: a feed-forward module"):

@@ -8,13 +8,12 @@ import numpy as np
 import optax
 import pytest
 from chex import assert_trees_all_close, assert_trees_all_equal
-from tests.peft.bottleneck_test import CONFIG, TOKENS, drawn
 
 from effjax import peft
 from effjax.core import trees
 from effjax.kernels.grouped_matmul import grouped_linear
 from effjax.layers import MLP, LayerSpec, TransformerConfig
-from effjax.models import Transformer
+from effjax.models import Model, Transformer
 from effjax.moe import MoE, TopK
 from effjax.parallel import Zero, make_mesh
 from effjax.peft import LoRA, experts, lora
@@ -22,6 +21,7 @@ from effjax.peft.experts import Shared
 from effjax.quant import NF4, quantize
 from effjax.train import init_state, make_train_step, next_token
 from tests.modules import apply, normal
+from tests.peft.adapters_test import CONFIG, TOKENS, drawn
 
 KEY = jax.random.key(0)
 MIXTURE = functools.partial(MoE, TopK(4, 2))
@@ -93,6 +93,17 @@ def test_at_the_start_it_is_the_mlp_and_comes_off_bit_identically(tmp_path):
   assert_trees_all_equal(removed, base)
   peft.save(moved(params), tmp_path)
   assert_trees_all_equal(peft.load(peft.detach(params)[0], tmp_path), moved(params))
+
+
+def test_a_model_of_that_configuration_takes_them_from_a_folder(tmp_path):
+  base = drawn(ONE)
+  config, params = experts.add(ONE, base, KEY, MIXTURE, rank=2)
+  model = Model(config, Transformer(config), moved(params))
+  peft.save(model, tmp_path)
+  bare = Model(config, model.module, peft.detach(params)[0])
+  assert_trees_all_equal(peft.load(bare, tmp_path).params, model.params)
+  with pytest.raises(ValueError, match=r"model.config has no place for, or lacks, .*ffn/experts"):
+    peft.load(Model(ONE, Transformer(ONE), base), tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"dora": True}, {"dropout": 0.5}], ids=["dora", "dropout"])

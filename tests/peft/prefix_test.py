@@ -179,6 +179,7 @@ def test_bad_input_is_refused(modular):
   for given, message in (
     ({"length": 0}, "TrainedPrefix: length=0"),
     ({"length": 2, "layers": [2]}, "layers has 2; allowed: -2 … 1"),
+    ({"length": 2, "layers": [True]}, "layers has True"),
     ({"length": 2, "modules": -1}, "modules=-1"),
   ):
     with pytest.raises(ValueError, match=message):
@@ -192,10 +193,18 @@ def test_bad_input_is_refused(modular):
     Transformer(modular[0]).apply(
       {"params": modular[1]}, jnp.asarray(TOKENS), attributes=jnp.full((2, 1), 3)
     )
+  for config, part in (
+    (LLAMA, "prefix"),
+    (prefix.remove_modules(*modular, [0, 1, 2])[0], "module"),
+  ):
+    with pytest.raises(ValueError, match=f"mixer has {part}_key, which prefix=.* does not read"):
+      apply(Transformer(config), modular[1], TOKENS)
   with pytest.raises(ValueError, match="weights: module 3 is unknown; allowed: 0, 1, 2"):
     prefix.fold(*modular, {3: 1.0})
   with pytest.raises(ValueError, match="allowed: a prefix with modules"):
     prefix.remove_modules(*prefix.add(LLAMA, drawn(LLAMA), KEY, length=2), [0])
+  with pytest.raises(ValueError, match="params: has no segments_0/layers_0/mixer/prefix_key"):
+    prefix.flat(modular[0], params)
   with pytest.raises(ValueError, match="config has no prefix"):
     prefix.remove(LLAMA, params)
   with pytest.raises(ValueError, match="tokens: id 32"):

@@ -14,7 +14,7 @@ from effjax.decode import generate
 from effjax.layers import MLP, LayerSpec, Rope, TransformerConfig
 from effjax.models import Transformer
 from effjax.parallel import Zero, make_mesh
-from effjax.peft import compose, soft_prompt
+from effjax.peft import compose, lora, named, soft_prompt
 from effjax.quant import quantize
 from effjax.train import init_state, make_train_step, next_token
 from tests.modules import apply, random_params
@@ -65,6 +65,12 @@ def test_ids_that_nobody_has_are_refused(params):
     soft_prompt.remove(CONFIG, params)
   with pytest.raises(ValueError, match=r"prompt 2; allowed: 0 … 1"):
     soft_prompt.prepend(tuned, TOKENS, prompt=2)
+  with pytest.raises(ValueError, match=r"prompt: shape \(3,\); allowed: one, or 2"):
+    soft_prompt.prepend(tuned, TOKENS, prompt=[0, 1, 0])
+  with pytest.raises(ValueError, match="one of its prompts is no sequence"):
+    soft_prompt.prepend(tuned, [1, 2])
+  with pytest.raises(ValueError, match=r"batch: has text; allowed: with tokens \[B, T\]"):
+    soft_prompt.prepend(tuned, {"text": TOKENS})
   with pytest.raises(ValueError, match="allowed: 'vocabulary', 'random'"):
     prompted(params, start="text")
   with pytest.raises(ValueError, match="start: id 32"):
@@ -151,6 +157,19 @@ def test_the_table_is_its_base_but_for_virtual_ids(params):
   assert np.isnan(bad[:2]).all() and (bad[2] == base[V - 1]).all()
   with pytest.raises(ValueError, match="Prompted: prompt has shape"):
     soft_prompt.Prompted(base, jnp.ones((1, P, 15)), jnp.ones((1, 1)))
+
+
+def test_no_adapter_stands_over_a_prompt_and_none_is_merged(params):
+  tuned = prompted(params)
+  with pytest.raises(ValueError, match="has a Prompted already; merge or remove it first"):
+    lora.add(tuned, KEY, rank=2, targets="embedding")
+  with pytest.raises(ValueError, match=r"IA3: base Prompted.* has rows beside its matrix"):
+    peft.ia3.add(tuned, "embedding", None)
+  other = lora.add(params, KEY, rank=2, targets="embedding")
+  with pytest.raises(ValueError, match=r"Named: base Prompted.* has rows beside its matrix"):
+    named.add(tuned, "a", other)
+  with pytest.raises(ValueError, match=r"^embed/embedding: Prompted.* soft_prompt\.remove does"):
+    lora.merge(prompted(other))
 
 
 def test_composing_refuses_what_does_not_fit():

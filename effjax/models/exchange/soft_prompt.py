@@ -36,7 +36,7 @@ def read(fields: Fields, archive: Archive, view: View, parts: Parts) -> Adapted:
   fields.need("num_layers", len(view.config.layers), None)
   fields.unused("num_attention_heads")
   values = archive.take(TENSOR, (fields.integer("num_virtual_tokens"), width))
-  scale = jnp.float32(view.config.embed_scale)
+  scale = jnp.full((1, 1), view.config.embed_scale, jnp.float32)
   return view.adapted({TABLE: Prompted(None, jnp.asarray(values[None]), scale)}, True)
 
 

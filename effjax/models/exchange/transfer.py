@@ -23,7 +23,7 @@ from effjax.models.folders import Folder
 from effjax.models.model import Model
 from effjax.peft import files
 from effjax.peft.beside import Tuned, is_adapter
-from effjax.peft.detached import detach
+from effjax.peft.detached import attach, detach
 
 METHODS = {method.TYPE: method for method in (lora, ia3, prefix, soft_prompt)}
 # Fields of all methods, and those that change nothing of what is computed.
@@ -86,9 +86,9 @@ def load(model: Model, folder: str | Path) -> Model:
   base, parts = archive.read_ours(there)
   _check_base(model.params, base, str(there.file(OURS)))
   if not there.has(CONFIG):
-    params = files.load(model.params, folder)
-    _check_places(model, params, folder)
-    return dataclasses.replace(model, params=params)
+    adapters = files.read(folder)
+    _check_places(model, adapters, folder)
+    return dataclasses.replace(model, params=attach(model.params, adapters))
   values, where = there.json(CONFIG), str(there.file(CONFIG))
   method = METHODS[Fields(where, values).choice("peft_type", METHODS)]
   fields, tensors = Fields(where, values, DEFAULTS | method.DEFAULTS), Archive(there)
@@ -131,12 +131,13 @@ def _check_base(params: Params, base: Mapping[str, str], where: str) -> None:
       )
 
 
-def _check_places(model: Model, params: Params, folder: str | Path) -> None:
-  """Raises ValueError where the configuration wants other parameters than `params`."""
+def _check_places(model: Model, adapters: Mapping[str, Weight], folder: str | Path) -> None:
+  """Raises ValueError where the configuration wants other parameters than are there then."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   wanted = jax.eval_shape(model.module.init, jax.random.key(0), tokens)["params"]
-  if wrong := {*trees.items(params)} ^ {*trees.items(wanted)}:
+  if wrong := {*trees.items(model.params), *adapters} ^ {*trees.items(wanted)}:
     raise ValueError(
       f"{folder}: model.config has no place for, or lacks, {trees.some(sorted(wrong))}; allowed: "
-      "the configuration of the model that was saved, such as adapters.add returns"
+      "the configuration of the model that was saved, as the add of adapters, experts, prefix "
+      "gives it, and of its parameters what peft.detach leaves"
     )

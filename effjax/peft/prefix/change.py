@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core import trees
-from effjax.core.known import check_ids
+from effjax.core.known import check_ids, number
 from effjax.core.typing import Array, Int, Key, Params, PyTree, Size
 from effjax.layers import stack
 from effjax.layers.prefix import INIT, TrainedPrefix
@@ -161,8 +161,7 @@ def _chosen(config: TransformerConfig, layers: Sequence[int] | None) -> set[int]
   """Indices of layers, all of attention without a prefix."""
   count = len(config.layers)
   for index in layers or ():
-    if not -count <= index < count:
-      raise ValueError(f"layers has {index}; allowed: {-count} … {count - 1}")
+    number("layers has", index, integer=True, least=-count, most=count - 1)
   if any(prefix_of(spec) is not None for spec in config.layers):
     raise ValueError("config has a prefix already; allowed: one (prefix.remove takes it away)")
   chosen = set(range(count)) if layers is None else {index % count for index in layers}

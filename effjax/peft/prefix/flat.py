@@ -28,7 +28,7 @@ def flat(config: TransformerConfig, params: Params) -> Float[Array, "P N"]:
   """
   leaves, P = trees.items(params), of(config).length
   parts = []
-  for path, index, _ in _places(config):
+  for path, index, _ in _places(config, params):
     value = leaves[path].value
     parts.append((value if index is None else value[index]).reshape(P, -1))
   return jnp.concatenate(parts, axis=1)
@@ -40,7 +40,7 @@ def put(config: TransformerConfig, params: Params, values: Float[Array, "P N"]) 
   Raises:
     ValueError: for another shape than that of `flat`, and when no layer has a prefix.
   """
-  prefix, places = of(config), _places(config)
+  prefix, places = of(config), _places(config, params)
   sizes = [math.prod(shape) for *_, shape in places]
   if tuple(values.shape) != (prefix.length, sum(sizes)):
     allowed = (prefix.length, sum(sizes))
@@ -88,7 +88,7 @@ def reparametrize(
 
   Reference: arXiv 2101.00190, section 4.3; two layers, as in Hugging Face's peft.
   """
-  prefix, shapes = of(config), [shape for *_, shape in _places(config)]
+  prefix, shapes = of(config), [shape for *_, shape in _places(config, params)]
   sizes = {
     "width": math.prod(shapes[0]) if width is None else width,
     "hidden": config.width if hidden is None else hidden,
@@ -108,9 +108,15 @@ def _reparametrized(config: TransformerConfig, params: Params, trained: PyTree) 
   return put(config, params, linear(hidden, down["kernel"], down["bias"]))
 
 
-def _places(config: TransformerConfig) -> list[tuple[str, int | None, tuple[int, int]]]:
-  """Path, index in the stack and shape [K, H] of keys, then values, of each layer's prefix."""
-  return [
+def _places(
+  config: TransformerConfig, params: Params
+) -> list[tuple[str, int | None, tuple[int, int]]]:
+  """Path, index in the stack and shape [K, H] of keys, then values, of each layer's prefix.
+
+  Raises:
+    ValueError: when `params` has none there.
+  """
+  places = [
     (
       f"{segment}/{name}/mixer/prefix_{part}",
       index,
@@ -120,3 +126,6 @@ def _places(config: TransformerConfig) -> list[tuple[str, int | None, tuple[int,
     if prefix_of(spec) is not None
     for part in ("key", "value")
   ]
+  if missing := sorted({path for path, *_ in places} - {*trees.items(params)}):
+    raise ValueError(f"params: has no {trees.some(missing)}; allowed: what prefix.add returns")
+  return places
