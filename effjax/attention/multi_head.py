@@ -140,7 +140,7 @@ class Attention(nn.Module):
     for name in read:
       if not read[name] and self.has_variable("params", name):
         raise ValueError(
-          f"params: {'/'.join(self.path)} has {name}, which prefix={self.prefix} does not read; "
+          f"params: {'/'.join(self.path) or type(self).__name__} has {name}, which prefix={self.prefix} does not read; "
           "allowed: the configuration that belongs to them, as prefix.add gives both"
         )
 
