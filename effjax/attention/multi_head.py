@@ -139,8 +139,9 @@ class Attention(nn.Module):
     read = {"prefix_key": self.prefix is not None, "module_key": self.attributes > 0}
     for name in read:
       if not read[name] and self.has_variable("params", name):
+        where = "/".join(self.path) or type(self).__name__
         raise ValueError(
-          f"params: {'/'.join(self.path) or type(self).__name__} has {name}, which prefix={self.prefix} does not read; "
+          f"params: {where} has {name}, which prefix={self.prefix} does not read; "
           "allowed: the configuration that belongs to them, as prefix.add gives both"
         )
 
