@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from effjax.attention import masks, parts
+from effjax.attention import masks, prefixed
 from effjax.attention.attend import attend
 from effjax.attention.kv_cache import KVCache, empty
 from effjax.attention.scores import Score
@@ -16,7 +16,6 @@ from effjax.core.weights import materialize
 from effjax.layers import Context, Linear, RMSNorm, Rope, taps, weight, without_padding
 from effjax.layers.axes import linear_axes
 from effjax.layers.meshes import on_any_mesh
-from effjax.layers.prefix import INIT as PREFIX_INIT
 from effjax.layers.prefix import TrainedPrefix
 
 
@@ -24,9 +23,8 @@ class Attention(nn.Module):
   """y = Concat_n softmax(scale · q_n k_nᵀ) v_n · W_out, over the keys that `mask` shows.
 
   Parameters: "query" [D, N·H], "key" and "value" [D, K·H], "out" [N·H, D]; "query_norm" and
-  "key_norm" [H] with `qk_norm`; "sinks" [N] with `sinks`; "prefix_key" and "prefix_value" [P, K, H]
-  with `prefix`, and "module_key" and "module_value" [A, P, K, H] with modules of it. The taps
-  "query_tap" [B, T, N, H] and "key_tap" [B, S, K, H] see the factors of the scores.
+  "key_norm" [H] with `qk_norm`; "sinks" [N] with `sinks`; those of `prefixed` with `prefix`. The
+  taps "query_tap" [B, T, N, H] and "key_tap" [B, S, K, H] see the factors of the scores.
 
   Attributes:
     heads: query heads N.
@@ -89,7 +87,7 @@ class Attention(nn.Module):
       )
 
     self.check_prefix()
-    self._check_unread()
+    prefixed.check_unread(self)
     source = source.astype(x.dtype)
     if cache is not None:
       context = context.after(x, cache.ends)
@@ -118,32 +116,12 @@ class Attention(nn.Module):
 
   def check_prefix(self) -> None:
     """Raises ValueError where there is a prefix and it cannot have one."""
-    if self.prefix is None:
-      return
-    name = type(self).__name__
-    if not self.takes_prefix:
-      raise ValueError(f"{name}: prefix={self.prefix}; allowed: None")
-    if not self.cross and not self.mask.relative:
-      raise ValueError(
-        f"{name}: prefix={self.prefix} with mask={self.mask}; allowed: masks of distances, which "
-        "alone say who sees what stands before the first token"
-      )
-    if self.scores is not None and not self.scores.relative:
-      raise ValueError(
-        f"{name}: prefix={self.prefix} with scores of {type(self.scores).__name__}; allowed: "
-        "functions of distances"
-      )
+    prefixed.check(self, self.takes_prefix)
 
-  def _check_unread(self) -> None:
-    """Raises ValueError for a prefix among the parameters that nothing would read."""
-    read = {"prefix_key": self.prefix is not None, "module_key": self.attributes > 0}
-    for name in read:
-      if not read[name] and self.has_variable("params", name):
-        where = "/".join(self.path) or type(self).__name__
-        raise ValueError(
-          f"params: {where} has {name}, which prefix={self.prefix} does not read; "
-          "allowed: the configuration that belongs to them, as prefix.add gives both"
-        )
+  def _with_prefix(self, tokens: Callable[..., Any], query, positions, context) -> Array:
+    """What `tokens(return_lse=…)` attends to, joined with what is seen of the prefix."""
+    arguments = self._arguments | {"sinks": None}
+    return prefixed.joined(self, tokens, query, positions, context, **arguments)
 
   def _project(self, name: str, x: Array, heads: int, width: int) -> Array:
     y = Linear(heads * width, self.use_bias, name=name)(x)
@@ -191,32 +169,6 @@ class Attention(nn.Module):
       **self._arguments,
     )
     return jnp.where(context.lost(x, length)[..., None, None], jnp.nan, joined(tokens)), cache
-
-  def _with_prefix(
-    self, tokens: Callable[..., Any], query: Array, positions: Array, context: Context
-  ) -> Array:
-    """What `tokens(return_lse=…)` attends to, joined with what is seen of the prefix."""
-    prefix = self.prefix
-    if prefix is None:
-      return tokens(return_lse=False)
-    key, value = (self._prefix(name, query, context) for name in ("key", "value"))
-    arguments = self._arguments | {"sinks": None}
-    if not self.cross and not (self.scores is None and self.mask.sees_all_before):
-      arguments |= {"mask": self.mask, "query_positions": prefix.length + positions}
-    part = attend(query, key, value, return_lse=True, **arguments)
-    return parts.join(tokens(return_lse=True), part)[0]
-
-  def _prefix(self, name: str, query: Array, context: Context) -> Float[Array, "B P K H"]:
-    """Keys or values of the prefix in the type of `query`, those of each row."""
-    assert self.prefix is not None
-    shape = (self.prefix.length, self._kv_heads(), query.shape[-1])
-    general = materialize(weight(self, f"prefix_{name}", PREFIX_INIT, shape))
-    modules = None
-    if count := self.prefix.modules:
-      zeros = nn.initializers.zeros
-      modules = materialize(weight(self, f"module_{name}", zeros, (count, *shape)))
-    found = self.prefix.composed(general, modules, context.attributes)
-    return jnp.broadcast_to(found, (query.shape[0], *shape)).astype(query.dtype)
 
   def init_cache(
     self, width: int, batch: int, length: int, dtype: DTypeLike = jnp.float32
@@ -269,16 +221,8 @@ class Attention(nn.Module):
     """
     head_width, kv_heads = self._head_width(width), self._kv_heads()
     projections = 2.0 * width * head_width * (2 * self.heads + 2 * kv_heads)
-    keys = self._mean_keys(length, queries) + self._mean_prefix_keys(length, queries)
+    keys = self._mean_keys(length, queries) + prefixed.mean_keys(self, length, queries)
     return projections + 4.0 * self.heads * head_width * keys
-
-  def _mean_prefix_keys(self, length: int, queries: int | None) -> float:
-    """Keys of the prefix that one of them sees, on average."""
-    if self.prefix is None or self.cross:
-      return 0.0 if self.prefix is None else float(self.prefix.length)
-    queries = length if queries is None else queries
-    whole = self.mask.mean_keys(self.prefix.length + length, queries)
-    return whole - self.mask.mean_keys(length, queries)
 
   def _mean_keys(self, length: int, queries: int | None) -> float:
     """Keys that one of the last `queries` tokens sees, on average."""

@@ -70,12 +70,12 @@ def update(params: PyTree, pattern: Chooser, change: Callable[[str, Any], Any]) 
 def matrices(params: PyTree, targets: Chooser, exclude: Chooser | None = None) -> dict[str, Any]:
   """The matrices among what `targets` selects and `exclude` does not, as path → leaf.
 
-  A matrix is an array or `Weight` of floats, of at least two axes, not named "bias" or "scale":
-  under a scanned segment a bias [R, F] has two axes too, and `targets="query"` means the kernel
-  alone.
+  A matrix is an array or `Weight` of at least two axes, not named "bias" or "scale": under a
+  scanned segment a bias [R, F] has two axes too, and `targets="query"` means the kernel alone.
 
   Raises:
-    ValueError: when nothing is left, or nothing of it is a matrix, or `exclude` leaves out nothing.
+    ValueError: when nothing is left, or nothing of it is a matrix, or one is not of floats, or
+      `exclude` leaves out nothing.
 
   Example:
     >>> import jax.numpy as jnp
@@ -91,10 +91,11 @@ def matrices(params: PyTree, targets: Chooser, exclude: Chooser | None = None) -
     raise ValueError(f"exclude {exclude!r} leaves nothing of {some(chosen)}")
   found = {p: x for p, x in kept.items() if _is_matrix(p, x)}
   if not found:
-    shapes = (f"{path} {tuple(leaf.shape)}" for path, leaf in kept.items())
-    raise ValueError(
-      f"targets {targets!r} selects no matrix [..., D, F] of floats, but {some(shapes)}"
-    )
+    shapes = (f"{path} {leaf.dtype}{list(leaf.shape)}" for path, leaf in kept.items())
+    raise ValueError(f"targets {targets!r} selects no matrix [..., D, F], but {some(shapes)}")
+  for path, leaf in found.items():
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+      raise ValueError(f"{path} is {leaf.dtype}{list(leaf.shape)}; allowed: matrices of floats")
   return found
 
 
@@ -222,8 +223,7 @@ def _size(leaf) -> int:
 
 
 def _is_matrix(path: str, leaf) -> bool:
-  named = path.rsplit("/", 1)[-1] not in ("bias", "scale")
-  return named and len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.inexact)
+  return path.rsplit("/", 1)[-1] not in ("bias", "scale") and len(leaf.shape) >= 2
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:

@@ -8,8 +8,8 @@ from effjax.peft.detached import attach, detach
 from effjax.peft.dora import DoRA
 from effjax.peft.files import load, save
 from effjax.peft.ia3 import IA3
-from effjax.peft.lora import merge, unmerge
 from effjax.peft.low_rank import LoRA
+from effjax.peft.merging import merge, unmerge
 from effjax.peft.mixture import Named
 from effjax.peft.trainable import trainable
 from effjax.peft.tuning import bitfit, tune

@@ -6,8 +6,9 @@ frozen one. Both are known by their kind, so that `trees.trained`, checkpoints, 
 """
 
 import abc
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -109,3 +110,12 @@ class Tuned(Over):
 def is_adapter(leaf: Any) -> bool:
   """Whether `leaf` is a weight with trained arrays beside a frozen base."""
   return isinstance(leaf, Weight) and leaf.kind == "adapter"
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+  """ValueErrors say that they are about what is at `path`."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error

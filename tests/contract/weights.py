@@ -151,6 +151,7 @@ STANDS_OVER = {  # others over all
   "Tuned": ("array", "Int8"),
   "Prompted": ("array", "NF4", "LoRA"),
 }
+REFUSED = ("LoRA", "Prompted")  # the rows of virtual tokens are no rows of a matrix
 
 
 def over(wrap: Represent, base: Represent) -> Represent:
@@ -166,7 +167,7 @@ ROWS += [
   row(f"{wrapper} over {name}", over(wrap, base), name)
   for wrapper, wrap in WRAPPERS.items()
   for name, base in (BASES | WRAPPERS).items()
-  if name in STANDS_OVER.get(wrapper, (name,))
+  if name in STANDS_OVER.get(wrapper, (name,)) and (wrapper, name) != REFUSED
 ]
 ROWS += [row("LoRA with dropout", over(dropping, BASES["array"]), "array")]
 

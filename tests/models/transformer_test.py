@@ -150,9 +150,11 @@ def test_what_stands_after_a_branch_scales_what_it_adds(arrangement):
   want = x / np.sqrt((x**2).mean(-1, keepdims=True))
   np.testing.assert_allclose(apply(none, params, TOKENS), want, atol=1e-4)
   ones = {"g": np.ones((3, 1, 1, 1), np.float32)}
-  layers = params["segments_0"]["layers_0"] | {"after_ffn": ones, "after_mixer": ones}
-  params["segments_0"] = {"layers_0": layers}
-  np.testing.assert_allclose(apply(none, params, TOKENS), apply(module, params, TOKENS), atol=1e-6)
+  layers = params["segments_0"]["layers_0"]
+  after = {"after_ffn": ones, "after_mixer": ones}
+  scaled = params | {"segments_0": {"layers_0": layers | after}}
+  plain = params | {"segments_0": {"layers_0": {n: x for n, x in layers.items() if n not in after}}}
+  np.testing.assert_allclose(apply(none, scaled, TOKENS), apply(module, plain, TOKENS), atol=1e-6)
 
 
 def test_what_stands_after_a_branch_sees_the_context():

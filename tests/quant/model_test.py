@@ -152,7 +152,7 @@ def test_quantising_twice_is_refused(model):
 @pytest.mark.parametrize(
   ("w", "message"),
   [
-    (np.ones((2, 3), np.int32), "up/kernel: w has type int32; allowed: floating point"),
+    (np.ones((2, 3), np.int32), r"up/kernel is int32\[2, 3\]; allowed: matrices of floats"),
     (np.full((2, 3), np.nan, np.float32), "up/kernel: w has NaN"),
     (jnp.array([[jnp.inf, 1.0]], jnp.bfloat16), "up/kernel: w has NaN, infinity"),
   ],
