@@ -106,8 +106,7 @@ def generate(
   tokens, counts = _padded(prompts, lengths, padding)
   max_new_tokens = number("max_new_tokens", max_new_tokens, integer=True, least=1, most=_MOST)
   pad_id = number("pad_id", pad_id, integer=True, least=-_MOST - 1, most=_MOST)
-  known = known_ids(module.config.vocab_size, params)
-  _check(module.config, tokens, counts, max_new_tokens, known)
+  _check(module, params, tokens, counts, max_new_tokens)
   rule = _rule(key, counts.shape, temperature=temperature, top_k=top_k, top_p=top_p)
   context, longest = module.config.context, int(counts.max())
   prompt = _widened(tokens[:, :longest], min(bucket(longest), context))
@@ -243,11 +242,14 @@ def _padded(prompts, lengths, padding: str) -> tuple[np.ndarray, np.ndarray]:
   return tokens, counts.astype(np.int32)
 
 
-def _check(config, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int, known: int) -> None:
+def _check(
+  module, params: Params, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int
+) -> None:
+  config = module.config
   if config.head is None:
     raise ValueError("module: its config has head=None; allowed: a model that gives logits")
   real = np.arange(tokens.shape[1])[None] < counts[:, None]
-  check_ids("prompts", tokens, known, real)
+  check_ids("prompts", tokens, known_ids(config.vocab_size, params), real)
   total = int(counts.max()) + max_new_tokens
   if total > config.context:
     raise ValueError(

@@ -26,9 +26,11 @@ def replaced(config: TransformerConfig, prefix: TrainedPrefix) -> TransformerCon
 
 
 def prefix_of(spec: LayerSpec) -> TrainedPrefix | None:
+  """The prefix of a layer's attention, None where there is none."""
   return getattr(spec.mixer, "prefix", None)
 
 
 def with_prefix(spec: LayerSpec, prefix: TrainedPrefix | None) -> LayerSpec:
+  """The layer with another prefix, or with none."""
   mixer: Any = spec.mixer
   return dataclasses.replace(spec, mixer=mixer.clone(prefix=prefix))
