@@ -51,10 +51,10 @@ def rows_split(
   Args:
     mesh: the devices.
     axes: names of axes.
-    experts: how experts are split over one of them; None is not at all.
+    experts: how experts are split over the last of them; None is not at all.
 
   Raises:
-    ValueError: when the mesh lacks one of the axes, or experts are split over none of them.
+    ValueError: when the mesh lacks one of the axes, or experts are not split over the last.
 
   Example:
     >>> from effjax.parallel import make_mesh
@@ -64,17 +64,21 @@ def rows_split(
   """
   if not set(axes) <= set(mesh.axis_names):
     raise ValueError(f"rows_split: axes {tuple(axes)}; allowed: of {mesh.axis_names}")
-  if experts is not None and experts.axis not in axes:
-    raise ValueError(f"rows_split: experts over {experts.axis!r}; allowed: of {tuple(axes)}")
+  if experts is not None and experts.axis != tuple(axes)[-1]:
+    raise ValueError(f"rows_split: experts over {experts.axis!r}; allowed: the last of {axes}")
   return _split((mesh, tuple(axes), experts))
 
 
-def experts_dealt(rows: PyTree) -> tuple[Dealt, int, int] | None:
-  """How experts are split where `map_rows` gives each device its own of `rows`, over how many
-  devices, and how many there are in all; None where they are not."""
-  mesh, axes, devices = _devices(rows)
+def devices(rows: PyTree) -> int:
+  """How many devices `map_rows` has compute these rows, each its own; 1 where it is just a call."""
+  return _devices(rows)[2]
+
+
+def experts_dealt(rows: PyTree) -> tuple[Dealt, int] | None:
+  """How experts are split, and over how many devices, where each device has its own of `rows`."""
+  mesh, axes, count = _devices(rows)
   dealt = _dealt(axes)
-  return None if devices == 1 or dealt is None else (dealt, mesh.shape[dealt.axis], devices)
+  return None if count == 1 or dealt is None else (dealt, mesh.shape[dealt.axis])
 
 
 def map_rows(
@@ -94,8 +98,8 @@ def map_rows(
     whole: arrays that every device needs whole.
     specs: partition specifications of `whole`, where not every device needs all of it.
   """
-  mesh, axes, devices = _devices(rows)
-  if devices == 1:
+  mesh, axes, count = _devices(rows)
+  if count == 1:
     return function(rows, whole)
   split = PartitionSpec(axes)
   if specs is None:
@@ -198,9 +202,9 @@ def _devices(rows: PyTree) -> tuple[AnyMesh, tuple[str, ...], int]:
 
 
 def _dealt(axes: Sequence[str]) -> Dealt | None:
-  """How experts are split, where that is over one of these axes."""
+  """How experts are split, where that is over the last of these axes."""
   dealt = _split.value[2] if _split.value else None
-  return dealt if dealt is not None and dealt.axis in axes else None
+  return dealt if dealt is not None and axes and dealt.axis == axes[-1] else None
 
 
 def _in_force(rows: PyTree) -> tuple[AnyMesh, tuple[str, ...]]:

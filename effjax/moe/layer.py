@@ -5,16 +5,14 @@ import jax
 import jax.numpy as jnp
 from flax.errors import ScopeParamShapeError
 
-from effjax.core import spmd
-from effjax.core.typing import Array, Dim, Float, Int, Params, PyTree
+from effjax.core.typing import Array, Float, Params, PyTree
 from effjax.core.weights import is_weight
-from effjax.kernels.grouped_matmul import Grouped
-from effjax.kernels.grouped_matmul.reference import group_of_row
-from effjax.layers import Context, Router, taps, without_padding
+from effjax.kernels.grouped_matmul import Grouped, Groups
+from effjax.layers import Context, Router, Routing, taps, without_padding
 from effjax.layers.axes import lead, renamed, under
 from effjax.layers.meshes import on_any_mesh
 from effjax.layers.spec import ask
-from effjax.moe.dispatch import mix_experts
+from effjax.moe.dispatch import dropped_share, mix
 
 
 class MoE(nn.Module):
@@ -54,30 +52,29 @@ class MoE(nn.Module):
     rows, row_mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
     with taps.tokens(None if row_mask is None else row_mask.astype(jnp.int32) - 1):
       routing = self.router(rows, context, row_mask)
-    y = mix_experts(
-      self._experts,
-      rows,
-      routing.experts,
-      routing.gates,
-      count=self.router.experts,
-      mask=row_mask,
-    ).reshape(x.shape)
+    count = self.router.experts
+    if isinstance(routing, Routing):
+      dropped = dropped_share(routing.experts, count=count, mask=row_mask)
+      if dropped is not None:
+        self.sow("metrics", "exchange_dropped", dropped)
+    y = mix(self._experts, rows, routing, count=count, mask=row_mask)
+    y = y.reshape(x.shape)
     return y if self.shared is None else y + self.shared(x, context)
 
-  def _experts(
-    self, rows: Float[Array, "M D"], sizes: Int[Array, "E"] | Int[Array, "P E"]
-  ) -> Float[Array, "M D"]:
-    """Each row by its expert; rows are sorted by expert."""
+  def _experts(self, rows: Float[Array, "M D"], groups: Groups) -> Float[Array, "M D"]:
+    """Each row by its expert."""
     if self.is_mutable_collection("params") and not self.has_variable("params", "experts"):
       self.put_variable("params", "experts", self._init_experts(rows.shape[-1]))
 
     def group(variables: PyTree) -> PyTree:
-      wrap = lambda w: Grouped(w, sizes, rows.shape[0])
+      wrap = lambda w: Grouped(w, groups, rows.shape[0])
       return jax.tree.map(wrap, variables, is_leaf=is_weight)
 
     call = nn.map_variables(lambda expert, x: expert(x, Context()), "params", group)
     try:
-      with taps.tokens(_ids(sizes, rows.shape[0]), groups=sizes.shape[-1]):
+      count = groups.sizes.shape[-1]
+      ids = groups.of_row(rows.shape[0])[None]
+      with taps.tokens(jnp.where(ids < count, ids, -1), groups=count):
         return call(self.expert.copy(name="experts"), rows[None])[0]
     except ScopeParamShapeError as error:
       allowed = "an expert that fetches its parameters by layers.weight"
@@ -113,15 +110,3 @@ class MoE(nn.Module):
     return (
       found if self.shared is None else found | renamed(stated("shared"), hidden="shared_hidden")
     )
-
-
-def _ids(sizes: Array, rows: Dim) -> Int[Array, "1 M"]:
-  """The expert of each row, −1 for rows past the last expert's."""
-  parts = sizes.reshape(-1, sizes.shape[-1])
-  each = rows // parts.shape[0]
-
-  def held(parts: Array, _) -> Array:
-    expert = jax.vmap(lambda sizes: group_of_row(sizes, each))(parts)
-    return jnp.where(expert < parts.shape[1], expert, -1).reshape(-1)
-
-  return spmd.map_rows(held, parts, ())[None]

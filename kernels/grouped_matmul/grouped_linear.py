@@ -41,8 +41,8 @@ def grouped_linear(
     bias: [E, F], or None.
     implementation: "tiles" loops over tiles of rows and uses any `Weight` as it is; "ragged" is
       `jax.lax.ragged_dot` on arrays, those of a `Weight` as its `product` says, and costs E times
-      as much on a CPU; of groups with a capacity it is one batched product; "reference" is the dense definition. None compiles tiles for CPU, ragged
-      elsewhere.
+      as much on a CPU; of groups with a capacity it is one batched product; "reference" is the
+      dense definition. None compiles tiles for CPU, ragged elsewhere.
 
   Raises:
     ValueError: when shapes do not fit, for sizes that are no integers or, where they are known,
@@ -84,9 +84,7 @@ def _on_part(
   if implementation == "reference":
     return _dense(reference.grouped_matmul, capacity, x, params, sizes)
   if isinstance(params[0], Weight) and params[0].by_parts:
-    multiply = lambda x, w, sizes, capacity: _on_part(
-      implementation, capacity, x, sizes, (w, None)
-    )
+    multiply = lambda x, w, sizes, capacity: _on_part(implementation, capacity, x, sizes, (w, None))
     return _dense(multiply, capacity, x, params, sizes)
   rows = x.shape[0]
   if not is_size(rows):  # so that it is known that there are as many as a tile has

@@ -37,6 +37,24 @@ class Groups:
     """Itself, or the groups of these sizes, [E] or [P, E]."""
     return sizes if isinstance(sizes, cls) else cls(jnp.asarray(sizes).reshape(-1, sizes.shape[-1]))
 
+  @classmethod
+  def dealt(
+    cls,
+    sizes: Int[Array, "P G"],
+    parts: Size,
+    capacity: Size | None = None,
+    axis: str | None = None,
+  ) -> "Groups":
+    """E groups of which each of S neighbouring parts has E / S = G, the first part the first ones.
+
+    Example:
+      >>> Groups.dealt(jnp.array([[1, 2], [3, 4]]), 2).sizes.tolist()
+      [[1, 2, 0, 0], [0, 0, 3, 4]]
+    """
+    blocks = jnp.eye(parts, dtype=sizes.dtype)[None, :, :, None]
+    each = sizes.reshape(-1, parts, 1, sizes.shape[1]) * blocks
+    return cls(each.reshape(sizes.shape[0], -1), capacity, axis)
+
   def of_row(self, rows: Dim) -> Int[Array, "M"]:
     """The group of each of M rows; E for those that no group has.
 
@@ -51,8 +69,7 @@ class Groups:
     return spmd.map_rows(lambda sizes, _: one(sizes).reshape(-1), jnp.asarray(self.sizes), ())
 
   def specs(self, *params: PyTree) -> tuple[PyTree, ...] | None:
-    """How arrays and weights with a leading axis E are split, as `map_rows` asks; None: they are
-    not."""
+    """How arrays and weights with a leading axis E are split over devices; None if not at all."""
     if self.axis is None:
       return None
     split = lambda w: weights.specs(w, (self.axis, *[None] * (len(w.shape) - 1)))
@@ -78,10 +95,11 @@ class Groups:
     sizes = known(self.sizes)
     if sizes is None:
       return
-    each, most = rows // parts, self.capacity
-    fit = sizes.sum(axis=-1).max(initial=0) <= each and (most is None or sizes.max(initial=0) <= most)
-    if sizes.min(initial=0) < 0 or not fit:
-      own = "" if most is None else f", {most} a group"
+    each = rows // parts
+    most = each if self.capacity is None else self.capacity
+    least, largest = sizes.min(initial=0), sizes.max(initial=0)
+    if least < 0 or largest > most or sizes.sum(axis=-1).max(initial=0) > each:
+      own = "" if self.capacity is None else f", {most} a group"
       allowed = f"from 0, together up to {each} rows{own}"
       raise ValueError(f"{of}: group_sizes {sizes.tolist()}; allowed: {allowed}")
 

@@ -42,7 +42,10 @@ def tile_rows(rows: Dim, groups: int) -> tuple[int, ...]:
 
 def forward(
   capacity: Size | None,
-  x: Float[Array, "M D"], floats: PyTree, others: PyTree, group_sizes: Int[Array, "E"]
+  x: Float[Array, "M D"],
+  floats: PyTree,
+  others: PyTree,
+  group_sizes: Int[Array, "E"],
 ) -> Float[Array, "M F"]:
   """x[m] w[e] + bias[e] for the rows of each group e, zero for rows past the last group.
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.moe.dispatch import mix_experts, sort_by_expert
+from effjax.moe.dispatch import mix_experts
+from effjax.moe.plan import sort_by_expert
 from tests.modules import normal
 
 sort_by_four = jax.jit(lambda experts: sort_by_expert(experts, 4))
@@ -24,8 +25,9 @@ def test_sorting_is_stable_and_counts(experts):
 def scale_by_expert(factors):
   """Experts that multiply by a number each."""
 
-  def apply(rows, sizes):
-    return rows * jnp.repeat(factors, sizes, total_repeat_length=rows.shape[0])[:, None]
+  def apply(rows, groups):
+    expert = groups.of_row(rows.shape[0])
+    return rows * jnp.take(factors, expert, mode="fill", fill_value=0)[:, None]
 
   return apply
 
@@ -59,8 +61,8 @@ def test_masked_tokens_are_not_computed():
   def run(x, experts, mask):
     seen = []
 
-    def apply(rows, sizes):
-      seen.append(sizes)
+    def apply(rows, groups):
+      seen.append(groups.sizes[0])
       return rows + 1
 
     return mix_experts(apply, x, experts, jnp.ones((4, 1)), count=2, mask=mask), seen
