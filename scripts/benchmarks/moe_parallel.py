@@ -1,15 +1,19 @@
-"""Mixtures of experts under data parallelism: what one of eight devices computes and holds.
+"""Mixtures of experts on eight devices: what one of them computes and holds.
 
     scripts/bench moe_parallel --batch=64 --length=128
 
 A Transformer whose feed-forward layers are mixtures of experts gives loss and gradients for one
 batch: on one device; on eight simulated ones with the split of rows left to XLA ("compiler"); and
-as the training step does it, for stages of ZeRO. From the compiled programs: the rows that the
-experts of one device compute, its temporaries, and the collectives. Each device should have an
-eighth of both. What a program holds of whole weights and gradients does not shrink with the number
-of devices, so sizes are such that activations dominate; the weights' bytes are printed beside. The
-last line is one JSON object: rows and temporaries over those of one device alone, and the largest
-differences of loss and gradients from its.
+as the training step does it, for stages of ZeRO; and with the experts split over the devices, with
+room for all tokens between them and with room for twice the mean ("experts", "room"). From the
+compiled programs: the rows for which the experts of one device have a place, the most experts whose
+weights it has in one array, its temporaries, and the collectives. Under data parallelism each
+device should have an eighth of the rows and all experts, under expert parallelism one expert; the
+rows that it computes are then those that its expert was given, however many places there are. What
+a program holds of whole weights and gradients does not shrink with the number of devices, so sizes
+are such that activations dominate; the bytes of weights that a device holds are printed beside. The
+last line is one JSON object: all of it over what one device alone has, and the largest differences
+of loss and gradients from its.
 """
 
 import collections
@@ -23,11 +27,11 @@ from absl import app, flags
 
 from effjax import cost
 from effjax.attention import Attention
-from effjax.core import trees
 from effjax.layers import MLP, LayerSpec, TransformerConfig
+from effjax.layers.axes import axes
 from effjax.models import Transformer
 from effjax.moe import MoE, TopK
-from effjax.parallel import Zero, make_mesh, simulate_devices
+from effjax.parallel import Experts, Zero, make_mesh, simulate_devices
 from effjax.train import next_token
 
 BATCH = flags.DEFINE_integer("batch", 64, "Sequences of a batch.")
@@ -57,9 +61,19 @@ def make_program(placement: Zero, split: bool):
   return program
 
 
-def measure(devices: int, zero: int, split: bool) -> tuple[dict, tuple]:
+def placements() -> dict[str, tuple[Zero, bool]]:
+  """Name → placement, and whether the split of rows is its or the compiler's."""
+  over = lambda devices, zero: Zero(make_mesh(devices=jax.devices()[:devices], data=devices), zero)
+  dealt = lambda room: Zero(
+    make_mesh(data=1, expert=DEVICES), 3, experts=Experts(axes(make_module().config), room=room)
+  )
+  cases = {"one": (over(1, 0), False), "compiler": (over(DEVICES, 0), False)}
+  cases |= {f"zero{stage}": (over(DEVICES, stage), True) for stage in (0, 2, 3)}
+  return cases | {"experts": (dealt(None), True), "room": (dealt(2.0), True)}
+
+
+def measure(placement: Zero, split: bool) -> tuple[dict, tuple]:
   """Figures of the program for one device, and (loss, gradients)."""
-  placement = Zero(make_mesh(devices=jax.devices()[:devices], data=devices), zero)
   program = make_program(placement, split)
   tokens = np.random.default_rng(0).integers(0, VOCABULARY, (BATCH.value, LENGTH.value + 1))
   batch = {"tokens": tokens[:, :-1].astype(np.int32), "targets": tokens[:, 1:].astype(np.int32)}
@@ -67,10 +81,12 @@ def measure(devices: int, zero: int, split: bool) -> tuple[dict, tuple]:
   params = jax.device_put(params, placement.params(params))
   batch = jax.device_put(batch, placement.batch(batch))
   text = program.lower(params, batch).compile().as_text()
+  kernels = rf"\[(\d+),(?:{WIDTH},{HIDDEN}|{HIDDEN},{WIDTH})\]"
   figures = {
     "rows": max(int(rows) for rows in re.findall(rf"\[(\d+),{HIDDEN}\]", text)),
+    "experts": max((int(experts) for experts in re.findall(kernels, text)), default=1),
     "temporaries": cost.compiled(program, params, batch).temporaries,
-    "weights": trees.nbytes(params),
+    "weights": sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params)),
     "collectives": dict(collections.Counter(re.findall(rf"\b({COLLECTIVES})(?:-start)?\(", text))),
   }
   return figures, jax.device_get(program(params, batch))
@@ -79,9 +95,8 @@ def measure(devices: int, zero: int, split: bool) -> tuple[dict, tuple]:
 def compare(figures: dict, result: tuple, one: dict, expected: tuple) -> dict[str, float]:
   """Shares of what one device has, and differences from what it computes."""
   differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), result, expected)
-  return {
-    "rows": round(figures["rows"] / one["rows"], 4),
-    "temporaries": round(figures["temporaries"] / one["temporaries"], 4),
+  shares = ("rows", "experts", "temporaries", "weights")
+  return {name: round(figures[name] / one[name], 4) for name in shares} | {
     "loss_difference": differences[0],
     "gradient_difference": max(jax.tree.leaves(differences[1])),
   }
@@ -90,14 +105,12 @@ def compare(figures: dict, result: tuple, one: dict, expected: tuple) -> dict[st
 def main(_) -> None:
   simulate_devices(DEVICES)
   jax.config.update("jax_enable_compilation_cache", False)
-  cases = {"one": (1, 0, False), "compiler": (DEVICES, 0, False)}
-  cases |= {f"zero{stage}": (DEVICES, stage, True) for stage in (0, 2, 3)}
   measured: dict[str, tuple[dict, tuple]] = {}
   found: dict[str, float] = {}
-  print(f"{'':10} {'rows':>8} {'temporaries':>12} {'weights':>9}  collectives")
-  for name, case in cases.items():
+  print(f"{'':10} {'rows':>8} {'experts':>7} {'temporaries':>12} {'weights':>9}  collectives")
+  for name, case in placements().items():
     figures, _ = measured[name] = measure(*case)
-    numbers = "{rows:8} {temporaries:12,} {weights:9,}".format(**figures)
+    numbers = "{rows:8} {experts:7} {temporaries:12,} {weights:9,}".format(**figures)
     print(f"{name:10} {numbers}  {figures['collectives'] or '–'}", flush=True)
     if name != "one":
       compared = compare(*measured[name], *measured["one"])
