@@ -1,19 +1,14 @@
 """The mixture-of-experts feed-forward layer (Shazeer et al., arXiv 1701.06538; dropless)."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from flax.errors import ScopeParamShapeError
 
-from effjax.core import spmd
-from effjax.core.typing import Array, Dim, Float, Int, Params, PyTree
-from effjax.core.weights import is_weight
-from effjax.kernels.grouped_matmul import Grouped
-from effjax.kernels.grouped_matmul.reference import group_of_row
+from effjax.core.typing import Array, Float
 from effjax.layers import Context, Router, taps, without_padding
 from effjax.layers.axes import lead, renamed, under
 from effjax.layers.meshes import on_any_mesh
 from effjax.layers.spec import ask
+from effjax.moe.bank import bank
 from effjax.moe.dispatch import mix_experts
 
 
@@ -55,7 +50,7 @@ class MoE(nn.Module):
     with taps.tokens(None if row_mask is None else row_mask.astype(jnp.int32) - 1):
       routing = self.router(rows, context, row_mask)
     y = mix_experts(
-      self._experts,
+      bank(self, "experts", self.router.experts, self.expert, Context()),
       rows,
       routing.experts,
       routing.gates,
@@ -63,31 +58,6 @@ class MoE(nn.Module):
       mask=row_mask,
     ).reshape(x.shape)
     return y if self.shared is None else y + self.shared(x, context)
-
-  def _experts(
-    self, rows: Float[Array, "M D"], sizes: Int[Array, "E"] | Int[Array, "P E"]
-  ) -> Float[Array, "M D"]:
-    """Each row by its expert; rows are sorted by expert."""
-    if self.is_mutable_collection("params") and not self.has_variable("params", "experts"):
-      self.put_variable("params", "experts", self._init_experts(rows.shape[-1]))
-
-    def group(variables: PyTree) -> PyTree:
-      wrap = lambda w: Grouped(w, sizes, rows.shape[0])
-      return jax.tree.map(wrap, variables, is_leaf=is_weight)
-
-    call = nn.map_variables(lambda expert, x: expert(x, Context()), "params", group)
-    try:
-      with taps.tokens(_ids(sizes, rows.shape[0]), groups=sizes.shape[-1]):
-        return call(self.expert.copy(name="experts"), rows[None])[0]
-    except ScopeParamShapeError as error:
-      allowed = "an expert that fetches its parameters by layers.weight"
-      raise ValueError(f"MoE: expert={self.expert!r}: {error}; allowed: {allowed}") from error
-
-  def _init_experts(self, width: int) -> Params:
-    """Parameters with a leading axis E, each expert's drawn by itself."""
-    expert = self.expert.clone(parent=None, name=None)
-    init = lambda key: expert.init(key, jnp.zeros((1, 1, width)), Context()).get("params", {})
-    return jax.vmap(init)(jax.random.split(self.make_rng("params"), self.router.experts))
 
   @property
   def reads(self) -> set[str]:
@@ -113,15 +83,3 @@ class MoE(nn.Module):
     return (
       found if self.shared is None else found | renamed(stated("shared"), hidden="shared_hidden")
     )
-
-
-def _ids(sizes: Array, rows: Dim) -> Int[Array, "1 M"]:
-  """The expert of each row, −1 for rows past the last expert's."""
-  parts = sizes.reshape(-1, sizes.shape[-1])
-  each = rows // parts.shape[0]
-
-  def held(parts: Array, _) -> Array:
-    expert = jax.vmap(lambda sizes: group_of_row(sizes, each))(parts)
-    return jnp.where(expert < parts.shape[1], expert, -1).reshape(-1)
-
-  return spmd.map_rows(held, parts, ())[None]
