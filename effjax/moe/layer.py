@@ -3,11 +3,11 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from effjax.core.typing import Array, Float
-from effjax.layers import Context, Router, taps, without_padding
+from effjax.core.typing import Array, Bool, Float
+from effjax.layers import Context, Router, Routing, taps, without_padding
 from effjax.layers.axes import lead, renamed, under
 from effjax.layers.meshes import on_any_mesh
-from effjax.layers.spec import ask
+from effjax.layers.spec import ask, share
 from effjax.moe.bank import bank
 from effjax.moe.dispatch import mix_experts
 
@@ -28,8 +28,8 @@ class MoE(nn.Module):
   Attributes:
     router: a `layers.Router`, such as `TopK(experts=8, top_k=2)`.
     expert: a feed-forward module; it is given no facts of the batch.
-    shared: a feed-forward module that every token visits besides, ungated, such as an `MLP` of
-      twice the width for two shared experts (arXiv 2401.06066, section 3.2); or None.
+    shared: a feed-forward module that every token visits besides, such as an `MLP` of twice the
+      width for two shared experts (arXiv 2401.06066, section 3.2), or that `Gated`; or None.
 
   Raises:
     ValueError: when called, for an expert that fetches parameters in another way.
@@ -45,17 +45,14 @@ class MoE(nn.Module):
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context()
   ) -> Float[Array, "B T D"]:
-    mask = context.is_token(x)
-    rows, row_mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
-    with taps.tokens(None if row_mask is None else row_mask.astype(jnp.int32) - 1):
-      routing = self.router(rows, context, row_mask)
+    rows, routing, mask = route(self.router, x, context)
     y = mix_experts(
       bank(self, "experts", self.router.experts, self.expert, Context()),
       rows,
       routing.experts,
       routing.gates,
       count=self.router.experts,
-      mask=row_mask,
+      mask=mask,
     ).reshape(x.shape)
     return y if self.shared is None else y + self.shared(x, context)
 
@@ -72,7 +69,9 @@ class MoE(nn.Module):
 
   def share(self, path: str) -> float:
     """The share of the parameter at `path` that one token uses: k / E of the experts."""
-    return self.router.used / self.router.experts if path.startswith("experts/") else 1.0
+    if path.startswith("experts/"):
+      return self.router.used / self.router.experts
+    return share({} if self.shared is None else {"shared": self.shared}, path)
 
   @property
   def axes(self) -> dict[str, tuple[str, ...]]:
@@ -83,3 +82,13 @@ class MoE(nn.Module):
     return (
       found if self.shared is None else found | renamed(stated("shared"), hidden="shared_hidden")
     )
+
+
+def route(
+  router: Router, x: Float[Array, "B T D"], context: Context
+) -> tuple[Float[Array, "M D"], Routing, Bool[Array, "M"] | None]:
+  """The tokens of `x` as rows, what the router says of them, and which are none (False) if any."""
+  mask = context.is_token(x)
+  rows, mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
+  with taps.tokens(None if mask is None else mask.astype(jnp.int32) - 1):
+    return rows, router(rows, context, mask), mask
