@@ -10,9 +10,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from effjax.core.known import is_id
-from effjax.core.numerics import zero_unless
+from effjax.core.numerics import wide, zero_unless
 from effjax.core.typing import Array, Bool, DTypeLike, Float, PyTree
-from effjax.core.weights import materialize
+from effjax.core.weights import along
 from effjax.layers import Context, Linear, Router, Routing, weight, without_padding
 from effjax.layers.axes import lead, under
 from effjax.layers.meshes import on_any_mesh
@@ -68,11 +68,12 @@ class MoA(nn.Module):
     seen, cache = attention(x, context, cache, query)
     seen = seen.reshape(-1, kv_heads, choices, *groups[1:]).swapaxes(1, 2)
     seen = seen.reshape(-1, choices, heads * width)
-    y = self._each("out", seen, x.shape[-1], False, routing, mask).astype(jnp.float32)
+    y = self._each("out", seen, x.shape[-1], False, routing, mask).astype(wide(x.dtype))
     y = (y * zero_unless(self._chosen(routing, mask), routing.gates)[..., None]).sum(1)
     y = y.astype(x.dtype).reshape(x.shape)
     if self.attention.out_bias:
-      y = y + materialize(weight(self, "out_bias", nn.initializers.zeros, y.shape[-1:]))
+      bias = weight(self, "out_bias", nn.initializers.zeros, y.shape[-1:])
+      y = y + along(bias, y).astype(y.dtype)
     return y, cache
 
   def _each(self, name, rows, features, use_bias, routing, mask) -> Float[Array, "M k F"]:
@@ -96,7 +97,7 @@ class MoA(nn.Module):
   def _heads(self) -> int:
     """Query heads N of an expert."""
     if getattr(self.attention, "sinks", False):
-      raise ValueError(f"MoA: attention={self.attention!r}; allowed: sinks=False")
+      raise ValueError("MoA: attention with sinks=True; allowed: False")
     return ask(self.attention, "heads", "MoA: attention")
 
   def _kv_shape(self, width: int) -> tuple[int, int]:
