@@ -16,6 +16,7 @@ from effjax.core.weights import along
 from effjax.layers import Context, Linear, Router, Routing, weight, without_padding
 from effjax.layers.axes import lead, under
 from effjax.layers.meshes import on_any_mesh
+from effjax.layers.peeking import is_causal
 from effjax.layers.spec import ask
 from effjax.moe.bank import bank
 from effjax.moe.dispatch import mix_experts
@@ -107,6 +108,11 @@ class MoA(nn.Module):
     """The attention of so many query heads over the same keys and values."""
     kv_heads, head_width = self._kv_shape(width)
     return self.attention.copy(heads=heads, kv_heads=kv_heads, head_width=head_width, **options)
+
+  @property
+  def causal(self) -> bool:
+    """Whether no token sees what comes after it."""
+    return is_causal(self.attention)
 
   @property
   def rewinds(self) -> bool:
