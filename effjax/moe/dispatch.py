@@ -91,13 +91,15 @@ def mix_experts(
 
 
 def dropped_share(
-  experts: Int[Array, "M k"], *, count: Size, mask: Bool[Array, "M"] | None = None
+  routing: Routing | ExpertRouting, *, count: Size, mask: Bool[Array, "M"] | None = None
 ) -> Float[Array, ""] | None:
   """The share of choices that find no room between devices; None where there is room for all.
 
   There is, unless experts are dealt over devices with less (`parallel.Experts`).
   """
-  experts = _chosen(experts, count, mask)
+  if isinstance(routing, ExpertRouting):
+    return None
+  experts = _chosen(routing.experts, count, mask)
   way = exchange.way(experts, experts, count, None)
   if not isinstance(way, exchange.Exchange) or way.room == way.tokens:
     return None

@@ -1,17 +1,14 @@
-"""The mixture-of-experts feed-forward layer (Shazeer et al., arXiv 1701.06538; dropless)."""
+"""The mixture-of-experts feed-forward layer (Shazeer et al., arXiv 1701.06538)."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from flax.errors import ScopeParamShapeError
 
-from effjax.core.typing import Array, Float, Params, PyTree
-from effjax.core.weights import is_weight
-from effjax.kernels.grouped_matmul import Grouped, Groups
+from effjax.core.typing import Array, Bool, Float
 from effjax.layers import Context, Router, Routing, taps, without_padding
 from effjax.layers.axes import lead, renamed, under
 from effjax.layers.meshes import on_any_mesh
-from effjax.layers.spec import ask
+from effjax.layers.spec import ask, share
+from effjax.moe.bank import bank
 from effjax.moe.dispatch import dropped_share, mix
 
 
@@ -20,8 +17,8 @@ class MoE(nn.Module):
 
   An expert is any feed-forward module that treats each token by itself and fetches its parameters
   by `layers.weight`. It is called once, on the rows of all experts, with parameters that are
-  another array for each row (`Grouped`). Every token reaches all its experts (dropless). Padding,
-  where `context.segment_ids` is negative, gives zero, whatever was in it, and counts in no loss.
+  another array for each row (`Grouped`). Every token reaches all the experts that the router gives
+  it to; where the router promises a capacity, experts have slots (`dispatch`). Padding, where `context.segment_ids` is negative, gives zero, whatever was in it, and counts in no loss.
   With one expert and renormalised gates this is that expert. It has derivatives in reverse mode.
 
   Parameters: "router", the router's; "experts", the expert's, each with a leading axis E, drawn for
@@ -31,8 +28,8 @@ class MoE(nn.Module):
   Attributes:
     router: a `layers.Router`, such as `TopK(experts=8, top_k=2)`.
     expert: a feed-forward module; it is given no facts of the batch.
-    shared: a feed-forward module that every token visits besides, ungated, such as an `MLP` of
-      twice the width for two shared experts (arXiv 2401.06066, section 3.2); or None.
+    shared: a feed-forward module that every token visits besides, such as an `MLP` of twice the
+      width for two shared experts (arXiv 2401.06066, section 3.2), or that `Gated`; or None.
 
   Raises:
     ValueError: when called, for an expert that fetches parameters in another way.
@@ -48,43 +45,14 @@ class MoE(nn.Module):
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context()
   ) -> Float[Array, "B T D"]:
-    mask = context.is_token(x)
-    rows, row_mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
-    with taps.tokens(None if row_mask is None else row_mask.astype(jnp.int32) - 1):
-      routing = self.router(rows, context, row_mask)
+    rows, routing, mask = route(self.router, x, context)
     count = self.router.experts
-    if isinstance(routing, Routing):
-      dropped = dropped_share(routing.experts, count=count, mask=row_mask)
-      if dropped is not None:
-        self.sow("metrics", "exchange_dropped", dropped)
-    y = mix(self._experts, rows, routing, count=count, mask=row_mask)
-    y = y.reshape(x.shape)
+    dropped = dropped_share(routing, count=count, mask=mask)
+    if dropped is not None:
+      self.sow("metrics", "exchange_dropped", dropped)
+    experts = bank(self, "experts", count, self.expert, Context())
+    y = mix(experts, rows, routing, count=count, mask=mask).reshape(x.shape)
     return y if self.shared is None else y + self.shared(x, context)
-
-  def _experts(self, rows: Float[Array, "M D"], groups: Groups) -> Float[Array, "M D"]:
-    """Each row by its expert."""
-    if self.is_mutable_collection("params") and not self.has_variable("params", "experts"):
-      self.put_variable("params", "experts", self._init_experts(rows.shape[-1]))
-
-    def group(variables: PyTree) -> PyTree:
-      wrap = lambda w: Grouped(w, groups, rows.shape[0])
-      return jax.tree.map(wrap, variables, is_leaf=is_weight)
-
-    call = nn.map_variables(lambda expert, x: expert(x, Context()), "params", group)
-    try:
-      count = groups.sizes.shape[-1]
-      ids = groups.of_row(rows.shape[0])[None]
-      with taps.tokens(jnp.where(ids < count, ids, -1), groups=count):
-        return call(self.expert.copy(name="experts"), rows[None])[0]
-    except ScopeParamShapeError as error:
-      allowed = "an expert that fetches its parameters by layers.weight"
-      raise ValueError(f"MoE: expert={self.expert!r}: {error}; allowed: {allowed}") from error
-
-  def _init_experts(self, width: int) -> Params:
-    """Parameters with a leading axis E, each expert's drawn by itself."""
-    expert = self.expert.clone(parent=None, name=None)
-    init = lambda key: expert.init(key, jnp.zeros((1, 1, width)), Context()).get("params", {})
-    return jax.vmap(init)(jax.random.split(self.make_rng("params"), self.router.experts))
 
   @property
   def reads(self) -> set[str]:
@@ -99,7 +67,9 @@ class MoE(nn.Module):
 
   def share(self, path: str) -> float:
     """The share of the parameter at `path` that one token uses: k / E of the experts."""
-    return self.router.used / self.router.experts if path.startswith("experts/") else 1.0
+    if path.startswith("experts/"):
+      return self.router.used / self.router.experts
+    return share({} if self.shared is None else {"shared": self.shared}, path)
 
   @property
   def axes(self) -> dict[str, tuple[str, ...]]:
@@ -110,3 +80,13 @@ class MoE(nn.Module):
     return (
       found if self.shared is None else found | renamed(stated("shared"), hidden="shared_hidden")
     )
+
+
+def route(
+  router: Router, x: Float[Array, "B T D"], context: Context
+) -> tuple[Float[Array, "M D"], Routing, Bool[Array, "M"] | None]:
+  """The tokens of `x` as rows, what the router says of them, and which are none (False) if any."""
+  mask = context.is_token(x)
+  rows, mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
+  with taps.tokens(None if mask is None else mask.astype(jnp.int32) - 1):
+    return rows, router(rows, context, mask), mask
