@@ -100,8 +100,8 @@ def dropped_share(
   if isinstance(routing, ExpertRouting):
     return None
   experts = _chosen(routing.experts, count, mask)
-  way = exchange.way(experts, experts, count, None)
-  if not isinstance(way, exchange.Exchange) or way.room == way.tokens:
+  way = exchange.way(experts, experts, count, routing.capacity)
+  if not isinstance(way, exchange.Exchange) or not way.drops:
     return None
   lost = spmd.map_rows(lambda experts, _: way.dropped(experts), experts, ())
   return lost.sum() / jnp.maximum((experts < count).sum(), 1)

@@ -17,13 +17,15 @@ class MoE(nn.Module):
 
   An expert is any feed-forward module that treats each token by itself and fetches its parameters
   by `layers.weight`. It is called once, on the rows of all experts, with parameters that are
-  another array for each row (`Grouped`). Every token reaches all the experts that the router gives
-  it to; where the router promises a capacity, experts have slots (`dispatch`). Padding, where `context.segment_ids` is negative, gives zero, whatever was in it, and counts in no loss.
-  With one expert and renormalised gates this is that expert. It has derivatives in reverse mode.
+  another array for each row (`Grouped`). Every token reaches all experts that the router gives it
+  to; where the router promises a capacity, their rows are slots (`dispatch`). Padding, where
+  `context.segment_ids` is negative, gives zero, whatever was in it, and counts in no loss. With one
+  expert and renormalised gates this is that expert. It has derivatives in reverse mode.
 
   Parameters: "router", the router's; "experts", the expert's, each with a leading axis E, drawn for
   each expert by itself; "shared". What an expert sows or draws at random, it does once for all
-  rows.
+  rows. Where experts are split over devices with room for some tokens only, "exchange_dropped" is
+  sown under "metrics", the share of choices that found none.
 
   Attributes:
     router: a `layers.Router`, such as `TopK(experts=8, top_k=2)`.
