@@ -81,7 +81,7 @@ def mix_experts(
     [[-1.0], [2.0]]
   """
   if capacity is not None and is_size(capacity):
-    number("capacity", capacity, of="mix_experts", integer=True, least=1)
+    capacity = number("capacity", capacity, of="mix_experts", integer=True, least=1)
   x, experts = zero_unless(mask, x), _chosen(experts, count, mask)
   way = exchange.way((x, experts, gates), experts, count, capacity)
   rows, sizes, kept = spmd.map_rows(lambda given, _: way.send(*given), (x, experts, gates), ())

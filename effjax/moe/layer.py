@@ -3,8 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from effjax.core.typing import Array, Bool, Float
-from effjax.layers import Context, Router, Routing, taps, without_padding
+from effjax.core.typing import Array, Bool, Float, Size
+from effjax.layers import Context, ExpertRouting, Router, Routing, taps, without_padding
 from effjax.layers.axes import lead, renamed, under
 from effjax.layers.meshes import on_any_mesh
 from effjax.layers.spec import ask, share
@@ -49,9 +49,7 @@ class MoE(nn.Module):
   ) -> Float[Array, "B T D"]:
     rows, routing, mask = route(self.router, x, context)
     count = self.router.experts
-    dropped = dropped_share(routing, count=count, mask=mask)
-    if dropped is not None:
-      self.sow("metrics", "exchange_dropped", dropped)
+    sow_dropped(self, routing, count, mask)
     experts = bank(self, "experts", count, self.expert, Context())
     y = mix(experts, rows, routing, count=count, mask=mask).reshape(x.shape)
     return y if self.shared is None else y + self.shared(x, context)
@@ -92,3 +90,15 @@ def route(
   rows, mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
   with taps.tokens(None if mask is None else mask.astype(jnp.int32) - 1):
     return rows, router(rows, context, mask), mask
+
+
+def sow_dropped(
+  module: nn.Module,
+  routing: Routing | ExpertRouting,
+  count: Size,
+  mask: Bool[Array, "M"] | None,
+) -> None:
+  """Sows `dispatch.dropped_share` as the metric "exchange_dropped", where there is one."""
+  share = dropped_share(routing, count=count, mask=mask)
+  if share is not None:
+    module.sow("metrics", "exchange_dropped", share)

@@ -3,18 +3,19 @@
     scripts/bench moe_parallel --batch=64 --length=128
 
 A Transformer whose feed-forward layers are mixtures of experts gives loss and gradients for one
-batch: on one device; on eight simulated ones with the split of rows left to XLA ("compiler"); and
-as the training step does it, for stages of ZeRO; and with the experts split over the devices, with
-room for all tokens between them and with room for three times the mean ("experts", "room"). From the
-compiled programs: the rows for which the experts of one device have a place, the most experts whose
-weights it has in one array, its temporaries, and the collectives. Under data parallelism each
-device should have an eighth of the rows and all experts, under expert parallelism one expert; the
-rows that it computes are then those that its expert was given, however many places there are.
-"busiest" is the share of all rows that the busiest device computes, "dropped" that of the choices
-which found no room. What a program holds of whole weights and gradients does not shrink with the number of devices, so sizes
-are such that activations dominate; the bytes of weights that a device holds are printed beside. The
-last line is one JSON object: all of it over what one device alone has, and the largest differences
-of loss and gradients from its.
+batch: on one device; on eight simulated ones with the split of rows left to XLA ("compiler"); as
+the training step does it, for stages of ZeRO; and with the experts split over the devices too, with
+room between them for all tokens ("experts") and for three times the mean ("room").
+
+From the compiled programs: the rows for which the experts of one device have a place, the most
+experts whose weights it has in one array, its temporaries, and the collectives. Under data
+parallelism each device should have an eighth of the rows and all experts, under expert parallelism
+one expert; what it computes are then the rows that its expert was given, however many places there
+are. "busiest" is the share of all rows that the busiest device computes, "dropped" that of the
+choices which found no room. What a program holds of whole weights and gradients does not shrink
+with the number of devices, so sizes are such that activations dominate; the bytes of weights that a
+device holds are printed beside. The last line is one JSON object: all of it over what one device
+alone has, and the largest differences of loss and gradients from its.
 """
 
 import collections
