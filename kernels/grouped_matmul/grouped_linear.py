@@ -1,6 +1,7 @@
 """One linear map per group of rows (the experts of MegaBlocks, Gale et al., arXiv 2211.15841)."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ from jax import lax
 from effjax.core import numerics, spmd, trees
 from effjax.core.known import is_size, known
 from effjax.core.typing import Array, Dim, Float, Int, PyTree
-from effjax.core.weights import Weight, offset, product, within
-from effjax.kernels.grouped_matmul import reference, tiles
+from effjax.core.weights import Weight, materialize, offset, product, within
+from effjax.kernels.grouped_matmul import fused, reference, tiles
+from effjax.kernels.quantized_matmul import as_it_lies
 
-IMPLEMENTATIONS = (None, "tiles", "ragged", "reference")
+IMPLEMENTATIONS = (None, "tiles", "ragged", *fused.KERNELS, "reference")
 
 
 def grouped_linear(
@@ -38,10 +40,12 @@ def grouped_linear(
       when x is P parts of M / P rows laid end to end, each sorted by itself. In `spmd.rows_split`
       each device multiplies its own.
     bias: [E, F], or None.
-    implementation: "tiles" loops over tiles of rows and uses any `Weight` as it is; "ragged" is
-      `jax.lax.ragged_dot` on arrays, those of a `Weight` as its `product` says, and costs E times
-      as much on a CPU; "reference" is the dense definition. None compiles tiles for CPU, ragged
-      elsewhere.
+    implementation: "tiles" loops over tiles of rows and uses any `Weight` as it is; "gpu" and
+      "tpu" are kernels of NVIDIA GPUs and of TPUs, which multiply what is packed as it lies, and
+      leave types and weights that they do not know to "ragged"; that is `jax.lax.ragged_dot` on
+      arrays, those of a `Weight` as its `product` says, which costs E times as much on CPUs and
+      GPUs; "reference" is the dense definition. None compiles tiles for CPUs, and the kernels of
+      this process's devices, ragged where these are several that XLA splits the operands over.
 
   Raises:
     ValueError: when shapes do not fit, for sizes that are no integers or, where they are known,
@@ -76,7 +80,8 @@ def _on_parts(implementation: str | None, rows: tuple[Array, Array], params: PyT
 
 def _on_part(implementation: str | None, x: Array, sizes: Array, params: PyTree) -> Array:
   if implementation == "reference":
-    return _dense(reference.grouped_matmul, x, params, sizes)
+    multiply = lambda x, w, sizes: reference.grouped_matmul(x, materialize(w), sizes)
+    return _dense(multiply, x, params, sizes)
   if isinstance(params[0], Weight) and params[0].by_parts:
     multiply = lambda x, w, sizes: _on_part(implementation, x, sizes, (w, None))
     return _dense(multiply, x, params, sizes)
@@ -89,7 +94,7 @@ def _on_part(implementation: str | None, x: Array, sizes: Array, params: PyTree)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(implementation: str | None, x: Array, floats, others, group_sizes: Array) -> Array:
-  return _choose(implementation, _tiles, _ragged, x, floats, others, group_sizes)
+  return _run(implementation, 0, x, floats, others, group_sizes)
 
 
 def _forward(implementation, *operands):
@@ -98,47 +103,93 @@ def _forward(implementation, *operands):
 
 def _backward(implementation, operands, dy):
   *_, others, group_sizes = operands
-  dx, d_floats = _choose(implementation, _tiles_backward, _ragged_backward, *operands, dy)
+  dx, d_floats = _run(implementation, 1, *operands, dy)
   return dx, d_floats, jax.tree.map(_float0, others), _float0(group_sizes)
 
 
 _grouped.defvjp(_forward, _backward)
 
 
-def _choose(implementation: str | None, by_tiles, by_ragged, *operands):
-  if implementation is None:
-    return lax.platform_dependent(*operands, cpu=by_tiles, default=by_ragged)
-  return (by_tiles if implementation == "tiles" else by_ragged)(*operands)
+def _run(implementation: str | None, which: int, *operands):
+  """The product, or its gradients for `which` = 1."""
+  if implementation is not None:
+    return _WAYS[implementation][which](*operands)
+  ways = {platform: _WAYS[name][which] for platform, name in _fused(operands).items()}
+  tiled, ragged = _WAYS["tiles"][which], _WAYS["ragged"][which]
+  return lax.platform_dependent(*operands, cpu=tiled, default=ragged, **ways)
 
 
-# Under vmap a batch goes through in turn: loops of traced length would run as long as the longest
-# and copy every array in each turn, and `jax.lax.ragged_dot` has no rule for what is asked here.
-_tiles = jax.custom_batching.sequential_vmap(tiles.forward)
-_tiles_backward = jax.custom_batching.sequential_vmap(tiles.backward)
+def _fused(operands: PyTree) -> dict[str, str]:
+  """The kernels of this process's devices by XLA's platform; none where XLA splits operands."""
+  x, *_ = operands
+  split = jax.device_count() > 1 and not jax.typeof(x).manual_axis_type.varying
+  if split or spmd.explicit_mesh(operands) is not None:
+    return {}
+  return {"gpu": {"cuda": "gpu"}, "tpu": {"tpu": "tpu"}}.get(jax.default_backend(), {})
 
 
-@jax.custom_batching.sequential_vmap
-def _ragged(x, floats, others, group_sizes):
-  return _dense(jax.lax.ragged_dot, x, trees.merge(floats, others), group_sizes)
+def _ragged(x, params, group_sizes):
+  multiply = lambda x, w, sizes: lax.ragged_dot(x, materialize(w).astype(x.dtype), sizes)
+  return _dense(multiply, x, params, group_sizes)
 
 
-@jax.custom_batching.sequential_vmap
-def _ragged_backward(x, floats, others, group_sizes, dy):
-  apply = lambda x, floats: _ragged.fun(x, floats, others, group_sizes)
-  return jax.vjp(apply, x, floats)[1](dy)
+def _by_kernels(name: str, x, params, group_sizes):
+  """By the kernels of a platform, and what these cannot multiply by ragged products."""
+  w, bias = params
+
+  def by_group(x: Array, w: Any) -> Array:
+    lying = as_it_lies(w)
+    if lying is None or not fused.fits(name, x, lying):
+      return _ragged(x, (w, None), group_sizes)
+    return fused.product(name, x, lying, group_sizes)
+
+  return _biased(product(x, w, by_group), w, bias, group_sizes)
 
 
 def _dense(multiply, x, params, group_sizes):
-  """`multiply` on the arrays of the weight, the bias of each row, and zero past the last group."""
+  """`multiply` on the parts of the weight, the bias of each row, and zero past the last group."""
   w, bias = params
   group = reference.group_of_row(group_sizes, x.shape[0])
   inside = (group < w.shape[0])[:, None]
   sizes = group_sizes.astype(jnp.int32)
-  by_group = lambda x, w: multiply(x, w.astype(x.dtype), sizes)
+  by_group = lambda x, w: multiply(x, w, sizes)
   y = product(jnp.where(inside, x, jnp.zeros_like(x)), w, by_group)
-  if bias is not None:
-    y = y + jnp.take(offset(w, bias).astype(y.dtype), group, axis=0, mode="clip")
-  return jnp.where(inside, y, jnp.zeros_like(y))
+  return jnp.where(inside, _biased(y, w, bias, sizes), jnp.zeros_like(y))
+
+
+def _biased(y, w, bias, group_sizes):
+  """y + the bias of each row's group."""
+  if bias is None:
+    return y
+  group = reference.group_of_row(group_sizes, y.shape[0])
+  take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)  # 0 past the last group
+  return y + take(offset(w, bias).astype(y.dtype), group)
+
+
+def _both(run):
+  """`run(x, params, group_sizes)` and its gradients, one of a batch after the other.
+
+  Under vmap loops of traced length would run as long as the longest and copy every array in each
+  turn, and `lax.ragged_dot` has no rule for what is asked here.
+  """
+
+  @jax.custom_batching.sequential_vmap
+  def forward(x, floats, others, group_sizes):
+    return run(x, trees.merge(floats, others), group_sizes)
+
+  @jax.custom_batching.sequential_vmap
+  def backward(x, floats, others, group_sizes, dy):
+    apply = lambda x, floats: forward.fun(x, floats, others, group_sizes)
+    return jax.vjp(apply, x, floats)[1](dy)
+
+  return forward, backward
+
+
+_WAYS = {
+  "tiles": tuple(map(jax.custom_batching.sequential_vmap, (tiles.forward, tiles.backward))),
+  "ragged": _both(_ragged),
+  **{name: _both(functools.partial(_by_kernels, name)) for name in fused.KERNELS},
+}
 
 
 def _floats(params: PyTree) -> PyTree:
@@ -169,8 +220,10 @@ def _check(x, w, group_sizes, bias, implementation) -> None:
   _check_sizes(group_sizes, x.shape[0] // parts)
   if bias is not None and bias.shape != (experts, width):
     raise ValueError(f"grouped_linear: bias {bias.shape}; allowed: ({experts}, {width})")
-  if implementation not in IMPLEMENTATIONS:
-    allowed = f"one of {IMPLEMENTATIONS}"
+  elsewhere = set(fused.KERNELS) - {jax.default_backend()}
+  allowed = tuple(name for name in IMPLEMENTATIONS if name not in elsewhere)
+  if implementation not in allowed:
+    allowed = f"one of {allowed} on {jax.default_backend()}"
     raise ValueError(f"grouped_linear: implementation={implementation!r}; allowed: {allowed}")
 
 
