@@ -245,13 +245,13 @@ def _check(x, w, groups: Groups, bias, implementation) -> None:
   experts, _, width = w.shape
   if groups.sizes.shape[-1] != experts or x.shape[0] % groups.sizes.shape[0]:
     allowed = f"({experts},), or (P, {experts}) with a P that divides {x.shape[0]} rows"
-    given = groups.sizes.shape[groups.sizes.shape[0] == 1 :]
-    raise ValueError(f"grouped_linear: group_sizes {given}; allowed: {allowed}")
+    sizes = groups.sizes.shape[groups.sizes.shape[0] == 1 :]
+    raise ValueError(f"grouped_linear: group_sizes {sizes}; allowed: {allowed}")
   groups.check(x.shape[0], "grouped_linear")
   if bias is not None and bias.shape != (experts, width):
     raise ValueError(f"grouped_linear: bias {bias.shape}; allowed: ({experts}, {width})")
   elsewhere = set(fused.KERNELS) - {jax.default_backend()}
-  allowed = tuple(name for name in IMPLEMENTATIONS if name not in elsewhere)
-  if implementation not in allowed:
-    allowed = f"one of {allowed} on {jax.default_backend()}"
+  names = tuple(name for name in IMPLEMENTATIONS if name not in elsewhere)
+  if implementation not in names:
+    allowed = f"one of {names} on {jax.default_backend()}"
     raise ValueError(f"grouped_linear: implementation={implementation!r}; allowed: {allowed}")

@@ -14,6 +14,7 @@ and what they tell one another. The last line is one JSON object.
 import json
 import subprocess
 import sys
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -36,7 +37,11 @@ CHOICES = 2
 
 def contender(layer: nn.Module, x: jax.Array, params):
   """A call that computes value and all gradients."""
-  loss = lambda params, x: jnp.square(layer.apply({"params": params}, x)).mean()
+
+  def loss(params, x):
+    y: Any = layer.apply({"params": params}, x)
+    return jnp.square(y).mean()
+
   program = jax.jit(jax.value_and_grad(loss, (0, 1)))
   return lambda: jax.block_until_ready(program(params, x))
 
@@ -63,7 +68,7 @@ def contenders(x: jax.Array) -> dict:
 
 def enough(params, experts: int, x: jax.Array) -> Capacity:
   """The least capacity, in hundredths of the mean load, at which nothing is dropped."""
-  routing = TopK(experts, CHOICES).apply({"params": params}, x[0], Context(), None)
+  routing: Any = TopK(experts, CHOICES).apply({"params": params}, x[0], Context(), None)
   load = np.bincount(np.asarray(routing.experts).reshape(-1), minlength=experts)
   factor = float(np.ceil(100 * load.max() / load.mean()) / 100)
   return Capacity(factor, evaluation=factor)
