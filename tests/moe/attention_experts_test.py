@@ -159,13 +159,15 @@ def test_a_pyramid_that_begins_dense_with_extra_layers_is_a_list_of_layers(key):
   assert set(extra) == {"ffn", "ffn_norm"} and extra["ffn"]["up"]["kernel"].shape == (2, D, 8)
 
 
+SMALL = TransformerConfig(16, D, (LayerSpec(HEADS, Gated(MLP(6))), EXTRA))
+
+
 def test_quantised_and_adapted_it_generates_what_it_computes(key):
-  module = Transformer(TransformerConfig(16, D, (sparse(3), EXTRA)))
-  targets = r"(query|key|out|experts/(up|down)|shared/inner/up)/kernel$"
+  module, targets = Transformer(SMALL), r"(query|key|out|inner/up)/kernel$"
   params = lora.add(quantize(random_params(module, TOKENS)), key, rank=2, targets=targets)
   move = lambda path, w: dataclasses.replace(w, b=w.b + 0.1) if isinstance(w, LoRA) else w
   params = trees.update(params, "", move)
-  assert sum(isinstance(w, LoRA) for w in trees.items(params).values()) == 6
+  assert sum(isinstance(w, LoRA) for w in trees.items(params).values()) == 4
   new = generate(module, params, TOKENS[:2], max_new_tokens=3).tokens
   whole = jnp.concatenate([TOKENS[:2], new], axis=1)
   logits = apply(module, params, whole)
@@ -173,17 +175,16 @@ def test_quantised_and_adapted_it_generates_what_it_computes(key):
 
 
 def test_a_step_is_the_same_where_zero_3_splits_all_of_it(key):
-  objective = next_token(Transformer(TransformerConfig(16, D, (sparse(4),))))
-  params = random_params(Transformer(TransformerConfig(16, D, (sparse(4),))), TOKENS)
-  batch = {"tokens": TOKENS, "targets": TOKENS, "weights": jnp.ones(TOKENS.shape)}
+  module = Transformer(SMALL)
   optimizer, zero = optax.sgd(0.1), Zero(make_mesh(data=4), 3)
+  batch = {"tokens": TOKENS, "targets": TOKENS, "weights": jnp.ones(TOKENS.shape)}
+  state = init_state(random_params(module, TOKENS), optimizer)
+  placed = jax.device_put(state, zero.state(state)), jax.device_put(batch, zero.batch(batch))
 
   def after_a_step(placement, state, batch):
-    step = make_train_step(objective, optimizer, placement=placement)
+    step = make_train_step(next_token(module), optimizer, placement=placement)
     state, metrics = step(state, batch, key)
     return state.params, metrics["loss"]
 
-  state = init_state(jax.tree.map(jnp.array, params), optimizer)
-  placed = jax.device_put(state, zero.state(state)), jax.device_put(batch, zero.batch(batch))
   plain = after_a_step(None, jax.tree.map(jnp.array, state), batch)
   chex.assert_trees_all_close(after_a_step(zero, *placed), plain, atol=1e-5)
