@@ -224,17 +224,25 @@ class RouterRow:
     name: what the table calls it.
     router: the module.
     sums: what the gates of a token sum to; None promises nothing.
+    drops: whether a token may get fewer experts than it wants, or an expert fewer tokens.
   """
 
   name: str
   router: Router
   sums: float | None = None
+  drops: bool = False
 
 
 ROUTERS = [
   RouterRow("top 1", moe.TopK(4, 1, renormalize=False)),
   RouterRow("top 2", moe.TopK(4, 2), sums=1.0),
   RouterRow("all", moe.TopK(4, 4, renormalize=False), sums=1.0),
+  RouterRow("noisy", moe.NoisyTopK(4, 2), sums=1.0),
+  RouterRow("Switch", moe.Switch(4), drops=True),
+  RouterRow("GShard", moe.GShard(4), drops=True),
+  RouterRow("batch priority", moe.BatchPriority(4, 2), drops=True),
+  RouterRow("sigmoid", moe.SigmoidTopK(4, 2, limit=moe.GroupLimit(2, 1, best=2)), sums=1.0),
+  RouterRow("expert choice", moe.ExpertChoice(4), drops=True),
 ]
 
 
