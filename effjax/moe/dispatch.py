@@ -81,7 +81,7 @@ def mix_experts(
     [[-1.0], [2.0]]
   """
   if capacity is not None and is_size(capacity):
-    number("capacity", capacity, of="mix_experts", integer=True, least=1)
+    capacity = number("capacity", capacity, of="mix_experts", integer=True, least=1)
   x, experts = zero_unless(mask, x), _chosen(experts, count, mask)
   way = exchange.way((x, experts, gates), experts, count, capacity)
   rows, sizes, kept = spmd.map_rows(lambda given, _: way.send(*given), (x, experts, gates), ())
@@ -100,8 +100,8 @@ def dropped_share(
   if isinstance(routing, ExpertRouting):
     return None
   experts = _chosen(routing.experts, count, mask)
-  way = exchange.way(experts, experts, count, None)
-  if not isinstance(way, exchange.Exchange) or way.room == way.tokens:
+  way = exchange.way(experts, experts, count, routing.capacity)
+  if not isinstance(way, exchange.Exchange) or not way.drops:
     return None
   lost = spmd.map_rows(lambda experts, _: way.dropped(experts), experts, ())
   return lost.sum() / jnp.maximum((experts < count).sum(), 1)

@@ -64,15 +64,15 @@ class Exchange:
   Attributes:
     axis: the mesh axis.
     devices: how many there are along it, S.
-    tokens: of one device, M.
-    room: how many it sends to another at most; what is more is dropped.
+    room: how many tokens it sends to another at most.
+    drops: whether it may have more, which are dropped.
     there: what a device does with its experts and the tokens that it is sent.
   """
 
   axis: str
   devices: Size
-  tokens: Size
   room: Size
+  drops: bool
   there: Alone
 
   def send(self, x: Array, experts: Array, gates: Array) -> Sent:
@@ -136,12 +136,13 @@ def way(
     return Alone(count, _slots(capacity, count, shape))
   split, devices = dealt[0], check_dealt(count, dealt)
   own = count // devices
-  room = shape[0] if capacity is None else min(shape[0], own * capacity)
+  enough = room = shape[0] if capacity is None else min(shape[0], own * capacity)
   if split.room is not None:
     mean = shape[0] * min(shape[1], devices) / devices
     room = max(1, min(room, math.ceil(split.room * mean)))
   sent = devices * room, min(shape[1], own)
-  return Exchange(split.axis, devices, shape[0], room, Alone(own, _slots(capacity, own, sent)))
+  there = Alone(own, _slots(capacity, own, sent))
+  return Exchange(split.axis, devices, room, room < enough, there)
 
 
 def check_dealt(count: Size, dealt: tuple[spmd.Dealt, int] | None) -> int:

@@ -193,7 +193,8 @@ def _check(x, w, groups: Groups, bias, implementation) -> None:
   experts, _, width = w.shape
   if groups.sizes.shape[-1] != experts or x.shape[0] % groups.sizes.shape[0]:
     allowed = f"({experts},), or (P, {experts}) with a P that divides {x.shape[0]} rows"
-    raise ValueError(f"grouped_linear: group_sizes {groups.sizes.shape}; allowed: {allowed}")
+    given = groups.sizes.shape[groups.sizes.shape[0] == 1 :]
+    raise ValueError(f"grouped_linear: group_sizes {given}; allowed: {allowed}")
   groups.check(x.shape[0], "grouped_linear")
   if bias is not None and bias.shape != (experts, width):
     raise ValueError(f"grouped_linear: bias {bias.shape}; allowed: ({experts}, {width})")

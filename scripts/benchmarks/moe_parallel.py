@@ -3,17 +3,19 @@
     scripts/bench moe_parallel --batch=64 --length=128
 
 A Transformer whose feed-forward layers are mixtures of experts gives loss and gradients for one
-batch: on one device; on eight simulated ones with the split of rows left to XLA ("compiler"); and
-as the training step does it, for stages of ZeRO; and with the experts split over the devices, with
-room for all tokens between them and with room for twice the mean ("experts", "room"). From the
-compiled programs: the rows for which the experts of one device have a place, the most experts whose
-weights it has in one array, its temporaries, and the collectives. Under data parallelism each
-device should have an eighth of the rows and all experts, under expert parallelism one expert; the
-rows that it computes are then those that its expert was given, however many places there are. What
-a program holds of whole weights and gradients does not shrink with the number of devices, so sizes
-are such that activations dominate; the bytes of weights that a device holds are printed beside. The
-last line is one JSON object: all of it over what one device alone has, and the largest differences
-of loss and gradients from its.
+batch: on one device; on eight simulated ones with the split of rows left to XLA ("compiler"); as
+the training step does it, for stages of ZeRO; and with the experts split over the devices too, with
+room between them for all tokens ("experts") and for three times the mean ("room").
+
+From the compiled programs: the rows for which the experts of one device have a place, the most
+experts whose weights it has in one array, its temporaries, and the collectives. Under data
+parallelism each device should have an eighth of the rows and all experts, under expert parallelism
+one expert; what it computes are then the rows that its expert was given, however many places there
+are. "busiest" is the share of all rows that the busiest device computes, "dropped" that of the
+choices which found no room. What a program holds of whole weights and gradients does not shrink
+with the number of devices, so sizes are such that activations dominate; the bytes of weights that a
+device holds are printed beside. The last line is one JSON object: all of it over what one device
+alone has, and the largest differences of loss and gradients from its.
 """
 
 import collections
@@ -47,16 +49,16 @@ def make_module() -> Transformer:
 
 
 def make_program(placement: Zero, split: bool):
-  """A jitted (params, batch) → (loss, gradients) under a placement."""
+  """A jitted (params, batch) → (loss, gradients, metrics) under a placement."""
   objective = next_token(make_module())
 
   @jax.jit
   def program(params, batch):
     batch = placement.on_batch(batch)
-    loss = lambda params: objective(placement.on_params(params), batch, None)[0]
+    loss = lambda params: objective(placement.on_params(params), batch, None)
     with placement.scope() if split else contextlib.nullcontext():
-      value, grads = jax.value_and_grad(loss)(params)
-    return value, placement.on_gradients(grads)
+      (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, placement.on_gradients(grads), metrics
 
   return program
 
@@ -69,7 +71,7 @@ def placements() -> dict[str, tuple[Zero, bool]]:
   )
   cases = {"one": (over(1, 0), False), "compiler": (over(DEVICES, 0), False)}
   cases |= {f"zero{stage}": (over(DEVICES, stage), True) for stage in (0, 2, 3)}
-  return cases | {"experts": (dealt(None), True), "room": (dealt(2.0), True)}
+  return cases | {"experts": (dealt(None), True), "room": (dealt(3.0), True)}
 
 
 def measure(placement: Zero, split: bool) -> tuple[dict, tuple]:
@@ -89,7 +91,10 @@ def measure(placement: Zero, split: bool) -> tuple[dict, tuple]:
     "weights": sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params)),
     "collectives": dict(collections.Counter(re.findall(rf"\b({COLLECTIVES})(?:-start)?\(", text))),
   }
-  return figures, jax.device_get(program(params, batch))
+  *result, metrics = jax.device_get(program(params, batch))
+  busiest = metrics["max_load"] / EXPERTS if placement.experts else 1 / placement.shards.count
+  dropped = metrics.get("exchange_dropped", 0.0)
+  return figures | {"busiest": float(busiest), "dropped": float(dropped)}, tuple(result)
 
 
 def compare(figures: dict, result: tuple, one: dict, expected: tuple) -> dict[str, float]:
@@ -97,6 +102,8 @@ def compare(figures: dict, result: tuple, one: dict, expected: tuple) -> dict[st
   differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), result, expected)
   shares = ("rows", "experts", "temporaries", "weights")
   return {name: round(figures[name] / one[name], 4) for name in shares} | {
+    "busiest": round(figures["busiest"], 4),
+    "dropped": round(figures["dropped"], 4),
     "loss_difference": differences[0],
     "gradient_difference": max(jax.tree.leaves(differences[1])),
   }
@@ -107,10 +114,15 @@ def main(_) -> None:
   jax.config.update("jax_enable_compilation_cache", False)
   measured: dict[str, tuple[dict, tuple]] = {}
   found: dict[str, float] = {}
-  print(f"{'':10} {'rows':>8} {'experts':>7} {'temporaries':>12} {'weights':>9}  collectives")
+  heads = f"{'':10} {'rows':>8} {'busiest':>7} {'dropped':>7} {'experts':>7} {'temporaries':>12}"
+  print(f"{heads} {'weights':>9}  collectives")
   for name, case in placements().items():
     figures, _ = measured[name] = measure(*case)
-    numbers = "{rows:8} {experts:7} {temporaries:12,} {weights:9,}".format(**figures)
+    numbers = (
+      "{rows:8} {busiest:7.3f} {dropped:7.3f} {experts:7} {temporaries:12,} {weights:9,}".format(
+        **figures
+      )
+    )
     print(f"{name:10} {numbers}  {figures['collectives'] or '–'}", flush=True)
     if name != "one":
       compared = compare(*measured[name], *measured["one"])

@@ -1,11 +1,9 @@
-"""Experts split over an axis of the mesh: eight devices do what one does, with E / S experts each."""
+"""Experts split over an axis of the mesh: eight devices do what one does, E / S experts each."""
 
 import functools
 import re
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
