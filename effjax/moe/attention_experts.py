@@ -18,8 +18,8 @@ from effjax.layers.meshes import on_any_mesh
 from effjax.layers.peeking import is_causal
 from effjax.layers.spec import ask
 from effjax.moe.bank import bank
-from effjax.moe.dispatch import mix_experts
-from effjax.moe.layer import route
+from effjax.moe.dispatch import mix
+from effjax.moe.layer import route, sow_dropped
 
 
 class MoA(nn.Module):
@@ -52,9 +52,9 @@ class MoA(nn.Module):
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context(), cache: PyTree = None
   ) -> tuple[Float[Array, "B T D"], PyTree]:
-    rows, routing, mask = route(self, x, context, apart=True)
+    rows, routing, mask = route(self.router, x, context)
     if not isinstance(routing, Routing):
-      given = f"MoA: router={self.router!r}, whose experts choose tokens"
+      given = f"MoA: router={type(self.router).__name__}, whose experts choose tokens"
       raise ValueError(f"{given}; allowed: routers that choose experts for each token")
     choices, heads = routing.experts.shape[-1], self._heads
     kv_heads, width = self._kv_shape(x.shape[-1])
@@ -78,16 +78,13 @@ class MoA(nn.Module):
 
   def _each(self, name, rows, features, use_bias, routing, mask) -> Float[Array, "M k F"]:
     """Each choice's rows [M, k, _] by its expert's linear map, times its gate; zero for none."""
-    y = mix_experts(
-      bank(self, name, self.router.experts, Linear(features, use_bias)),
-      rows.reshape(-1, rows.shape[-1]),
-      routing.experts.reshape(-1, 1),
-      routing.gates.reshape(-1, 1),
-      count=self.router.experts,
-      mask=None if mask is None else jnp.repeat(mask, rows.shape[1]),
-      capacity=routing.capacity,
-    )
-    return y.reshape(*rows.shape[:2], features)
+    flat = lambda a: a.reshape(-1, 1)
+    each = routing.replace(experts=flat(routing.experts), gates=flat(routing.gates))
+    mask = None if mask is None else jnp.repeat(mask, rows.shape[1])
+    count, rows = self.router.experts, rows.reshape(-1, rows.shape[-1])
+    sow_dropped(self, each, count, mask)
+    y = mix(bank(self, name, count, Linear(features, use_bias)), rows, each, count=count, mask=mask)
+    return y.reshape(*routing.experts.shape, features)
 
   @property
   def _heads(self) -> int:

@@ -96,23 +96,14 @@ def dropped_share(
   *,
   count: Size,
   mask: Bool[Array, "M"] | None = None,
-  apart: bool = False,
 ) -> Float[Array, ""] | None:
   """The share of choices that find no room between devices; None where there is room for all.
 
   There is, unless experts are dealt over devices with less (`parallel.Experts`).
-
-  Args:
-    routing: a router's decision.
-    count: number of experts E.
-    mask: False for padding.
-    apart: whether the choices of a token are dispatched as M·k tokens.
   """
   if isinstance(routing, ExpertRouting):
     return None
   experts = _chosen(routing.experts, count, mask)
-  if apart:
-    experts = experts.reshape(-1, 1)
   way = exchange.way(experts, experts, count, routing.capacity)
   if not isinstance(way, exchange.Exchange) or not way.drops:
     return None
