@@ -9,8 +9,8 @@ from effjax.layers.axes import lead, linear_axes, under
 from effjax.layers.meshes import on_any_mesh
 from effjax.layers.spec import ask
 from effjax.moe.bank import bank
-from effjax.moe.dispatch import mix_experts
-from effjax.moe.layer import route
+from effjax.moe.dispatch import mix
+from effjax.moe.layer import route, sow_dropped
 from effjax.moe.routers.hash import Hash
 
 
@@ -53,17 +53,14 @@ class MultiHash(nn.Module):
     self, name: str, rows: Float[Array, "M D"], width: int, routing: Routing, mask: Array | None
   ) -> Float[Array, "M F"]:
     """The concatenation of N maps of each row, each into a part of `width`."""
-    hashes, each = self.router.hashes, self.router.experts
-    maps = routing.experts + each * jnp.arange(hashes)[None]
-    y = mix_experts(
-      bank(self, name, hashes * each, Linear(width // hashes)),
-      jnp.repeat(rows, hashes, axis=0),
-      maps.reshape(-1, 1),
-      routing.gates.reshape(-1, 1),
-      count=hashes * each,
-      mask=None if mask is None else jnp.repeat(mask, hashes),
-    )
-    return y.reshape(rows.shape[0], width)
+    hashes, count = self.router.hashes, self.router.hashes * self.router.experts
+    maps = routing.experts + self.router.experts * jnp.arange(hashes)[None]
+    each = Routing(maps.reshape(-1, 1), routing.gates.reshape(-1, 1))
+    mask = None if mask is None else jnp.repeat(mask, hashes)
+    sow_dropped(self, each, count, mask)
+    apply = bank(self, name, count, Linear(width // hashes))
+    copies = jnp.repeat(rows, hashes, axis=0)
+    return mix(apply, copies, each, count=count, mask=mask).reshape(rows.shape[0], width)
 
   @property
   def reads(self) -> set[str]:

@@ -148,21 +148,27 @@ PYRAMID = TransformerConfig(16, D, (DENSE, *[sparse(3), EXTRA] * 2, sparse(5)))
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 16, (8, 4)), jnp.int32)
 
 
-def test_a_pyramid_that_begins_dense_with_extra_layers_generates_what_it_computes(key):
-  module = Transformer(PYRAMID)
-  params = random_params(module, TOKENS)
-  found = trees.items(params)
-  shape = lambda path: found[f"{path}/ffn/mixture/experts/up/kernel"].shape
-  assert shape("segments_1/layers_0") == (2, 3, D, 6)
-  assert shape("segments_2/layers_0") == (5, D, 6)
+def test_a_pyramid_that_begins_dense_with_extra_layers_is_a_list_of_layers(key):
+  shapes = jax.eval_shape(Transformer(PYRAMID).init, key, TOKENS)["params"]
+  assert set(shapes) == {"embed", "final_norm", "segments_0", "segments_1", "segments_2"}
+  up = lambda segment: (
+    shapes[segment]["layers_0"]["ffn"]["mixture"]["experts"]["up"]["kernel"].shape
+  )
+  assert (up("segments_1"), up("segments_2")) == ((2, 3, D, 6), (5, D, 6))
+  extra = shapes["segments_1"]["layers_1"]
+  assert set(extra) == {"ffn", "ffn_norm"} and extra["ffn"]["up"]["kernel"].shape == (2, D, 8)
+
+
+def test_quantised_and_adapted_it_generates_what_it_computes(key):
+  module = Transformer(TransformerConfig(16, D, (sparse(3), EXTRA)))
   targets = r"(query|key|out|experts/(up|down)|shared/inner/up)/kernel$"
-  adapted = lora.add(quantize(params), key, rank=2, targets=targets)
+  params = lora.add(quantize(random_params(module, TOKENS)), key, rank=2, targets=targets)
   move = lambda path, w: dataclasses.replace(w, b=w.b + 0.1) if isinstance(w, LoRA) else w
-  adapted = trees.update(adapted, "", move)
-  assert sum(isinstance(w, LoRA) for w in trees.items(adapted).values()) == 3 + 2 * 6
-  new = generate(module, adapted, TOKENS[:2], max_new_tokens=3).tokens
+  params = trees.update(params, "", move)
+  assert sum(isinstance(w, LoRA) for w in trees.items(params).values()) == 6
+  new = generate(module, params, TOKENS[:2], max_new_tokens=3).tokens
   whole = jnp.concatenate([TOKENS[:2], new], axis=1)
-  logits = apply(module, adapted, whole)
+  logits = apply(module, params, whole)
   chex.assert_trees_all_equal(logits[:, 3:-1].argmax(-1), new)
 
 

@@ -58,6 +58,26 @@ def test_a_router_reads_its_table(by):
   assert router.peeks == (by == "next") and router.used == 2
 
 
+def test_the_load_of_a_table_is_sown_without_padding():
+  table, mask = jnp.array([[0, 1], [2, 2], [0, 3]]), jnp.array([True, True, True, False])
+  _, sown = Hash(5, 3, hashes=2).apply(
+    {"params": {"table": table}},
+    jnp.zeros((4, D)),
+    Context(jnp.array([[0, 1, 1, 2]])),
+    mask,
+    mutable=["metrics", "statistics"],
+  )
+  wanted = hash_tables.statistics(table, [1.0, 2.0, 0.0], experts=5)
+  np.testing.assert_allclose(sown["statistics"]["load"][0], wanted.load, rtol=1e-6)
+  found = {name: float(value[0]) for name, value in sown["metrics"].items()}
+  assert found.pop("load_entropy") == pytest.approx(wanted.entropy)
+  assert found == {
+    "max_load": pytest.approx(wanted.max_load),
+    "dead_experts": 2,
+    "dropped_share": 0,
+  }
+
+
 def test_tables_are_drawn_and_differ_between_scanned_layers():
   config = TransformerConfig(V, D, (LayerSpec(None, MoE(Hash(E, V), MLP(4))),) * 3)
   shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), TOKENS)["params"]

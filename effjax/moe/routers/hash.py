@@ -10,7 +10,9 @@ from effjax.core.numerics import nan_unless
 from effjax.core.typing import Array, Bool, Float, Integer, Size
 from effjax.core.weights import materialize
 from effjax.layers import Context, Routing, weight
+from effjax.moe.losses import expert_shares
 from effjax.moe.routers.hash_keys import KEYS, HashKey
+from effjax.moe.routers.health import sow_health
 
 
 def hash_routing(
@@ -73,6 +75,8 @@ class Hash(nn.Module):
   fact of the batch, which `hash_tables.predicted_ids` makes; a baseline that is causal makes it
   causal, and `decode.generate`, which has no other model to ask, refuses it.
 
+  Sown are the load and the metrics that other routers sow of it, see `health.sow_health`.
+
   Attributes:
     experts: number of experts E.
     entries: ids that the table knows.
@@ -106,7 +110,10 @@ class Hash(nn.Module):
     if self.is_initializing():  # which needs no facts
       return hash_routing(jnp.zeros(rows.shape[:1], jnp.int32), table, experts=experts)
     ids = key.ids(context, entries).reshape(-1)
-    return hash_routing(ids if mask is None else jnp.where(mask, ids, 0), table, experts=experts)
+    ids = ids if mask is None else jnp.where(mask, ids, 0)
+    routing = hash_routing(ids, table, experts=experts)
+    sow_health(self, expert_shares(routing.experts, experts, mask=mask))
+    return routing
 
   @property
   def _key(self) -> HashKey:
