@@ -1,7 +1,9 @@
 """Mixture of experts: routers, balance losses, dropless dispatch, the layer, and upcycling."""
 
 from effjax.layers import ExpertRouting, Router, Routing
-from effjax.moe.dispatch import mix_experts
+from effjax.moe.attention_experts import MoA
+from effjax.moe.dispatch import mix, mix_experts, mix_rows
+from effjax.moe.gated import Gated, ResidualMoE
 from effjax.moe.layer import MoE
 from effjax.moe.losses import (
   chosen_gates,
@@ -41,9 +43,12 @@ __all__ = [
   "ExpertChoice",
   "ExpertRouting",
   "GShard",
+  "Gated",
   "GroupLimit",
+  "MoA",
   "MoE",
   "NoisyTopK",
+  "ResidualMoE",
   "Router",
   "Routing",
   "SigmoidTopK",
@@ -58,7 +63,9 @@ __all__ = [
   "importance_loss",
   "load_balance_loss",
   "load_loss",
+  "mix",
   "mix_experts",
+  "mix_rows",
   "move_bias",
   "mutual_information_loss",
   "noisy_top_k_routing",
