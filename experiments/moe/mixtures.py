@@ -1,10 +1,29 @@
 """Small models with a mixture of experts for every MLP, as the lab's studies compare them."""
 
 import dataclasses
+import math
 
 from effjax.layers import Router
 from effjax.models import TransformerConfig
 from effjax.moe import MoE, TopK
+from experiments.lab import budget
+from experiments.lab.sizes import LADDER, Rung
+
+SLOWER = 1.8  # than a dense model of as many FLOPs a mixture trains on two cores, at these sizes
+# Below the ladder, for studies of many rows; its rate is that of the three rungs above, not swept.
+SMALLEST = Rung("0.05M", 32, 4, 2, batch=8, learning_rate=LADDER[0].learning_rate)
+
+
+def largest(mixtures: int, *, tokens_per_parameter: float, minutes: float) -> Rung:
+  """The largest size of which `mixtures` runs end in time on two cores, see `budget.largest`.
+
+  Example:
+    >>> largest(3, tokens_per_parameter=20.0, minutes=2.0).name
+    '0.05M'
+  """
+  dense, ladder = math.ceil(SLOWER * mixtures), (SMALLEST, *LADDER)
+  given = {"tokens_per_parameter": tokens_per_parameter, "minutes": minutes}
+  return budget.largest(dense, ladder=ladder, **given)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What does each loss on the load of experts even out, and what does it cost?
 
   scripts/run moe_losses                                                        (about 4 minutes)
-  scripts/run moe_losses --config.tokens_per_parameter=20 --config.minutes=MINUTES
+  scripts/run moe_losses --config.tokens_per_parameter=20 --config.minutes=25
 
 A small language model with eight experts of half the MLP's width for every MLP, of which a token
 visits two, is trained without any loss on its routers, and with each: the load-balance loss as
@@ -37,7 +37,7 @@ from experiments.lab.plots import LINEAR, Axis, Line, Panel, Series, differences
 from experiments.lab.study import Run, Study
 from experiments.lab.subject import Subject
 from experiments.lab.verdicts import Verdict, deviation, predicts_better
-from experiments.moe.mixtures import sparse
+from experiments.moe.mixtures import largest, sparse
 
 EXPERTS, CHOICES = 8, 2
 FACTOR = 1.25  # of the capacity
@@ -78,8 +78,7 @@ class Config:
     text: a source of `data.text`; its training split trains, its validation split measures.
     seeds: of each.
     tokens_per_parameter: of the dense model; 20 for a verdict.
-    minutes: in which all runs are to end on two cores, were they as fast as dense ones; it decides
-      their size.
+    minutes: in which all runs are to end on two cores; it decides their size.
     coefficient: of the load-balance losses and of mutual information; z has 1e-3, importance and
       load 0.1 each, as published.
     speed: by how much the bias of loss-free balancing moves in a step.
@@ -89,8 +88,8 @@ class Config:
   losses: str = "all"
   text: str = "libraries"
   seeds: int = 4
-  tokens_per_parameter: float = 0.25
-  minutes: float = 1.0
+  tokens_per_parameter: float = 1.0
+  minutes: float = 1.5
   coefficient: float = 0.01
   speed: float = 1e-3
   rows: int = 256
@@ -120,7 +119,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   known = routers(config)
   chosen = harness.chosen(config.losses, known, what="loss")
   given, count = config.tokens_per_parameter, len(known) * config.seeds
-  rung = budget.largest(count, tokens_per_parameter=given, minutes=config.minutes)
+  rung = largest(count, tokens_per_parameter=given, minutes=config.minutes)
   training.use_every_core()
   folder = files.claim(workdir, config, free=("losses",))
   corpus, seeds = data.text(config.text), range(config.seeds)

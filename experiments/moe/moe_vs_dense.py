@@ -1,7 +1,7 @@
 """What is a mixture of experts worth beside a dense model: of equal FLOPs, of equal parameters?
 
   scripts/run moe_vs_dense                                                      (about 4 minutes)
-  scripts/run moe_vs_dense --config.tokens_per_parameter=20 --config.minutes=MINUTES
+  scripts/run moe_vs_dense --config.tokens_per_parameter=20 --config.minutes=25
 
 A small language model is trained with its MLPs as they are, or with a mixture for each of them.
 "8x2" has eight experts of which each token visits two, "+1" an expert that every token visits
@@ -29,9 +29,9 @@ from experiments.lab.plots import LOG, Axis, Line, Panel, Series, differences
 from experiments.lab.study import Run, Study
 from experiments.lab.subject import costs
 from experiments.lab.verdicts import Verdict, deviation, predicts_better
-from experiments.moe.mixtures import Design
+from experiments.moe.mixtures import Design, largest
 
-DENSE, THIN = "dense", "thin-8x2"
+DENSE, THIN = "dense", "thin-4x2"
 MIXTURES = {
   "4x1": Design(4, 1, parts=1),
   "8x1": Design(8, 1, parts=1),
@@ -41,7 +41,7 @@ MIXTURES = {
   "16x2": Design(16, 2, parts=2),
   "32x4": Design(32, 4, parts=4),
   "31x3+1": Design(31, 3, parts=4, shared=1),
-  THIN: Design(8, 2, parts=8),
+  THIN: Design(4, 2, parts=4),
 }
 NAMES = (DENSE, *MIXTURES)
 MORE, FINER = "more experts are better", "finer experts are better"
@@ -84,16 +84,15 @@ class Config:
     text: a source of `data.text`; its training split trains, its validation split measures.
     seeds: of each model.
     tokens_per_parameter: of the dense model; 20 for a verdict.
-    minutes: in which all runs are to end on two cores, were all as fast as dense ones; it decides
-      their size.
+    minutes: in which all runs are to end on two cores; it decides their size.
     rows: rows of held-out text.
   """
 
   models: str = "all"
   text: str = "libraries"
   seeds: int = 4
-  tokens_per_parameter: float = 0.25
-  minutes: float = 1.0
+  tokens_per_parameter: float = 1.0
+  minutes: float = 1.5
   rows: int = 256
 
 
@@ -101,7 +100,7 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   """A line a model; writes `metrics.jsonl`, `result.csv`, `plot.png` and the origin."""
   chosen = harness.chosen(config.models, NAMES, what="model")
   given, count = config.tokens_per_parameter, len(NAMES) * config.seeds
-  rung = budget.largest(count, tokens_per_parameter=given, minutes=config.minutes)
+  rung = largest(count, tokens_per_parameter=given, minutes=config.minutes)
   training.use_every_core()
   folder = files.claim(workdir, config, free=("models",))
   corpus, seeds = data.text(config.text), range(config.seeds)

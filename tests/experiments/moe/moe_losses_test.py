@@ -1,15 +1,12 @@
 """Losses on the load of experts: a small run, and what is said of rows made by hand."""
 
 import dataclasses
-import functools
 import math
 
 import numpy as np
 import pytest
 
-from effjax import data, moe
-from effjax.core import trees
-from experiments.lab import training
+from effjax import data
 from experiments.lab.sizes import Rung
 from experiments.lab.study import Study
 from experiments.lab.verdicts import HELD, NOT_HELD, UNDECIDED
@@ -28,7 +25,7 @@ from experiments.moe.moe_losses import (
   routers,
 )
 
-RUNG = Rung("tiny", 16, 2, 2, batch=2, learning_rate=1e-2, vocab=300, length=16)
+RUNG = Rung("tiny", 16, 1, 2, batch=2, learning_rate=1e-2, vocab=300, length=16)
 
 
 def row(loss, seed, nll, load, dying=0.0):
@@ -51,32 +48,39 @@ def rows(seeds=3, free=1.2):
   ]  # fmt: skip
 
 
-@pytest.mark.slow
-def test_training_notes_the_load_of_every_layer_and_moves_the_bias(tmp_path, monkeypatch):
-  monkeypatch.setattr(training, "PER_CALL", 2)
-  monkeypatch.setattr(Study, "steps", lambda self, run: 3)
+def test_what_is_measured_of_a_model(tmp_path, monkeypatch):
   corpus = data.text("embedded")
   study = Study(RUNG, corpus, tokens_per_parameter=1.0, seeds=range(2), folder=tmp_path)
-  move = functools.partial(moe.move_bias, speed=0.5)
-  found = moe_losses.trained(study, study.held_out(4), FREE, routers(Config())[FREE], move)
-  for each in found:
-    assert abs(each["nll"] - math.log(300)) < 0.5
-    assert 1 <= each["max_load"] <= EXPERTS / CHOICES
-    assert each["load_entropy"] <= math.log(EXPERTS) and 0 <= each["dropped_share"] < 1
-    assert [step for step, *_ in each["load"]] == [2, 3]
-    shares = np.array([layers for _, *layers in each["load"]])
-    assert shares.shape == (2, RUNG.layers, EXPERTS)
-    np.testing.assert_allclose(shares.sum(axis=-1), 1, atol=1e-3)
-  trained = trees.items(study.trained(FREE, None).params)
-  (bias,) = (np.asarray(x) for path, x in trained.items() if path.endswith("router/bias"))
-  # Three steps up or down, of which one that finds its expert's load even would be none.
-  assert bias.shape == (2, RUNG.layers, EXPERTS)
-  assert set(np.unique(np.abs(bias))) <= {0.0, 0.5, 1.0, 1.5} and np.abs(bias).max() > 0
-  assert not (bias[0] == bias[1]).all()
+  monkeypatch.setattr(Study, "trained", lambda self, name, run: run.subject)
+  during = np.arange(2.0 * EXPERTS).reshape(2, 1, EXPERTS)
+  history = [{"step": 5, "losses": [1.0, 2.0], "a/router/load": during.tolist()}]
+  monkeypatch.setattr(Study, "history", lambda self, name, run: history)
+  text = study.held_out(RUNG.batch)
+  found = moe_losses.trained(study, text, NONE, routers(Config())[NONE], None)
+  assert [each["load"] for each in found] == [[[5, *layers.tolist()]] for layers in during]
+  subject = study.fresh(moe_losses.sparse(study.dense, routers(Config())[NONE], CHOICES))
+  tokens = RUNG.batch * RUNG.length
+  for each, load in zip(found, moe_losses.read(subject, text)["load"][:, 0], strict=True):
+    assert abs(each["nll"] - math.log(300)) < 0.5  # nothing was trained: the uniform guess
+    counts = np.rint(load * CHOICES * tokens)
+    room = math.ceil(1.25 * CHOICES * tokens / EXPERTS)
+    assert counts.sum() == CHOICES * tokens
+    assert each["max_load"] == pytest.approx(EXPERTS * counts.max() / counts.sum())
+    over = np.maximum(counts - room, 0).sum() / counts.sum()
+    assert each["dropped_share"] == pytest.approx(over) and over > 0
+    shares = load[load > 0]
+    assert each["load_entropy"] == pytest.approx(-(shares * np.log(shares)).sum(), rel=1e-5)
 
 
-def test_a_run_has_a_line_a_loss_and_resumes(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(moe_losses.budget, "largest", lambda *_, **__: RUNG)
+def test_the_load_of_all_layers_is_brought_together_in_their_order():
+  stacked, single = np.arange(48.0).reshape(2, 3, EXPERTS), np.ones((2, EXPERTS))
+  metrics = {"segments_1/ffn/router/load": single, "segments_0/ffn/router/load": stacked, "load": 1}
+  found = moe_losses.by_layer(metrics)
+  np.testing.assert_array_equal(found, np.concatenate([stacked, single[:, None]], axis=1))
+
+
+def test_a_run_has_a_line_a_loss(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(moe_losses, "largest", lambda *_, **__: RUNG)
   by_hand = lambda study, text, name, router, after: [r for r in rows() if r["loss"] == name]
   monkeypatch.setattr(moe_losses, "trained", by_hand)
   monkeypatch.setattr(Study, "held_out", lambda *_: None)
@@ -85,7 +89,6 @@ def test_a_run_has_a_line_a_loss_and_resumes(tmp_path, capsys, monkeypatch):
   assert [line["loss"] for line in lines] == [NONE, BALANCE]
   for name in ("config.json", "metrics.jsonl", "result.csv", "plot.png", "provenance.json"):
     assert (tmp_path / name).stat().st_size > 0
-  assert moe_losses.run(config, str(tmp_path)) == lines
   assert "held:         without any loss, experts die (-2.1" in capsys.readouterr().out
 
 
