@@ -132,6 +132,11 @@ def run_switch(study: Study) -> Run:
   return Run(study.fresh(sparse(study.dense, moe.Switch(4), 1)))
 
 
+def run_hash(study: Study) -> Run:
+  """As the last, but a token's expert is drawn once and for all, by its id (Roller et al.)."""
+  return Run(study.fresh(sparse(study.dense, moe.Hash(4, study.dense.vocab_size), 1)))
+
+
 def run_fine(study: Study) -> Run:
   """As many in sixteen of a quarter, four for each token, one of them always (DeepSeekMoE)."""
   return Run(study.fresh(sparse(study.dense, moe.TopK(15, 3), 4, shared=1)))
@@ -174,7 +179,7 @@ def run_lora(study: Study) -> Run:
 
 BASELINE, TRAINED_BASELINE = "dense", "trained-dense"
 HALF, CONTINUED = "trained-half-depth", "trained-continued"
-MIXTURE = "trained-moe-8x2"
+MIXTURE, SWITCH = "trained-moe-8x2", "trained-switch-4x1"
 
 TECHNIQUES = (
   Technique(BASELINE, "baseline", lambda subject, key: subject, same_function=True),
@@ -193,7 +198,8 @@ TECHNIQUES = (
   Technique(TRAINED_BASELINE, "baseline", run_dense, against=TRAINED_BASELINE),
   Technique("trained-window-16", "mask", run_window, against=TRAINED_BASELINE, better=False),
   Technique(MIXTURE, "ffn", run_moe, against=TRAINED_BASELINE),
-  Technique("trained-switch-4x1", "ffn", run_switch, against=MIXTURE, better=False),
+  Technique(SWITCH, "ffn", run_switch, against=MIXTURE, better=False),
+  Technique("trained-hash-4x1", "ffn", run_hash, against=SWITCH),
   Technique("trained-fine-15x3+1", "ffn", run_fine, against=MIXTURE),
   Technique(HALF, "baseline", run_half_depth, against=TRAINED_BASELINE, better=False),
   Technique("trained-distilled", "objective", run_distilled, against=HALF),
