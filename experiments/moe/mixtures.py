@@ -9,7 +9,7 @@ from effjax.moe import MoE, TopK
 from experiments.lab import budget
 from experiments.lab.sizes import LADDER, Rung
 
-SLOWER = 1.8  # than a dense model of as many FLOPs a mixture trains on two cores, at these sizes
+SLOWER = 2.0  # than what `budget.SPEED` says, a mixture trains on two cores, at these sizes
 # Below the ladder, for studies of many rows; its rate is that of the three rungs above, not swept.
 SMALLEST = Rung("0.05M", 32, 4, 2, batch=8, learning_rate=LADDER[0].learning_rate)
 
