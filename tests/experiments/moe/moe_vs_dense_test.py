@@ -63,7 +63,7 @@ def test_parameters_are_as_many_where_that_is_said():
 def test_a_run_has_a_line_a_model_and_resumes(tmp_path, monkeypatch):
   monkeypatch.setattr(moe_vs_dense, "largest", lambda *_, **__: RUNG)
   monkeypatch.setattr(Study, "trained", lambda self, name, run: run.subject)
-  config = Config(models=THIN, text="embedded", seeds=2, rows=2)
+  config = Config(models=THIN, text="embedded", seeds=2, rows=2, tokens_per_parameter=1.0)
   (row,) = rows = moe_vs_dense.run(config, str(tmp_path))
   assert row["model"] == THIN and row["active M"] < row["params M"]
   # Nothing was trained: the uniform guess is log(vocabulary).
