@@ -106,9 +106,9 @@ class Study:
     if name not in self._trained:
       objective = run.objective or next_token(run.subject.module)
       orders = training.Orders(self.loaders(run.order), self.seeds, self.steps(run))
-      more = {"after": run.after, "watch": run.watch}
+      train = functools.partial(training.train, after=run.after, watch=run.watch)
       start, folder = run.subject.params, self._place(name)
-      params = training.train(objective, start, orders, self.rates, self.seeds, folder, **more)
+      params = train(objective, start, orders, self.rates, self.seeds, folder)
       self._trained[name] = dataclasses.replace(run.subject, params=params)
     return self._trained[name]
 

@@ -154,13 +154,15 @@ def _line(name: str, measured: list[harness.Row], *, against: bool) -> harness.R
   rows = [row for row in measured if row["model"] == name]
   first, values = rows[0], [row["nll"] for row in rows]
   judged = predicts_better(*paid(measured, name, DENSE)).difference if against else None
-  known = judged is not None
+  apart = {}
+  if judged is not None:
+    reach = None if judged.spread is None else judged.reach
+    apart = {"over dense": judged.mean, "± 95 %": reach}
   return {
     **{column: first[column] for column in ("model", "experts", "top_k", "parts")},
     "nats/token": statistics.mean(values),
     "± seeds": deviation(values),
-    "over dense": judged.mean if known else None,
-    "± 95 %": judged.reach if known and judged.spread is not None else None,
+    **apart,
     "bits/byte": statistics.mean(row["bits_byte"] for row in rows),
     "params M": first["parameters"] / 1e6,
     "active M": first["active"] / 1e6,
