@@ -20,17 +20,20 @@ from effjax.layers.linear import KERNEL_INIT
 from effjax.moe.losses import expert_shares, load_balance_loss, z_loss
 
 
-def top_k_routing(logits: Float[Array, "... E"], *, k: Size, renormalize: bool = True) -> Routing:
+def top_k_routing(
+  logits: Float[Array, "... E"], *, k: Size, renormalize: bool = True, scale: Number = 1.0
+) -> Routing:
   """Each token to its k most probable experts.
 
   p = softmax(logits) in float32; the gates are the k largest p, divided by their sum when
-  `renormalize`. Of equal probabilities the lower expert wins.
+  `renormalize`, times `scale`. Of equal probabilities the lower expert wins.
 
   Args:
     logits: the router's output.
     k: experts a token visits, 1 … E.
     renormalize: whether a token's gates sum to one. Note that with k = 1 they are then constant,
       and the router learns from the balance losses alone.
+    scale: what the gates are multiplied by.
 
   Raises:
     ValueError: when k is out of range.
@@ -46,7 +49,7 @@ def top_k_routing(logits: Float[Array, "... E"], *, k: Size, renormalize: bool =
   gates, experts = jax.lax.top_k(probs, k)
   if renormalize:
     gates = gates / gates.sum(axis=-1, keepdims=True)
-  return Routing(experts, gates, probs, logits)
+  return Routing(experts, gates * number("scale", scale, of="top_k_routing"), probs, logits)
 
 
 class TopK(nn.Module):
@@ -68,6 +71,7 @@ class TopK(nn.Module):
     load_balance: coefficient of the balance loss.
     normalization: of the balance loss, see `load_balance_loss`.
     z: coefficient of the router's z-loss.
+    scale: what the gates are multiplied by, renormalised or not.
 
   Raises:
     ValueError: when called, for more choices than experts, or none.
@@ -79,6 +83,7 @@ class TopK(nn.Module):
   load_balance: Number = 0.01
   normalization: str = "deepseek"
   z: Number = 0.001
+  scale: Number = 1.0
 
   @nn.compact
   def __call__(
@@ -93,7 +98,9 @@ class TopK(nn.Module):
       raise ValueError(f"TopK: {given}; allowed: 1 ≤ top_k ≤ experts")
     kernel = weight(self, "kernel", KERNEL_INIT, (rows.shape[-1], self.experts))
     logits = linear(zero_unless(mask, rows).astype(jnp.float32), kernel)
-    choose = functools.partial(top_k_routing, k=self.top_k, renormalize=self.renormalize)
+    choose = functools.partial(
+      top_k_routing, k=self.top_k, renormalize=self.renormalize, scale=self.scale
+    )
     routing = spmd.map_rows(lambda logits, _: choose(logits), zero_unless(mask, logits), ())
     self._sow(routing, mask)
     return routing
