@@ -162,10 +162,12 @@ class Weight(abc.ABC):
       elif isinstance(value, Weight | dict):
         raise ValueError(_not_of_units(self, axis))
       elif name not in self.static and value is not None:
-        places = [i for i, found in enumerate(getattr(split, name)) if found == _PICKED]
-        if any(value.shape[i] != self.shape[axis] for i in places):
-          raise ValueError(_not_of_units(self, axis))
-        fields |= {name: jnp.take(value, units, i) for i in places}
+        spec = tuple(getattr(split, name))
+        if _PICKED in spec:
+          place = spec.index(_PICKED)
+          if value.shape[place] != self.shape[axis]:
+            raise ValueError(_not_of_units(self, axis))
+          fields[name] = jnp.take(value, units, place)
     picked = dataclasses.replace(self, **fields)
     if not fields or picked.shape[axis] != len(units):
       raise ValueError(_not_of_units(self, axis))

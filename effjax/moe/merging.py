@@ -83,11 +83,11 @@ def merge_experts(
 def _merged(layer: MoE, params: Params, by: str | Size) -> tuple[MLP, dict]:
   """The MLP that the experts, and what is shared, become."""
   expert, shared = layer.expert, layer.shared
-  if not isinstance(expert, MLP) or not (
-    shared is None or shared == expert.clone(width=shared.width)
-  ):
-    given = f"experts are {expert!r}, shared is {shared!r}"
-    raise ValueError(f"{given}; allowed: an MLP, and one that differs in width alone, or None")
+  for name, module in (("expert", expert), ("shared", shared or expert)):
+    if not isinstance(module, MLP):
+      raise ValueError(f"{name} is {type(module).__name__}; allowed: MLP")
+  if shared is not None and shared != expert.clone(width=shared.width):
+    raise ValueError("shared is another MLP than the experts are; allowed: another width alone")
   if other := sorted(set(params) - {"experts", "router", "shared"}):
     raise ValueError(f"params has {', '.join(other)}; allowed: experts, router, shared")
   one = _one(expert, params["experts"], layer.router.experts, by)

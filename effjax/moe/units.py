@@ -165,6 +165,6 @@ def each(mlp: MLP, params: Params, change: Callable[[str, Any, int | None], Any]
   """
   roles, given = mlp.axes, trees.items(params)
   if roles.keys() != given.keys():
-    raise ValueError(f"params has {', '.join(given)}; allowed: {', '.join(roles)}, those of {mlp}")
+    raise ValueError(f"params has {', '.join(given)}; allowed: {', '.join(roles)}")
   place = lambda axes: axes.index(HIDDEN) - len(axes) if HIDDEN in axes else None
   return trees.update(params, "", lambda path, leaf: change(path, leaf, place(roles[path])))

@@ -66,7 +66,9 @@ class DoRA(LoRA):
 
   def pick(self, units: Int[Array | np.ndarray, "n"], axis: int) -> Weight:
     if axis == -2:
-      raise ValueError(f"{self!r} has norms of all its rows; allowed: a LoRA, or to merge it before")
+      raise ValueError(
+        f"{self!r} has norms of all its rows; allowed: a LoRA, or to merge it before"
+      )
     return super().pick(units, axis)
 
   def within(self, function: Callable, *arguments: Any) -> Any:
