@@ -20,7 +20,7 @@ from effjax.core.typing import Array, Int, Params, Size
 from effjax.core.weights import pick
 from effjax.layers import MLP, LayerSpec, TransformerConfig
 from effjax.layers.stack import places
-from effjax.moe.routing import TopK
+from effjax.moe.routers import TopK
 
 HIDDEN = "hidden"
 
