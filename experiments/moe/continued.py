@@ -53,7 +53,7 @@ def planned(
     tasks[f"{variant.name}: {name}"] = lambda: same | call()
 
   for variant in variants:
-    add("before", BEFORE, variant, functools.partial(before, variant))
+    add("before", BEFORE, variant, lambda variant=variant: before(variant))
     for multiple in multiples if len(multiples) > 1 else []:
       rate = multiple * variant.rate
       call = functools.partial(trials.run, variant, rate, SWEPT)
@@ -91,7 +91,7 @@ def seeds_of(rows: Sequence[Row], *variants: str, column: str = NATS) -> list[li
 
 def line(rows: Sequence[Row], variant: str, baseline: str) -> Row:
   """A variant's line of the table: before, after, and beside the baseline, paired by seed."""
-  (before,), ((paid), base) = of(rows, variant, BEFORE), seeds_of(rows, variant, baseline)
+  (before,), (paid, base) = of(rows, variant, BEFORE), seeds_of(rows, variant, baseline)
   made = {
     **before,
     "before": before[NATS],

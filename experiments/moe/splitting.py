@@ -305,7 +305,7 @@ def panels(measured: list[harness.Row]) -> list[Panel]:
   rows, shown = summary(measured)[1:], []
   for when in ("before", "after"):
     series = [Series(row["variant"], ks, [row[f"{when} k={k}"] for k in ks]) for row in rows]
-    experts = Axis("experts for each token", LINEAR)
+    experts = Axis("experts for each token", LINEAR, {k: str(k) for k in ks})
     shown.append(Panel(f"{when} training", experts, Axis("perplexity", LOG), series, line))
   against = {text: found for text, found in claims(measured).items() if "than random" in text}
   return shown + differences("Verdicts", "nats a token beyond the random split", against)
