@@ -53,7 +53,7 @@ def planned(
     tasks[f"{variant.name}: {name}"] = lambda: same | call()
 
   for variant in variants:
-    add("before", BEFORE, variant, lambda variant=variant: before(variant))
+    add("before", BEFORE, variant, functools.partial(before, variant))
     for multiple in multiples if len(multiples) > 1 else []:
       rate = multiple * variant.rate
       call = functools.partial(trials.run, variant, rate, SWEPT)

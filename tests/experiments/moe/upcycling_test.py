@@ -31,7 +31,7 @@ def test_a_run_says_what_upcycling_keeps_and_gains(tmp_path):
 def test_a_rate_is_swept_where_there_are_several():
   variants = list(study.variants(3).values())
   plan = lambda multiples: continued.planned(
-    types.SimpleNamespace(run=None), variants[:1], None, multiples=multiples, seeds=2, folder=None
+    types.SimpleNamespace(run=dict), variants[:1], dict, multiples=multiples, seeds=2, folder=None
   )
   assert list(plan([1.0])) == ["dense: before", "dense: seed=0", "dense: seed=1"]
   assert list(plan([0.5, 2.0]))[1:3] == ["dense: rate × 0.5", "dense: rate × 2"]
