@@ -2,7 +2,9 @@
 
 from effjax.layers import ExpertRouting, Router, Routing
 from effjax.moe import splitting
-from effjax.moe.dispatch import mix_experts
+from effjax.moe.attention_experts import MoA
+from effjax.moe.dispatch import mix, mix_experts, mix_rows
+from effjax.moe.gated import Gated, ResidualMoE
 from effjax.moe.layer import MoE
 from effjax.moe.losses import (
   chosen_gates,
@@ -44,9 +46,12 @@ __all__ = [
   "ExpertChoice",
   "ExpertRouting",
   "GShard",
+  "Gated",
   "GroupLimit",
+  "MoA",
   "MoE",
   "NoisyTopK",
+  "ResidualMoE",
   "Router",
   "Routing",
   "SigmoidTopK",
@@ -62,7 +67,9 @@ __all__ = [
   "load_balance_loss",
   "load_loss",
   "merge_experts",
+  "mix",
   "mix_experts",
+  "mix_rows",
   "move_bias",
   "mutual_information_loss",
   "noisy_top_k_routing",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core.known import number
-from effjax.core.typing import Array, Bool, Dim, Float, Number, Size
+from effjax.core.typing import Array, Bool, Dim, Float, Int, Number, Size
 from effjax.layers import Routing
 from effjax.moe.losses import expert_shares, load_loss, variation
 from effjax.moe.routers.capacity import Capacity, drop_overflow
@@ -23,7 +23,7 @@ def batch_priority_routing(
   k: Size,
   capacity: Dim,
   renormalize: bool = False,
-  mask: Bool[Array, "... M"] | None = None,
+  mask: Bool[Array, "..."] | None = None,
 ) -> Routing:
   """Each token to its k most probable experts, in the order of the largest probability.
 
@@ -51,12 +51,12 @@ def batch_priority_routing(
   return drop_overflow(wanted, capacity, count=logits.shape[-1], mask=mask, priority=priority)
 
 
-def sureness(logits: Float[Array, "... E"], experts: Float[Array, "... k"]) -> Float[Array, "..."]:
+def sureness(logits: Float[Array, "... E"], experts: Int[Array, "... k"]) -> Float[Array, "..."]:
   """log p / (1 − p) of the first choice, which tells probabilities apart that float32 calls 1."""
-  first = experts[..., :1]
-  best = jnp.take_along_axis(logits, first, axis=-1)
-  others = jnp.where(jnp.arange(logits.shape[-1]) == first, -jnp.inf, logits)
-  return jax.lax.stop_gradient(best[..., 0] - jax.nn.logsumexp(others, axis=-1))
+  first = jax.nn.one_hot(experts[..., 0], logits.shape[-1], dtype=bool)
+  best = jnp.where(first, logits, -jnp.inf).max(axis=-1)
+  others = jax.nn.logsumexp(jnp.where(first, -jnp.inf, logits), axis=-1)
+  return jax.lax.stop_gradient(best - others)
 
 
 class BatchPriority(TopK):

@@ -90,8 +90,8 @@ def drop_overflow(
   capacity: Dim,
   *,
   count: Size,
-  mask: Bool[Array, "... M"] | None = None,
-  priority: Float[Array, "... M"] | None = None,
+  mask: Bool[Array, "..."] | None = None,
+  priority: Float[Array, "..."] | None = None,
   renormalize: bool = False,
 ) -> Routing:
   """The same decision, in which no expert has more than `capacity` of a group's M rows.

@@ -19,7 +19,7 @@ def expert_choice_routing(
   logits: Float[Array, "... M E"],
   *,
   capacity: Dim,
-  mask: Bool[Array, "... M"] | None = None,
+  mask: Bool[Array, "..."] | None = None,
 ) -> ExpertRouting:
   """Each expert takes the C tokens of the largest p, which is the softmax over the experts.
 
@@ -91,7 +91,7 @@ class ExpertChoice(Scored):
     sizes = taken.sum(axis=-1, dtype=jnp.float32)
     times = jnp.zeros(rows.shape[0]).at[routing.rows].add(1.0, mode="drop")
     total = jnp.maximum(sizes.sum(), 1)
-    self._sow_health(sizes / total, weighted_mean(times == 0, mask))
+    self._sow_health(sizes / total, weighted_mean((times == 0).astype(jnp.float32), mask))
     return routing
 
   @property

@@ -22,7 +22,7 @@ def gshard_routing(
   capacity: Dim,
   threshold: Scalar = 0.5,
   renormalize: bool | str = True,
-  mask: Bool[Array, "... M"] | None = None,
+  mask: Bool[Array, "..."] | None = None,
 ) -> Routing:
   """Each token to its best expert, and to its second with probability min(1, g₂ / threshold).
 

@@ -190,7 +190,7 @@ class TokenChoice(Scored):
     if kept is sent:
       return jnp.float32(0)
     there = is_id(sent, self.experts) if mask is None else is_id(sent, self.experts) & mask[:, None]
-    return weighted_mean(~is_id(kept, self.experts), there)
+    return weighted_mean((~is_id(kept, self.experts)).astype(jnp.float32), there)
 
   def _sow_balance(self, wanted: Routing, logits: Array, mask: Array | None) -> None:
     form = {"mask": mask, "normalization": self.normalization}

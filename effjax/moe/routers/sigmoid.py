@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from effjax.core import spmd, trees
 from effjax.core.known import number
+from effjax.core.numerics import expand
 from effjax.core.typing import Array, Float, Number, Scalar, Size
 from effjax.core.weights import materialize
 from effjax.layers import Routing, weight
@@ -23,7 +24,7 @@ State = TypeVar("State", bound=Any)
 
 def sigmoid_routing(
   logits: Float[Array, "... E"],
-  bias: Float[Array, "E"] | None = None,
+  bias: Float[Array, "..."] | None = None,
   *,
   k: Size,
   renormalize: bool = True,
@@ -57,7 +58,9 @@ def sigmoid_routing(
   if bias is not None and bias.shape != (count,):
     raise ValueError(f"sigmoid_routing: bias {bias.shape}; allowed: ({count},), one of each expert")
   logits = logits.astype(jnp.float32)
-  chosen_by = jax.nn.sigmoid(logits) + (0.0 if bias is None else bias.astype(jnp.float32))
+  chosen_by = jax.nn.sigmoid(logits)
+  if bias is not None:
+    chosen_by = chosen_by + expand(bias.astype(jnp.float32), logits.ndim)
   if limit is not None:
     chosen_by = limit.within(chosen_by, k)
   experts = _largest(jax.lax.stop_gradient(chosen_by), jax.lax.stop_gradient(logits), k)
@@ -124,17 +127,18 @@ def move_bias(state: State, metrics: dict[str, Array], *, speed: Scalar = 1e-3) 
   speed = number("speed", speed, of="move_bias", least=0)
   moved = 0
 
-  def move(path: str, bias: Any) -> Any:
+  def move(path: str, leaf: Any) -> Any:
     nonlocal moved
-    load = metrics.get(f"{path.removesuffix('bias')}load")
+    router, _, name = path.rpartition("/")
+    load = metrics.get(f"{router}/load") if name == "bias" else None
     if load is None:
-      return bias
+      return leaf
     moved += 1
     step = speed * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
     step = jnp.where(metrics.get("finite", True), step, 0)
-    return jax.tree.map(lambda b: (b + step).astype(b.dtype), bias)
+    return jax.tree.map(lambda b: (b + step).astype(b.dtype), leaf)
 
-  params = trees.update(state.params, r"(^|/)bias$", move)
+  params = trees.update(state.params, "", move)
   if not moved:
     raise ValueError("move_bias: no router has a bias and sows its load; allowed: SigmoidTopK")
   return dataclasses.replace(state, params=params)

@@ -17,7 +17,7 @@ def switch_routing(
   logits: Float[Array, "... M E"],
   *,
   capacity: Dim,
-  mask: Bool[Array, "... M"] | None = None,
+  mask: Bool[Array, "..."] | None = None,
 ) -> Routing:
   """Each token to its most probable expert, in the order of tokens, while that has room.
 
