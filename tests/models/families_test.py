@@ -269,4 +269,4 @@ def test_every_parameter_of_every_preset_has_a_place():
     family = families.family_of(config)
     plan = plan_tensors(family, config, params)
     for path, pieces in plan.items():
-      assert len(pieces) == (1 if pieces[0].index is None else len({p.index for p in pieces})), path
+      assert len({piece.index for piece in pieces}) == len(pieces), path

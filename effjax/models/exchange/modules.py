@@ -213,8 +213,8 @@ def _modules(config: TransformerConfig, params: PyTree) -> dict[str, Module]:
   locals_: dict[str, str] = {}
   for path, pieces in plan_tensors(family, config, params).items():
     for piece in pieces:
-      slot = _slot(layers, path, piece.index)
-      shape = tuple(leaves[path].shape[0 if piece.index is None else 1 :])
+      slot = _slot(layers, path, piece.layer)
+      shape = tuple(leaves[path].shape[len(piece.index) :])
       name, _, kind = piece.tensor.rpartition(".")
       locals_[name] = piece.entry.name.rpartition("{i}.")[2].rpartition(".")[0]
       part = Part(slot, piece.entry, piece.span, shape)
