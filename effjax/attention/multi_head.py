@@ -74,7 +74,9 @@ class Attention(nn.Module):
     x: Float[Array, "B T D"],
     context: Context = Context(),
     cache: KVCache | None = None,
-  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    queries: Float[Array, "B T N H"] | None = None,
+  ) -> tuple[Float[Array, "B T D"] | Float[Array, "B T N H"], KVCache | None]:
+    """y and the new cache; of given `queries`, what each of them attends to, in place of y."""
     width = self._head_width(x.shape[-1])
     kv_heads = self._kv_heads()
     source = x if not self.cross else context.memory
@@ -96,13 +98,16 @@ class Attention(nn.Module):
       context = context.after(x, cache.ends)
     positions = context.positions_for(x)
     places = positions if self.prefix is None else self.prefix.places(positions)
-    query = self._placed("query", self._project("query", x, self.heads, width), places)
+    query = self._project("query", x, self.heads, width) if queries is None else queries
+    query = self._placed("query", query, places)
     with taps.tokens(context.memory_segment_ids if self.cross else context.segment_ids):
       key, value = (self._project(name, source, kv_heads, width) for name in ("key", "value"))
       key = self._placed("key", key, places)
     if self.sinks:
       weight(self, "sinks", nn.initializers.zeros, (self.heads,))
     out, cache = self._attend(x, query, key, value, positions, context, cache)
+    if queries is not None:
+      return out, cache
     out = out.reshape(*out.shape[:-2], self.heads * width)
     return Linear(x.shape[-1], self.out_bias, name="out")(out), cache
 

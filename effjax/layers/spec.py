@@ -6,7 +6,7 @@ five local to one global a pattern of masks: `layers` says it in the open.
 
 import dataclasses
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -239,6 +239,20 @@ def ask(module: nn.Module | None, name: str, where: str) -> Any:
   if not hasattr(module, name):
     raise ValueError(f"{where} is {type(module).__name__}; allowed: modules that have `{name}`")
   return getattr(module, name)
+
+
+def share(parts: Mapping[str, nn.Module], path: str) -> float:
+  """The share of the parameter at `path` that one token uses, in a module made of `parts`.
+
+  A part whose tokens do not use all of it says so by its own `share`; all else is used whole.
+
+  Args:
+    parts: the modules inside, by the names under which their parameters lie.
+    path: of a parameter.
+  """
+  name, _, inside = path.partition("/")
+  of = getattr(parts.get(name), "share", None)
+  return 1.0 if of is None else of(inside)
 
 
 def _check(name: str, value, allowed: tuple) -> None:

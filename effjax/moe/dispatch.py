@@ -22,14 +22,14 @@ def mix_experts(
   *,
   count: int,
   mask: Bool[Array, "M"] | None = None,
-) -> Float[Array, "M D"]:
+) -> Float[Array, "M F"]:
   """y[m] = Σ_i gates[m, i] · expert[experts[m, i]](x[m]); zero where `mask` is False.
 
   In `spmd.rows_split` each device sorts its own rows, and `apply` sees those of all devices laid
   end to end.
 
   Args:
-    apply: (rows sorted by expert [M·k, D], rows of each expert) → outputs [M·k, D]. The sizes are
+    apply: (rows sorted by expert [M·k, D], rows of each expert) → outputs [M·k, F]. The sizes are
       [E], or [P, E] where P devices have M·k / P rows each, sorted by themselves. What is given for
       rows past the last expert's is not read, and their cotangents are zero.
     x: tokens.

@@ -1,19 +1,14 @@
 """The mixture-of-experts feed-forward layer (Shazeer et al., arXiv 1701.06538; dropless)."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from flax.errors import ScopeParamShapeError
 
-from effjax.core import spmd
-from effjax.core.typing import Array, Dim, Float, Int, Params, PyTree
-from effjax.core.weights import is_weight
-from effjax.kernels.grouped_matmul import Grouped
-from effjax.kernels.grouped_matmul.reference import group_of_row
-from effjax.layers import Context, Router, taps, without_padding
+from effjax.core.typing import Array, Bool, Float
+from effjax.layers import Context, Router, Routing, taps, without_padding
 from effjax.layers.axes import lead, renamed, under
 from effjax.layers.meshes import on_any_mesh
-from effjax.layers.spec import ask
+from effjax.layers.spec import ask, share
+from effjax.moe.bank import bank
 from effjax.moe.dispatch import mix_experts
 
 
@@ -33,8 +28,8 @@ class MoE(nn.Module):
   Attributes:
     router: a `layers.Router`, such as `TopK(experts=8, top_k=2)`.
     expert: a feed-forward module; it is given no facts of the batch.
-    shared: a feed-forward module that every token visits besides, ungated, such as an `MLP` of
-      twice the width for two shared experts (arXiv 2401.06066, section 3.2); or None.
+    shared: a feed-forward module that every token visits besides, such as an `MLP` of twice the
+      width for two shared experts (arXiv 2401.06066, section 3.2), or that `Gated`; or None.
 
   Raises:
     ValueError: when called, for an expert that fetches parameters in another way.
@@ -50,44 +45,16 @@ class MoE(nn.Module):
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context()
   ) -> Float[Array, "B T D"]:
-    mask = context.is_token(x)
-    rows, row_mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
-    with taps.tokens(None if row_mask is None else row_mask.astype(jnp.int32) - 1):
-      routing = self.router(rows, context, row_mask)
+    rows, routing, mask = route(self.router, x, context)
     y = mix_experts(
-      self._experts,
+      bank(self, "experts", self.router.experts, self.expert, Context()),
       rows,
       routing.experts,
       routing.gates,
       count=self.router.experts,
-      mask=row_mask,
+      mask=mask,
     ).reshape(x.shape)
     return y if self.shared is None else y + self.shared(x, context)
-
-  def _experts(
-    self, rows: Float[Array, "M D"], sizes: Int[Array, "E"] | Int[Array, "P E"]
-  ) -> Float[Array, "M D"]:
-    """Each row by its expert; rows are sorted by expert."""
-    if self.is_mutable_collection("params") and not self.has_variable("params", "experts"):
-      self.put_variable("params", "experts", self._init_experts(rows.shape[-1]))
-
-    def group(variables: PyTree) -> PyTree:
-      wrap = lambda w: Grouped(w, sizes, rows.shape[0])
-      return jax.tree.map(wrap, variables, is_leaf=is_weight)
-
-    call = nn.map_variables(lambda expert, x: expert(x, Context()), "params", group)
-    try:
-      with taps.tokens(_ids(sizes, rows.shape[0]), groups=sizes.shape[-1]):
-        return call(self.expert.copy(name="experts"), rows[None])[0]
-    except ScopeParamShapeError as error:
-      allowed = "an expert that fetches its parameters by layers.weight"
-      raise ValueError(f"MoE: expert={self.expert!r}: {error}; allowed: {allowed}") from error
-
-  def _init_experts(self, width: int) -> Params:
-    """Parameters with a leading axis E, each expert's drawn by itself."""
-    expert = self.expert.clone(parent=None, name=None)
-    init = lambda key: expert.init(key, jnp.zeros((1, 1, width)), Context()).get("params", {})
-    return jax.vmap(init)(jax.random.split(self.make_rng("params"), self.router.experts))
 
   @property
   def reads(self) -> set[str]:
@@ -102,7 +69,9 @@ class MoE(nn.Module):
 
   def share(self, path: str) -> float:
     """The share of the parameter at `path` that one token uses: k / E of the experts."""
-    return self.router.used / self.router.experts if path.startswith("experts/") else 1.0
+    if path.startswith("experts/"):
+      return self.router.used / self.router.experts
+    return share({} if self.shared is None else {"shared": self.shared}, path)
 
   @property
   def axes(self) -> dict[str, tuple[str, ...]]:
@@ -115,13 +84,11 @@ class MoE(nn.Module):
     )
 
 
-def _ids(sizes: Array, rows: Dim) -> Int[Array, "1 M"]:
-  """The expert of each row, −1 for rows past the last expert's."""
-  parts = sizes.reshape(-1, sizes.shape[-1])
-  each = rows // parts.shape[0]
-
-  def held(parts: Array, _) -> Array:
-    expert = jax.vmap(lambda sizes: group_of_row(sizes, each))(parts)
-    return jnp.where(expert < parts.shape[1], expert, -1).reshape(-1)
-
-  return spmd.map_rows(held, parts, ())[None]
+def route(
+  router: Router, x: Float[Array, "B T D"], context: Context
+) -> tuple[Float[Array, "M D"], Routing, Bool[Array, "M"] | None]:
+  """The tokens of `x` as rows, what the router says of them, and which are none (False) if any."""
+  mask = context.is_token(x)
+  rows, mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
+  with taps.tokens(None if mask is None else mask.astype(jnp.int32) - 1):
+    return rows, router(rows, context, mask), mask
