@@ -221,7 +221,8 @@ def _check(checkpoint: Checkpoint, plan: Mapping, shapes: Mapping, stored: Mappi
 def _filled(source: TensorSource, names: Mapping, pieces: list[Piece], shape: tuple, dtype):
   out = blocks.aligned(shape, dtype)
   for piece in pieces:
-    piece.entry.load(source, names[piece.tensor], out[(*piece.index, ...)], piece.span)
+    part = out[piece.index] if piece.index else out
+    piece.entry.load(source, names[piece.tensor], part, piece.span)
   return out
 
 

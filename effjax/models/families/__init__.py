@@ -19,6 +19,7 @@ from effjax.models.families import (
   opt,
   phi3,
   qwen,
+  qwen_moe,
   smollm3,
 )
 from effjax.models.families.table import Entry, Family
@@ -40,6 +41,8 @@ FAMILIES: dict[str, Family] = {
     phi3.FAMILY,
     smollm3.FAMILY,
     mixtral.FAMILY,
+    qwen_moe.QWEN2,
+    qwen_moe.QWEN3,
     olmoe.FAMILY,
     deepseek.FAMILY,
   )

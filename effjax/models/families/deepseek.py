@@ -49,13 +49,13 @@ def _mixture(fields: Fields) -> MoE:
 
 def from_config(config: TransformerConfig) -> dict[str, Any]:
   """The config.json of a `TransformerConfig`."""
-  mixer, dense, moe = mixture.parts(config, "deepseek", MLP)
+  mixer, dense, moe = mixture.parts(config, "deepseek", (MLP, type(None)))
   first, *others = mixture.sparse(config)
   return decoders.write(config, "deepseek", given=(mixer, dense)) | {
     "attention_bias": mixer.use_bias,
     "moe_intermediate_size": moe.expert.width,
     "n_routed_experts": moe.router.experts,
-    "n_shared_experts": None if moe.shared is None else moe.shared.width // moe.expert.width,
+    "n_shared_experts": _shared(moe),
     "num_experts_per_tok": moe.router.top_k,
     "norm_topk_prob": moe.router.renormalize,
     "scoring_func": "softmax",
@@ -63,6 +63,16 @@ def from_config(config: TransformerConfig) -> dict[str, Any]:
     "moe_layer_freq": (others[0] if others else len(config.layers)) - first,
     "aux_loss_alpha": moe.router.load_balance,
   }
+
+
+def _shared(moe: Any) -> int | None:
+  shared, expert = moe.shared, moe.expert
+  if shared is None:
+    return None
+  if shared.width % expert.width:
+    given = f"ffn.shared.width={shared.width}"
+    raise ValueError(f"{given}; the layout of family 'deepseek' holds multiples of {expert.width}")
+  return shared.width // expert.width
 
 
 FAMILY = decoders.family(

@@ -85,13 +85,15 @@ def some(fields: Fields, moe: MoE, is_sparse: Callable[[int], bool]) -> Callable
   return lambda i: moe if sparse[i] else dense
 
 
-def parts(config: TransformerConfig, family: str, *shared: type) -> tuple[Attention, MLP, MoE]:
+def parts(
+  config: TransformerConfig, family: str, shared: tuple[type, ...] = (type(None),)
+) -> tuple[Attention, MLP, Any]:
   """The first mixer, dense feed-forward layer (an expert where there is none), and mixture.
 
   Args:
     config: the configuration.
     family: its name.
-    *shared: what the family can have as shared expert besides none.
+    shared: what the family can have as shared expert.
 
   Raises:
     ValueError: naming what the family cannot save.
@@ -102,7 +104,7 @@ def parts(config: TransformerConfig, family: str, *shared: type) -> tuple[Attent
   if not found:
     raise ValueError(f"layers: no MoE; the layout of family {family!r} has at least one")
   moe = ffns[found[0]]
-  kinds = {"router": (TopK,), "expert": (MLP,), "shared": (*shared, type(None))}
+  kinds = {"router": (TopK,), "expert": (MLP,), "shared": shared}
   for name, allowed in kinds.items():
     reading.check_kind(f"layers[{found[0]}].ffn.{name}", getattr(moe, name), family, allowed)
   return mixer, next((ffn for ffn in ffns if isinstance(ffn, MLP)), moe.expert), moe
