@@ -118,6 +118,11 @@ class Attention(nn.Module):
     return (*memory, "attributes") if self.attributes else memory
 
   @property
+  def causal(self) -> bool:
+    """Whether no token sees what comes after it, as far as `mask` is known to hide it."""
+    return self.mask.causal
+
+  @property
   def attributes(self) -> int:
     """From how many modules the attributes of a row choose."""
     return 0 if self.prefix is None else self.prefix.modules

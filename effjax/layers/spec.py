@@ -16,6 +16,7 @@ from effjax.core.known import check_ids, number
 from effjax.core.typing import Array, DTypeLike, Float, Number, PyTree, Size
 from effjax.layers.context import Context
 from effjax.layers.norms import RMSNorm
+from effjax.layers.peeking import check_caches, check_direction
 
 BRANCHES = ("mixer", "cross", "ffn")  # each is added to the residual stream
 BOUNDS: dict[str, dict] = {  # of the numbers of a configuration; optional ones may be None
@@ -30,6 +31,8 @@ PLACES = ("mixer", "after_mixer", "cross", "ffn", "after_ffn")
 @runtime_checkable
 class Mixer(Protocol):
   """What mixes positions: a module for the places `mixer` and `cross` of a layer.
+
+  One by which tokens see later ones says `causal = False`, as a field or a property.
 
   Attributes:
     rewinds: whether a cache forgets the newest tokens by going on from an earlier position, as
@@ -156,6 +159,10 @@ class TransformerConfig:
     logit_softcap: caps the logits, see `numerics.softcap`.
     scan: equal neighbours share one compiled body and stacked parameters.
     family: which published layout the parameters save to, e.g. "llama"; None for none.
+
+  Raises:
+    ValueError: for values out of range, and for a module that is for encoders only (`peeking`)
+      where all mixers look back only.
   """
 
   vocab_size: Size
@@ -185,6 +192,18 @@ class TransformerConfig:
     _check("positions", self.positions, (None, "learned", "sinusoidal"))
     _check("head", self.head, (None, "lm"))
     object.__setattr__(self, "layers", tuple(self.layers))
+    every = self._places
+    check_direction(every, {at: part for at, part in every.items() if at.endswith(": mixer")})
+
+  def check_caches(self) -> None:
+    """Raises ValueError where some module looks at later tokens, so that there are no caches."""
+    check_caches(self._places)
+
+  @property
+  def _places(self) -> dict[str, nn.Module]:
+    """Every module by where it stands."""
+    each = ((index, spec.modules.items()) for index, spec in enumerate(self.layers))
+    return {f"layer {index}: {place}": module for index, of in each for place, module in of}
 
   def __repr__(self) -> str:
     runs = [(spec, len(list(same))) for spec, same in itertools.groupby(self.layers, repr)]

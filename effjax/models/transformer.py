@@ -242,8 +242,10 @@ class Transformer(nn.Module):
         recurrent states, stays in it.
 
     Raises:
-      ValueError: when `length` exceeds `config.context`, a mixer has no caches, or none in `dtype`.
+      ValueError: when `length` exceeds `config.context`, a mixer has no caches, or none in `dtype`,
+        or something in a layer looks at later tokens.
     """
+    self.config.check_caches()
     for index, spec in enumerate(self.config.layers):
       for name in ("init_cache", "rewinds"):
         if spec.mixer is not None:

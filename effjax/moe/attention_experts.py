@@ -10,12 +10,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from effjax.core.known import is_id
-from effjax.core.numerics import zero_unless
+from effjax.core.numerics import wide, zero_unless
 from effjax.core.typing import Array, Bool, DTypeLike, Float, PyTree
-from effjax.core.weights import materialize
+from effjax.core.weights import along
 from effjax.layers import Context, Linear, Router, Routing, weight, without_padding
 from effjax.layers.axes import lead, under
 from effjax.layers.meshes import on_any_mesh
+from effjax.layers.peeking import is_causal
 from effjax.layers.spec import ask
 from effjax.moe.bank import bank
 from effjax.moe.dispatch import mix_experts
@@ -68,11 +69,12 @@ class MoA(nn.Module):
     seen, cache = attention(x, context, cache, query)
     seen = seen.reshape(-1, kv_heads, choices, *groups[1:]).swapaxes(1, 2)
     seen = seen.reshape(-1, choices, heads * width)
-    y = self._each("out", seen, x.shape[-1], False, routing, mask).astype(jnp.float32)
+    y = self._each("out", seen, x.shape[-1], False, routing, mask).astype(wide(x.dtype))
     y = (y * zero_unless(self._chosen(routing, mask), routing.gates)[..., None]).sum(1)
     y = y.astype(x.dtype).reshape(x.shape)
     if self.attention.out_bias:
-      y = y + materialize(weight(self, "out_bias", nn.initializers.zeros, y.shape[-1:]))
+      bias = weight(self, "out_bias", nn.initializers.zeros, y.shape[-1:])
+      y = y + along(bias, y).astype(y.dtype)
     return y, cache
 
   def _each(self, name, rows, features, use_bias, routing, mask) -> Float[Array, "M k F"]:
@@ -96,7 +98,7 @@ class MoA(nn.Module):
   def _heads(self) -> int:
     """Query heads N of an expert."""
     if getattr(self.attention, "sinks", False):
-      raise ValueError(f"MoA: attention={self.attention!r}; allowed: sinks=False")
+      raise ValueError("MoA: attention with sinks=True; allowed: False")
     return ask(self.attention, "heads", "MoA: attention")
 
   def _kv_shape(self, width: int) -> tuple[int, int]:
@@ -106,6 +108,11 @@ class MoA(nn.Module):
     """The attention of so many query heads over the same keys and values."""
     kv_heads, head_width = self._kv_shape(width)
     return self.attention.copy(heads=heads, kv_heads=kv_heads, head_width=head_width, **options)
+
+  @property
+  def causal(self) -> bool:
+    """Whether no token sees what comes after it."""
+    return is_causal(self.attention)
 
   @property
   def rewinds(self) -> bool:
