@@ -18,7 +18,7 @@ from effjax.models.model import Model, TokenIds
 
 # How a weight of each kind becomes a plain array.
 _PLAIN = {
-  "adapter": "merge the adapters (peft.merge)",
+  "adapter": "merge it (peft.merge) or take it off (remove of the module that added it)",
   "quantised": "dequantize the weights (quant.dequantize)",
   "matrix": "materialize the weights",
   "wrapper": "materialize the weights",

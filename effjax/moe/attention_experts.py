@@ -19,8 +19,8 @@ from effjax.layers.meshes import on_any_mesh
 from effjax.layers.peeking import is_causal
 from effjax.layers.spec import ask
 from effjax.moe.bank import bank
-from effjax.moe.dispatch import mix_experts
-from effjax.moe.layer import route
+from effjax.moe.dispatch import mix
+from effjax.moe.layer import route, sow_dropped
 
 
 class MoA(nn.Module):
@@ -79,15 +79,12 @@ class MoA(nn.Module):
 
   def _each(self, name, rows, features, use_bias, routing, mask) -> Float[Array, "M k F"]:
     """Each choice's rows [M, k, _] by its expert's linear map; zero where there is none."""
-    experts = routing.experts.reshape(-1, 1)
-    y = mix_experts(
-      bank(self, name, self.router.experts, Linear(features, use_bias)),
-      rows.reshape(-1, rows.shape[-1]),
-      experts,
-      jnp.ones(experts.shape, jnp.float32),
-      count=self.router.experts,
-      mask=None if mask is None else jnp.repeat(mask, rows.shape[1]),
-    )
+    experts, count = routing.experts.reshape(-1, 1), self.router.experts
+    each = Routing(experts, jnp.ones(experts.shape, jnp.float32), capacity=routing.capacity)
+    mask = None if mask is None else jnp.repeat(mask, rows.shape[1])
+    sow_dropped(self, each, count, mask)
+    apply = bank(self, name, count, Linear(features, use_bias))
+    y = mix(apply, rows.reshape(-1, rows.shape[-1]), each, count=count, mask=mask)
     return y.reshape(*rows.shape[:2], features)
 
   def _chosen(self, routing: Routing, mask: Array | None) -> Bool[Array, "M k"]:

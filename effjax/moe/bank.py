@@ -7,18 +7,16 @@ import jax
 import jax.numpy as jnp
 from flax.errors import ScopeParamShapeError
 
-from effjax.core import spmd
-from effjax.core.typing import Array, Dim, Float, Int, Params, PyTree, Size
+from effjax.core.typing import Array, Dim, Float, Params, PyTree, Size
 from effjax.core.weights import is_weight
-from effjax.kernels.grouped_matmul import Grouped
-from effjax.kernels.grouped_matmul.reference import group_of_row
+from effjax.kernels.grouped_matmul import Grouped, Groups
 from effjax.layers import taps
 
-Apply = Callable[[Array, Array], Array]
+Apply = Callable[[Array, Groups], Array]
 
 
 def bank(parent: nn.Module, name: str, count: Size, expert: nn.Module, *facts: object) -> Apply:
-  """What `dispatch.mix_experts` asks of experts: rows sorted by expert, and sizes → outputs.
+  """What `dispatch` asks of experts: rows, and which expert has which → outputs.
 
   The parameters lie under `name`, each with a leading axis E, drawn for each expert by itself. The
   module is called once, with parameters that are another array for each row (`Grouped`).
@@ -34,18 +32,19 @@ def bank(parent: nn.Module, name: str, count: Size, expert: nn.Module, *facts: o
     ValueError: for an expert that fetches parameters in another way, when it is applied.
   """
 
-  def apply(rows: Float[Array, "M D"], sizes: Int[Array, "*P E"]) -> Float[Array, "M F"]:
+  def apply(rows: Float[Array, "M D"], groups: Groups) -> Float[Array, "M F"]:
     if parent.is_mutable_collection("params") and not parent.has_variable("params", name):
       key = parent.make_rng("params")
       parent.put_variable("params", name, _drawn(key, count, expert, rows.shape[-1], facts))
 
     def group(variables: PyTree) -> PyTree:
-      wrap = lambda w: Grouped(w, sizes, rows.shape[0])
+      wrap = lambda w: Grouped(w, groups, rows.shape[0])
       return jax.tree.map(wrap, variables, is_leaf=is_weight)
 
     call = nn.map_variables(lambda expert, x: expert(x, *facts), "params", group)
     try:
-      with taps.tokens(_ids(sizes, rows.shape[0]), groups=sizes.shape[-1]):
+      ids = groups.of_row(rows.shape[0])[None]
+      with taps.tokens(jnp.where(ids < count, ids, -1), groups=count):
         return call(expert.copy(name=name), rows[None])[0]
     except ScopeParamShapeError as error:
       given = f"{type(parent).__name__}: expert={expert!r}: {error}"
@@ -60,15 +59,3 @@ def _drawn(key: Array, count: Size, expert: nn.Module, width: Dim, facts: tuple)
   alone = expert.clone(parent=None, name=None)
   init = lambda key: alone.init(key, jnp.zeros((1, 1, width)), *facts).get("params", {})
   return jax.vmap(init)(jax.random.split(key, count))
-
-
-def _ids(sizes: Array, rows: Dim) -> Int[Array, "1 M"]:
-  """The expert of each row, −1 for rows past the last expert's."""
-  parts = sizes.reshape(-1, sizes.shape[-1])
-  each = rows // parts.shape[0]
-
-  def held(parts: Array, _) -> Array:
-    expert = jax.vmap(lambda sizes: group_of_row(sizes, each))(parts)
-    return jnp.where(expert < parts.shape[1], expert, -1).reshape(-1)
-
-  return spmd.map_rows(held, parts, ())[None]

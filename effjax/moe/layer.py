@@ -1,15 +1,15 @@
-"""The mixture-of-experts feed-forward layer (Shazeer et al., arXiv 1701.06538; dropless)."""
+"""The mixture-of-experts feed-forward layer (Shazeer et al., arXiv 1701.06538)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from effjax.core.typing import Array, Bool, Float
-from effjax.layers import Context, Router, Routing, taps, without_padding
+from effjax.core.typing import Array, Bool, Float, Size
+from effjax.layers import Context, ExpertRouting, Router, Routing, taps, without_padding
 from effjax.layers.axes import lead, renamed, under
 from effjax.layers.meshes import on_any_mesh
 from effjax.layers.spec import ask, share
 from effjax.moe.bank import bank
-from effjax.moe.dispatch import mix_experts
+from effjax.moe.dispatch import dropped_share, mix
 
 
 class MoE(nn.Module):
@@ -17,13 +17,15 @@ class MoE(nn.Module):
 
   An expert is any feed-forward module that treats each token by itself and fetches its parameters
   by `layers.weight`. It is called once, on the rows of all experts, with parameters that are
-  another array for each row (`Grouped`). Every token reaches all its experts (dropless). Padding,
-  where `context.segment_ids` is negative, gives zero, whatever was in it, and counts in no loss.
-  With one expert and renormalised gates this is that expert. It has derivatives in reverse mode.
+  another array for each row (`Grouped`). Every token reaches all experts that the router gives it
+  to; where the router promises a capacity, their rows are slots (`dispatch`). Padding, where
+  `context.segment_ids` is negative, gives zero, whatever was in it, and counts in no loss. With one
+  expert and renormalised gates this is that expert. It has derivatives in reverse mode.
 
   Parameters: "router", the router's; "experts", the expert's, each with a leading axis E, drawn for
   each expert by itself; "shared". What an expert sows or draws at random, it does once for all
-  rows.
+  rows. Where experts are split over devices with room for some tokens only, "exchange_dropped" is
+  sown under "metrics", the share of choices that found none.
 
   Attributes:
     router: a `layers.Router`, such as `TopK(experts=8, top_k=2)`.
@@ -46,14 +48,10 @@ class MoE(nn.Module):
     self, x: Float[Array, "B T D"], context: Context = Context()
   ) -> Float[Array, "B T D"]:
     rows, routing, mask = route(self.router, x, context)
-    y = mix_experts(
-      bank(self, "experts", self.router.experts, self.expert, Context()),
-      rows,
-      routing.experts,
-      routing.gates,
-      count=self.router.experts,
-      mask=mask,
-    ).reshape(x.shape)
+    count = self.router.experts
+    sow_dropped(self, routing, count, mask)
+    experts = bank(self, "experts", count, self.expert, Context())
+    y = mix(experts, rows, routing, count=count, mask=mask).reshape(x.shape)
     return y if self.shared is None else y + self.shared(x, context)
 
   @property
@@ -92,3 +90,15 @@ def route(
   rows, mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
   with taps.tokens(None if mask is None else mask.astype(jnp.int32) - 1):
     return rows, router(rows, context, mask), mask
+
+
+def sow_dropped(
+  module: nn.Module,
+  routing: Routing | ExpertRouting,
+  count: Size,
+  mask: Bool[Array, "M"] | None,
+) -> None:
+  """Sows `dispatch.dropped_share` as the metric "exchange_dropped", where there is one."""
+  share = dropped_share(routing, count=count, mask=mask)
+  if share is not None:
+    module.sow("metrics", "exchange_dropped", share)

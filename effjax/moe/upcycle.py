@@ -16,7 +16,7 @@ from effjax.core.typing import Key, Number, Params, Size
 from effjax.layers import MLP, TransformerConfig
 from effjax.layers.stack import join, split
 from effjax.moe.layer import MoE
-from effjax.moe.routing import TopK
+from effjax.moe.routers import TopK
 
 
 def upcycle(

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import NamedSharding
 
 from effjax.core import linear, trees, weights
@@ -111,6 +112,35 @@ def test_it_can_be_split_over_a_mesh(row):
   assert_close(
     jax.jit(linear)(jax.device_put(X, NamedSharding(mesh, jax.P())), placed), linear(X, w)
   )
+
+
+@pytest.mark.parametrize("wrapper", table.CROSSED)
+def test_it_stands_over_every_other_base(wrapper):
+  pairs = table.CROSSED[wrapper]
+  stacked = {row.name: row.of(E, D, F) for row in pairs}
+  paths = trees.trained(stacked)
+  chosen, rest = trees.partition(stacked, lambda path, x: path in paths)
+
+  @jax.jit
+  def scanned(chosen):
+    """The output of each layer, rematerialised, and the gradients of what trains."""
+
+    def loss(chosen):
+      more = lambda w: weights.take(w, jnp.arange(D, weights.entries(w)))
+      turn = jax.checkpoint(lambda _, w: (None, (linear(X, w), more(w))))
+      given = trees.merge(chosen, rest)
+      found = {name: lax.scan(turn, None, w)[1] for name, w in given.items()}
+      return sum(jnp.square(x).sum() for x in jax.tree.leaves(found)), found
+
+    return jax.grad(loss, has_aux=True)(chosen)
+
+  grads, found = scanned(chosen)
+  expected = {name: X[None] @ w[:, None] for name, w in table.plain(stacked).items()}
+  for row in pairs:
+    assert_close(found[row.name][0], expected[row.name], 1e-4 + row.rounding)
+  assert len(jax.tree.leaves(grads)) >= len(pairs)
+  chex.assert_tree_all_finite(grads)
+  assert all(bool(g.any()) for g in jax.tree.leaves(grads))
 
 
 def test_all_survive_a_checkpoint(tmp_path):

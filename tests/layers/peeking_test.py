@@ -116,7 +116,7 @@ def test_mixers_say_whether_they_are_causal(mixer, causal):
 def test_what_is_for_encoders_is_refused_in_causal_models_alone():
   inside, both = Around((Peeking(), Around((ForEncoders(),)))), Attention(2, mask=FULL)
   for ffn in (ForEncoders(), inside):
-    with pytest.raises(ValueError, match="layer 0: ffn has ForEncoders, .* allowed: mixers that"):
+    with pytest.raises(ValueError, match=r"layer 0: ffn has ForEncoders, .* allowed: mixers that"):
       model(ffn, Attention(2), Attention(2))
     model(ffn, both, both)
     model(ffn, Attention(2), both)
