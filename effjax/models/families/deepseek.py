@@ -6,7 +6,7 @@ from effjax.layers import MLP
 from effjax.layers.spec import TransformerConfig
 from effjax.models.families import decoders, mixture
 from effjax.models.families.fields import Fields, complete
-from effjax.moe.layer import MoE
+from effjax.moe import MoE
 
 DEFAULTS = decoders.DEFAULTS | {
   "max_position_embeddings": 2048,

@@ -6,7 +6,7 @@ from effjax.layers.spec import TransformerConfig
 from effjax.models.families import decoders, mixture
 from effjax.models.families.fields import Fields, complete
 from effjax.models.families.table import SELF_ATTENTION
-from effjax.moe.layer import MoE
+from effjax.moe import MoE
 
 DEFAULTS = decoders.DEFAULTS | {
   "num_key_value_heads": 8,

@@ -11,11 +11,18 @@ from effjax.layers.spec import TransformerConfig
 from effjax.models.families import reading
 from effjax.models.families.fields import Fields
 from effjax.models.families.table import Entry, linear
-from effjax.moe.layer import MoE
-from effjax.moe.routing import TopK
+from effjax.moe import MoE, TopK
 
-# Of a router: how it trains, and nothing of what it computes.
-LOSSES: dict[str, Any] = {"load_balance": 0.0, "normalization": "switch", "z": 0.0}
+# Fields of a router that say how it trains, and nothing of what it computes.
+LOSSES: dict[str, Any] = {
+  "load_balance": 0.0,
+  "normalization": "switch",
+  "devices": None,
+  "device_balance": 0.0,
+  "z": 0.0,
+  "importance": 0.0,
+  "mutual_information": 0.0,
+}
 NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 

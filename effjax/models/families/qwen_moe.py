@@ -16,8 +16,7 @@ from effjax.models.families import decoders, mixture, reading
 from effjax.models.families.decoders import GLOBAL, LOCAL
 from effjax.models.families.fields import Fields, complete
 from effjax.models.families.table import HEAD_NORMS, linear
-from effjax.moe.gated import Gated
-from effjax.moe.layer import MoE
+from effjax.moe import Gated, MoE
 
 COMMON = decoders.DEFAULTS | {
   "max_position_embeddings": 32_768,
