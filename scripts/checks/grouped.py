@@ -82,6 +82,11 @@ CASES = tuple(
 )
 
 
+def kernel(product: str) -> str:
+  """What it is called where it is launched."""
+  return "grouped_sums" if product == "sums" else "grouped_products"
+
+
 def program(case: Case, product: str, platform: str) -> Callable[..., Any]:
   """A function of the case's arguments that runs one kernel."""
   kernels = fused.KERNELS[platform]
