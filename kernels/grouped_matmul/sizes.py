@@ -42,7 +42,7 @@ _TABLE = {
   "gpu": [
     ("NVIDIA H", 2, 64, Sizes(Size(64, 128, 64, 4), Size(128, 128, 64, 4))),
     ("NVIDIA H", 2, _ANY, Sizes(Size(128, 256, 64, 8), Size(128, 256, 64, 8))),
-    ("", 2, _ANY, Sizes(Size(128, 128, 32, 4), Size(128, 128, 32, 4))),
+    ("", 2, _ANY, Sizes(Size(128, 128, 32, 8), Size(128, 128, 32, 8))),
     ("", 4, _ANY, Sizes(Size(64, 64, 32, 4), Size(64, 64, 32, 4))),
   ],
   "tpu": [("", 4, _ANY, Sizes(Size(512, 512, 128), Size(512, 512, 512)))],

@@ -1,6 +1,7 @@
 """Values of attention's implementations, with gradients, and of grouped products, against float64.
 
-Kernels have their own tile sizes. `gpu.py` starts it as a process that answers the name of a problem with its rows.
+Kernels have their own tile sizes. `gpu.py` starts it as a process that answers the name of a
+problem with its rows.
 """
 
 import dataclasses
