@@ -15,6 +15,7 @@ from effjax.moe.losses import (
   smooth_load,
   z_loss,
 )
+from effjax.moe.plots import plot_load
 from effjax.moe.routers import (
   BatchPriority,
   Capacity,
@@ -69,6 +70,7 @@ __all__ = [
   "move_bias",
   "mutual_information_loss",
   "noisy_top_k_routing",
+  "plot_load",
   "sigmoid_routing",
   "smooth_load",
   "switch_routing",
