@@ -1,6 +1,7 @@
-"""Mixture of experts: routers, balance losses, dropless dispatch, the layer, and upcycling."""
+"""Mixture of experts: routers, balance losses, dispatch, the layer, upcycling and splitting."""
 
 from effjax.layers import ExpertRouting, Router, Routing
+from effjax.moe import hash_tables, splitting
 from effjax.moe.attention_experts import MoA
 from effjax.moe.dispatch import mix, mix_experts, mix_rows
 from effjax.moe.gated import Gated, ResidualMoE
@@ -15,6 +16,8 @@ from effjax.moe.losses import (
   smooth_load,
   z_loss,
 )
+from effjax.moe.merging import merge_experts
+from effjax.moe.multi_hash import MultiHash
 from effjax.moe.plots import plot_load
 from effjax.moe.routers import (
   BatchPriority,
@@ -22,6 +25,7 @@ from effjax.moe.routers import (
   ExpertChoice,
   GroupLimit,
   GShard,
+  Hash,
   NoisyTopK,
   SigmoidTopK,
   Switch,
@@ -30,12 +34,14 @@ from effjax.moe.routers import (
   drop_overflow,
   expert_choice_routing,
   gshard_routing,
+  hash_routing,
   move_bias,
   noisy_top_k_routing,
   sigmoid_routing,
   switch_routing,
   top_k_routing,
 )
+from effjax.moe.splitting import split_ffn
 from effjax.moe.upcycle import upcycle, upcycle_ffn
 
 __all__ = [
@@ -46,8 +52,10 @@ __all__ = [
   "GShard",
   "Gated",
   "GroupLimit",
+  "Hash",
   "MoA",
   "MoE",
+  "MultiHash",
   "NoisyTopK",
   "ResidualMoE",
   "Router",
@@ -61,9 +69,12 @@ __all__ = [
   "expert_choice_routing",
   "expert_shares",
   "gshard_routing",
+  "hash_routing",
+  "hash_tables",
   "importance_loss",
   "load_balance_loss",
   "load_loss",
+  "merge_experts",
   "mix",
   "mix_experts",
   "mix_rows",
@@ -73,6 +84,8 @@ __all__ = [
   "plot_load",
   "sigmoid_routing",
   "smooth_load",
+  "split_ffn",
+  "splitting",
   "switch_routing",
   "top_k_routing",
   "upcycle",

@@ -6,6 +6,8 @@ what comes out of the latter. JetMoE (Shen et al., arXiv 2404.07413, section 2.2
 several heads of each.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -18,8 +20,8 @@ from effjax.layers.meshes import on_any_mesh
 from effjax.layers.peeking import is_causal
 from effjax.layers.spec import ask
 from effjax.moe.bank import bank
-from effjax.moe.dispatch import mix_experts
-from effjax.moe.layer import route
+from effjax.moe.dispatch import mix
+from effjax.moe.layer import route, sow_dropped
 
 
 class MoA(nn.Module):
@@ -52,15 +54,15 @@ class MoA(nn.Module):
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context(), cache: PyTree = None
   ) -> tuple[Float[Array, "B T D"], PyTree]:
-    rows, routing, mask = route(self, x, context, apart=True)
+    rows, routing, mask = route(self.router, x, context)
     if not isinstance(routing, Routing):
-      given = f"MoA: router={self.router!r}, whose experts choose tokens"
+      given = f"MoA: router={type(self.router).__name__}, whose experts choose tokens"
       raise ValueError(f"{given}; allowed: routers that choose experts for each token")
     choices, heads = routing.experts.shape[-1], self._heads
     kv_heads, width = self._kv_shape(x.shape[-1])
     groups = (kv_heads, heads // kv_heads, width)
     copies = jnp.broadcast_to(rows[:, None], (rows.shape[0], choices, rows.shape[1]))
-    whole = routing.replace(gates=jnp.ones_like(routing.gates))
+    whole = dataclasses.replace(routing, gates=jnp.ones_like(routing.gates))
     query = self._each("query", copies, heads * width, self.attention.use_bias, whole, mask)
     # Heads that share keys are neighbours: [M, k, K, N/K, H] → [M, K, k, N/K, H].
     query = query.reshape(-1, choices, *groups).swapaxes(1, 2)
@@ -78,16 +80,13 @@ class MoA(nn.Module):
 
   def _each(self, name, rows, features, use_bias, routing, mask) -> Float[Array, "M k F"]:
     """Each choice's rows [M, k, _] by its expert's linear map, times its gate; zero for none."""
-    y = mix_experts(
-      bank(self, name, self.router.experts, Linear(features, use_bias)),
-      rows.reshape(-1, rows.shape[-1]),
-      routing.experts.reshape(-1, 1),
-      routing.gates.reshape(-1, 1),
-      count=self.router.experts,
-      mask=None if mask is None else jnp.repeat(mask, rows.shape[1]),
-      capacity=routing.capacity,
-    )
-    return y.reshape(*rows.shape[:2], features)
+    flat = lambda a: a.reshape(-1, 1)
+    each = dataclasses.replace(routing, experts=flat(routing.experts), gates=flat(routing.gates))
+    mask = None if mask is None else jnp.repeat(mask, rows.shape[1])
+    count, rows = self.router.experts, rows.reshape(-1, rows.shape[-1])
+    sow_dropped(self, each, count, mask)
+    y = mix(bank(self, name, count, Linear(features, use_bias)), rows, each, count=count, mask=mask)
+    return y.reshape(*routing.experts.shape, features)
 
   @property
   def _heads(self) -> int:
@@ -144,12 +143,14 @@ class MoA(nn.Module):
   @property
   def axes(self) -> dict[str, tuple[str, ...]]:
     """The roles of its parameters' axes, see `effjax.layers.axes`."""
-    whole = ask(self.attention, "axes", "MoA: attention")
+    stated = lambda name: ask(getattr(self, name), "axes", f"MoA: {name}")
+    whole = stated("attention")
     routed = {path: roles for path, roles in whole.items() if path.startswith(("query/", "out/"))}
     rest = {path: roles for path, roles in whole.items() if path not in routed}
     bias = {"out_bias": routed.pop("out/bias")} if "out/bias" in routed else {}
-    router = under("router", ask(self.router, "axes", "MoA: router"))
-    return router | lead("experts", routed) | bias | under("shared", rest)
+    return (
+      under("router", stated("router")) | lead("experts", routed) | bias | under("shared", rest)
+    )
 
   @property
   def units(self) -> dict[str, int]:

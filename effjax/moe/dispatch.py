@@ -7,10 +7,11 @@ three the mathematics is that of `mix_experts`, or where experts choose tokens o
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from effjax.core import spmd
-from effjax.core.known import is_id, is_size, number
+from effjax.core.known import is_id, number
 from effjax.core.numerics import wide, zero_unless
 from effjax.core.typing import Array, Bool, Dim, Float, Int, Size
 from effjax.kernels.grouped_matmul import Groups
@@ -80,7 +81,7 @@ def mix_experts(
     >>> mix_experts(double_or_negate, x, jnp.array([[1], [0]]), gates, count=2).tolist()
     [[-1.0], [2.0]]
   """
-  if capacity is not None and is_size(capacity):
+  if capacity is not None and not jax.export.is_symbolic_dim(capacity):
     capacity = number("capacity", capacity, of="mix_experts", integer=True, least=1)
   x, experts = zero_unless(mask, x), _chosen(experts, count, mask)
   way = exchange.way((x, experts, gates), experts, count, capacity)
@@ -95,23 +96,14 @@ def dropped_share(
   *,
   count: Size,
   mask: Bool[Array, "M"] | None = None,
-  apart: bool = False,
 ) -> Float[Array, ""] | None:
   """The share of choices that find no room between devices; None where there is room for all.
 
   There is, unless experts are dealt over devices with less (`parallel.Experts`).
-
-  Args:
-    routing: a router's decision.
-    count: number of experts E.
-    mask: False for padding.
-    apart: whether the choices of a token are dispatched as M·k tokens.
   """
   if isinstance(routing, ExpertRouting):
     return None
   experts = _chosen(routing.experts, count, mask)
-  if apart:
-    experts = experts.reshape(-1, 1)
   way = exchange.way(experts, experts, count, routing.capacity)
   if not isinstance(way, exchange.Exchange) or not way.drops:
     return None

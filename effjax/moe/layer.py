@@ -1,11 +1,9 @@
 """The mixture-of-experts feed-forward layer (Shazeer et al., arXiv 1701.06538)."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
-from effjax.core.typing import Array, Bool, Float
+from effjax.core.typing import Array, Bool, Float, Size
 from effjax.layers import Context, ExpertRouting, Router, Routing, taps, without_padding
 from effjax.layers.axes import lead, renamed, under
 from effjax.layers.meshes import on_any_mesh
@@ -19,14 +17,15 @@ class MoE(nn.Module):
 
   An expert is any feed-forward module that treats each token by itself and fetches its parameters
   by `layers.weight`. It is called once, on the rows of all experts, with parameters that are
-  another array for each row (`Grouped`). Every token reaches all its experts, unless the router
-  leaves some out for want of capacity, or is one whose experts choose the tokens. Padding, where
+  another array for each row (`Grouped`). Every token reaches all experts that the router gives it
+  to; where the router promises a capacity, their rows are slots (`dispatch`). Padding, where
   `context.segment_ids` is negative, gives zero, whatever was in it, and counts in no loss. With one
   expert and renormalised gates this is that expert. It has derivatives in reverse mode.
 
   Parameters: "router", the router's; "experts", the expert's, each with a leading axis E, drawn for
   each expert by itself; "shared". What an expert sows or draws at random, it does once for all
-  rows.
+  rows. Where experts are split over devices with room for some tokens only, "exchange_dropped" is
+  sown under "metrics", the share of choices that found none.
 
   Attributes:
     router: a `layers.Router`, such as `TopK(experts=8, top_k=2)`.
@@ -48,8 +47,9 @@ class MoE(nn.Module):
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context()
   ) -> Float[Array, "B T D"]:
-    rows, routing, mask = route(self, x, context)
+    rows, routing, mask = route(self.router, x, context)
     count = self.router.experts
+    sow_dropped(self, routing, count, mask)
     experts = bank(self, "experts", count, self.expert, Context())
     y = mix(experts, rows, routing, count=count, mask=mask).reshape(x.shape)
     return y if self.shared is None else y + self.shared(x, context)
@@ -83,18 +83,22 @@ class MoE(nn.Module):
 
 
 def route(
-  module: Any, x: Float[Array, "B T D"], context: Context, apart: bool = False
+  router: Router, x: Float[Array, "B T D"], context: Context
 ) -> tuple[Float[Array, "M D"], Routing | ExpertRouting, Bool[Array, "M"] | None]:
-  """The tokens of `x` as rows, what the router of `module` says of them, and False for padding.
-
-  Where experts are dealt over devices, it sows which share of the choices found no room, sent with
-  their token or each `apart`.
-  """
+  """The tokens of `x` as rows, what the router says of them, and which are none (False) if any."""
   mask = context.is_token(x)
   rows, mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
   with taps.tokens(None if mask is None else mask.astype(jnp.int32) - 1):
-    routing = module.router(rows, context, mask)
-  dropped = dropped_share(routing, count=module.router.experts, mask=mask, apart=apart)
-  if dropped is not None:
-    module.sow("metrics", "exchange_dropped", dropped)
-  return rows, routing, mask
+    return rows, router(rows, context, mask), mask
+
+
+def sow_dropped(
+  module: nn.Module,
+  routing: Routing | ExpertRouting,
+  count: Size,
+  mask: Bool[Array, "M"] | None,
+) -> None:
+  """Sows `dispatch.dropped_share` as the metric "exchange_dropped", where there is one."""
+  share = dropped_share(routing, count=count, mask=mask)
+  if share is not None:
+    module.sow("metrics", "exchange_dropped", share)

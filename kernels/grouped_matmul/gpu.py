@@ -20,8 +20,9 @@ from jax.experimental.pallas import triton as plgpu
 from effjax.core.typing import Array, Bool, DTypeLike, Float, Int
 from effjax.kernels.grouped_matmul import visits
 from effjax.kernels.grouped_matmul.sizes import Size, choose
+from effjax.kernels.grouped_matmul.steps import dot
 from effjax.kernels.quantized_matmul.lying import Lying
-from effjax.kernels.quantized_matmul.tiles import dot, known, like
+from effjax.kernels.quantized_matmul.tiles import known, like
 
 LEAST = 16  # side of a product
 BAND = 8  # tiles of rows that are worked on for the same outputs, one after another
@@ -60,7 +61,7 @@ class _Cut:
 def fits(x: Array, w: Lying) -> bool:
   """Whether `products` can: steps that are a power of two go into what constants are for."""
   length = w.codes.shape[2]
-  runs = (length // c.shape[2] for c in w.constants if c.shape[2] < length)
+  runs = (length // c.shape[2] for c in w.constants if 1 < c.shape[2] < length)
   even = all(run % LEAST == 0 for run in runs)
   return known(w.format, w.constants) and x.dtype in TYPES and even and not length % w.format.size
 

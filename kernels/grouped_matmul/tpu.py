@@ -16,9 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 from effjax.core.typing import Array, Bool, DTypeLike, Float, Int
 from effjax.kernels.grouped_matmul import visits
 from effjax.kernels.grouped_matmul.sizes import Size, choose
+from effjax.kernels.grouped_matmul.steps import dot
 from effjax.kernels.grouped_matmul.visits import Visits
 from effjax.kernels.quantized_matmul.lying import Lying
-from effjax.kernels.quantized_matmul.tiles import dot, known, like
+from effjax.kernels.quantized_matmul.tiles import known, like
 from effjax.kernels.quantized_matmul.tpu import TYPES, VMEM, spread
 
 LANES = 128

@@ -10,11 +10,12 @@ import optax
 import pytest
 
 from effjax.attention import Attention
+from effjax.attention.masks import Full
 from effjax.core import trees
 from effjax.decode import generate
-from effjax.layers import MLP, LayerSpec, Rope, TransformerConfig
+from effjax.layers import MLP, Context, LayerSpec, Rope, TransformerConfig
 from effjax.models import Transformer
-from effjax.moe import Gated, MoA, MoE, ResidualMoE, TopK
+from effjax.moe import Capacity, ExpertChoice, Gated, MoA, MoE, ResidualMoE, Switch, TopK
 from effjax.parallel import Zero, make_mesh
 from effjax.peft import LoRA, lora
 from effjax.quant import quantize
@@ -123,6 +124,20 @@ def test_costs_and_roles():
   assert layer.flops(D, T) == 2 * used + scores
 
 
+def test_a_head_without_room_gives_nothing():
+  x, attention = normal(2, T, D), Attention(2, head_width=4)
+  router = Switch(E, capacity=Capacity(0.5, evaluation=0.5))
+  layer = MoA(router, attention)
+  params = random_params(layer, x)
+  y, _ = apply(layer, params, x)
+  whole, _ = apply(MoA(TopK(E, 1, renormalize=False), attention), params, x)
+  rows = x.reshape(-1, D)
+  placed = apply(router, params["router"], rows, Context(), None).experts < E
+  assert 0 < placed.sum() < len(rows)
+  expected = np.where(placed.reshape(2, T, 1), whole, 0)
+  chex.assert_trees_all_close(y, expected, atol=1e-6)
+
+
 def test_what_cannot_be_is_refused():
   x = jnp.zeros((1, T, D))
   init = lambda layer: jax.eval_shape(layer.init, jax.random.key(0), x)
@@ -130,6 +145,8 @@ def test_what_cannot_be_is_refused():
     init(MoA(TopK(E, K), Attention(2, sinks=True)))
   with pytest.raises(ValueError, match="MoA: attention is MLP; allowed: modules that have `heads`"):
     init(MoA(TopK(E, K), MLP(4)))
+  with pytest.raises(ValueError, match="MoA: router=ExpertChoice, whose experts choose tokens"):
+    init(MoA(ExpertChoice(E), Attention(2, mask=Full())))
 
 
 ROPE = Rope(1e4)
