@@ -66,6 +66,7 @@ class BatchPriority(TopK):
   losses and metrics are those of `Scored`. It is refused in causal models, see `layers.peeking`.
 
   Attributes:
+    top_k, renormalize, scale, limit: as in `TopK`.
     noise: standard deviation of the noise, times E.
     capacity: factors below 1 skip the tokens that matter least.
     importance: coefficient of CV² of the sums of softmax(x W).

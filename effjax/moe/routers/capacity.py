@@ -82,7 +82,8 @@ class Capacity:
     elif self.rounding == "nearest" and (rest > parts or (rest == parts and size % 2)):
       size += 1
     size = -(-size // self.multiple) * self.multiple
-    return min(max(size, self.least), max(rows, 1)) if is_size(rows) else size
+    most, least = jax.core.max_dim, jax.core.min_dim  # of sizes, symbols too
+    return least(most(size, self.least), most(rows, 1))
 
 
 def drop_overflow(

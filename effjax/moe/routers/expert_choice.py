@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from effjax.core import spmd
 from effjax.core.known import is_id, is_size, number
 from effjax.core.numerics import weighted_mean, zero_unless
-from effjax.core.typing import Array, Bool, Dim, Float, Number
+from effjax.core.typing import Array, Bool, Dim, Float
 from effjax.layers import ExpertRouting
 from effjax.moe.routers.capacity import Capacity
 from effjax.moe.routers.health import sow_health
@@ -64,7 +64,7 @@ def expert_choice_routing(
 class ExpertChoice(Scored):
   """A router of which each expert chooses its tokens, by `expert_choice_routing`.
 
-  The load is even by itself. Parameters and losses are those of `Scored`, but no balance losses;
+  The load is even by itself. Parameters, losses and metrics are those of `Scored`, where
   "dropped_share" is the share of tokens that no expert takes. It is refused in causal models, see
   `layers.peeking`.
 
@@ -77,8 +77,6 @@ class ExpertChoice(Scored):
 
   _: dataclasses.KW_ONLY
   capacity: Capacity = Capacity(2.0)
-  load_balance: Number = 0.0
-  z: Number = 0.0
 
   def _decide(self, rows, logits, mask, key) -> ExpertRouting:
     limit = self.capacity.of(

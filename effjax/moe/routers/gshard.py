@@ -93,8 +93,8 @@ class GShard(TokenChoice):
   renormalize: bool | str = True
   _: dataclasses.KW_ONLY
   capacity: Capacity | None = Capacity(2.0, evaluation=2.0, per_choice=False)
+  load_balance: Number = 0.01
   normalization: str = "gshard"
-  z: Number = 0.0
 
   def _choose(self, rows, logits, mask, key) -> Routing:
     choose = lambda logits, _: top_k_routing(logits, k=2, renormalize=bool(self.renormalize))

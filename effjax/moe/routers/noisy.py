@@ -62,6 +62,7 @@ class NoisyTopK(TopK):
   balance losses are those of H; without noise the load is counted, and has no gradient.
 
   Attributes:
+    top_k, renormalize, scale, limit: as in `TopK`.
     importance: coefficient of CV² of the sums of gates (0.1 in the paper).
     load: coefficient of `load_loss`.
   """

@@ -3,7 +3,6 @@
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -34,10 +33,7 @@ class Scored(nn.Module):
 
   Attributes:
     experts: number of experts E.
-    load_balance, normalization: coefficient and form of `load_balance_loss`.
-    devices, device_balance: groups of experts, and the coefficient of their `load_balance_loss`.
     z: coefficient of `z_loss`, under "router_z".
-    importance: coefficient of `importance_loss`.
     mutual_information: coefficient of `mutual_information_loss`.
 
   Sown, one scalar a call; a loss with coefficient 0 is not, but for two that are always measured:
@@ -55,12 +51,7 @@ class Scored(nn.Module):
 
   experts: Size
   _: dataclasses.KW_ONLY
-  load_balance: Number = 0.01
-  normalization: str = "deepseek"
-  devices: Size | None = None
-  device_balance: Number = 0.0
-  z: Number = 0.001
-  importance: Number = 0.0
+  z: Number = 0.0
   mutual_information: Number = 0.0
 
   @nn.compact
@@ -69,7 +60,7 @@ class Scored(nn.Module):
     rows: Float[Array, "M D"],
     context: Context = Context(),
     mask: Bool[Array, "M"] | None = None,
-  ) -> Any:
+  ) -> Routing | ExpertRouting:
     self._check()
     rows = zero_unless(mask, rows).astype(jnp.float32)
     key = self.make_rng("router") if self.has_rng("router") else None
@@ -133,10 +124,18 @@ class TokenChoice(Scored):
   """A `Scored` router of which each token chooses its experts.
 
   Attributes:
+    load_balance, normalization: coefficient and form of `load_balance_loss`.
+    devices, device_balance: groups of experts, and the coefficient of their `load_balance_loss`.
+    importance: coefficient of `importance_loss`.
     capacity: what an expert takes at most, see `Capacity`; None is no limit.
   """
 
   _: dataclasses.KW_ONLY
+  load_balance: Number = 0.0
+  normalization: str = "deepseek"
+  devices: Size | None = None
+  device_balance: Number = 0.0
+  importance: Number = 0.0
   capacity: Capacity | None = None
 
   @abstractmethod

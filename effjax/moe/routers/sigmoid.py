@@ -70,6 +70,7 @@ def sigmoid_routing(
   return Routing(experts, gates, jax.nn.softmax(size), logits)
 
 
+@spmd.on_any_mesh
 def _largest(first: Array, second: Array, k: int) -> Array:
   """Places of the k largest by the first, then by the second, then by place."""
   places = jax.lax.broadcasted_iota(jnp.int32, first.shape, first.ndim - 1)
