@@ -1,7 +1,7 @@
-"""Mixture of experts: routers, balance losses, dropless dispatch, the layer, and upcycling."""
+"""Mixture of experts: routers, balance losses, dispatch, the layer, upcycling and splitting."""
 
 from effjax.layers import ExpertRouting, Router, Routing
-from effjax.moe import hash_tables
+from effjax.moe import hash_tables, splitting
 from effjax.moe.attention_experts import MoA
 from effjax.moe.dispatch import mix, mix_experts, mix_rows
 from effjax.moe.gated import Gated, ResidualMoE
@@ -16,6 +16,7 @@ from effjax.moe.losses import (
   smooth_load,
   z_loss,
 )
+from effjax.moe.merging import merge_experts
 from effjax.moe.multi_hash import MultiHash
 from effjax.moe.routers import (
   BatchPriority,
@@ -39,6 +40,7 @@ from effjax.moe.routers import (
   switch_routing,
   top_k_routing,
 )
+from effjax.moe.splitting import split_ffn
 from effjax.moe.upcycle import upcycle, upcycle_ffn
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
   "importance_loss",
   "load_balance_loss",
   "load_loss",
+  "merge_experts",
   "mix",
   "mix_experts",
   "mix_rows",
@@ -79,6 +82,8 @@ __all__ = [
   "noisy_top_k_routing",
   "sigmoid_routing",
   "smooth_load",
+  "split_ffn",
+  "splitting",
   "switch_routing",
   "top_k_routing",
   "upcycle",

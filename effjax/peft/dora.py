@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core import numerics, weights
 from effjax.core.register import register
@@ -63,6 +64,13 @@ class DoRA(LoRA):
     own = [name for name in ("magnitude", "norm") if getattr(self, name) is not None]
     return super().specs(axes)._with_specs(dict.fromkeys(own, (*batch, None, outputs)))
 
+  def pick(self, units: Int[Array | np.ndarray, "n"], axis: int) -> Weight:
+    if axis == -2:
+      raise ValueError(
+        f"{self!r} has norms of all its rows; allowed: a LoRA, or to merge it before"
+      )
+    return super().pick(units, axis)
+
   def within(self, function: Callable, *arguments: Any) -> Any:
     return function(dataclasses.replace(self, norm=self._norm()), *arguments)
 
@@ -93,7 +101,7 @@ class DoRA(LoRA):
     ratio = numerics.expand(self.ratio()[0], y.ndim)
     return y * (ratio - 1).astype(y.dtype) + self.low_rank(seen) * ratio.astype(y.dtype)
 
-  def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
+  def product(self, x: Array, multiply: Callable[[Array, Any], Array]) -> Array:
     ratio, seen = self.ratio(), self.dropped(x)
     low_rank = multiply(multiply(seen, self.a * self.scale), self.b * ratio)
     base = materialize(self.base).astype(jnp.float32)

@@ -17,6 +17,12 @@ from tests.contract import weights as table
 from tests.contract.weights import ROWS, D, E, F, V, WeightRow, X
 
 SHAPES = ((D, F), (E, D, F), (V, D))
+# Whose rows, and whose columns besides, stand alone.
+PICKED = (
+  {"array", "Int8", "Int8 by row", "LLMInt8Exact", "LoRA over array", "InputScaled over array",
+   "IA3 over array", "IA3 of inputs over array", "Tuned over array"},
+  {"NF4", "Int4Affine", "Palette", "GGUF", "Ternary", "DoRA over array"},
+)  # fmt: skip
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 
@@ -36,6 +42,22 @@ def test_in_every_place_it_computes_what_its_matrix_does(row):
   found, expected = table.everywhere(*given), table.everywhere(*table.plain(given))
   for place in found:
     assert_close(found[place], expected[place], 1e-4 + row.rounding)
+
+
+def test_units_are_picked_or_refused_by_name():
+  units, picked, whole = np.array([4, 21, 4, 0]), {}, {}
+  for row in [row for row in ROWS if " over " not in row.name or row.name.endswith("over array")]:
+    whole[row.name] = w = row.of(D, F)
+    for axis in (-2, -1):
+      try:
+        picked[row.name, axis] = weights.pick(w, units, axis)
+      except ValueError as error:
+        assert type(w).__name__ in str(error)
+  assert PICKED[0] <= {name for name, axis in picked if axis == -2}
+  assert PICKED[0] | PICKED[1] <= {name for name, axis in picked if axis == -1}
+  found, whole = table.plain((list(picked.values()), whole))
+  for (name, axis), matrix in zip(picked, found, strict=True):
+    assert_close(matrix, np.take(np.asarray(whole[name]), units, axis), 1e-6)
 
 
 @rows
