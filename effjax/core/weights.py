@@ -74,12 +74,12 @@ class Weight(abc.ABC):
     """What x @ W + bias adds: `bias` [..., F] or None, but for weights that scale outputs whole."""
     return bias
 
-  def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
-    """x W by `multiply(x, array)`, another product than that of rows with one matrix.
+  def product(self, x: Array, multiply: Callable[[Array, Any], Array]) -> Array:
+    """x W by `multiply(x, w)`, another product than that of rows with one matrix.
 
     Such is the grouped product of rows with one of several matrices each, where W has a leading
     axis. A sum multiplies by its parts, so that none is rounded to the type of another and a
-    low-rank one stays so.
+    low-rank one stays so. A part w is an array, or a `Weight` that a kernel may know to unpack.
     """
     return multiply(x, self.materialize())
 
@@ -381,7 +381,7 @@ def lookup(w: Any, indices: Int[Array, "..."]) -> Array:
   return w.lookup(indices) if isinstance(w, Weight) else jnp.take(w, indices, axis=0, mode="clip")
 
 
-def product(x: Array, w: Any, multiply: Callable[[Array, Array], Array]) -> Array:
+def product(x: Array, w: Any, multiply: Callable[[Array, Any], Array]) -> Array:
   """multiply(x, w), by parts where `w` is a `Weight` made of several."""
   return w.product(x, multiply) if isinstance(w, Weight) else multiply(x, w)
 

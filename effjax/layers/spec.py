@@ -16,7 +16,7 @@ from effjax.core.known import check_ids, number
 from effjax.core.typing import Array, DTypeLike, Float, Number, PyTree, Size
 from effjax.layers.context import Context
 from effjax.layers.norms import RMSNorm
-from effjax.layers.peeking import check_caches, check_direction
+from effjax.layers.peeking import check_caches, check_direction, parts
 
 BRANCHES = ("mixer", "cross", "ffn")  # each is added to the residual stream
 BOUNDS: dict[str, dict] = {  # of the numbers of a configuration; optional ones may be None
@@ -161,8 +161,8 @@ class TransformerConfig:
     family: which published layout the parameters save to, e.g. "llama"; None for none.
 
   Raises:
-    ValueError: for values out of range, and for a module that is for encoders only (`peeking`)
-      where all mixers look back only.
+    ValueError: for values out of range, for a module with tables of another `vocabulary`, and for
+      one that is for encoders only (`peeking`) where all mixers look back only.
   """
 
   vocab_size: Size
@@ -193,6 +193,7 @@ class TransformerConfig:
     _check("head", self.head, (None, "lm"))
     object.__setattr__(self, "layers", tuple(self.layers))
     every = self._places
+    _check_vocabulary(every, self.vocab_size)
     check_direction(every, {at: part for at, part in every.items() if at.endswith(": mixer")})
 
   def check_caches(self) -> None:
@@ -272,6 +273,15 @@ def share(parts: Mapping[str, nn.Module], path: str) -> float:
   name, _, inside = path.partition("/")
   of = getattr(parts.get(name), "share", None)
   return 1.0 if of is None else of(inside)
+
+
+def _check_vocabulary(places: Mapping[str, nn.Module], vocab_size: int) -> None:
+  """Refuses what has a table of tokens, and says of how many by `vocabulary`, for other tokens."""
+  for where, module in places.items():
+    for part in parts(module):
+      if getattr(part, "vocabulary", None) not in (None, vocab_size):
+        given = f"{where} has {type(part).__name__} for {part.vocabulary} tokens"
+        raise ValueError(f"{given}; allowed: {vocab_size}, the model's vocab_size")
 
 
 def _check(name: str, value, allowed: tuple) -> None:

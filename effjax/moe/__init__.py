@@ -1,7 +1,7 @@
 """Mixture of experts: routers, balance losses, dispatch, the layer, upcycling and splitting."""
 
 from effjax.layers import ExpertRouting, Router, Routing
-from effjax.moe import splitting
+from effjax.moe import hash_tables, splitting
 from effjax.moe.attention_experts import MoA
 from effjax.moe.dispatch import mix, mix_experts, mix_rows
 from effjax.moe.gated import Gated, ResidualMoE
@@ -17,12 +17,14 @@ from effjax.moe.losses import (
   z_loss,
 )
 from effjax.moe.merging import merge_experts
+from effjax.moe.multi_hash import MultiHash
 from effjax.moe.routers import (
   BatchPriority,
   Capacity,
   ExpertChoice,
   GroupLimit,
   GShard,
+  Hash,
   NoisyTopK,
   SigmoidTopK,
   Switch,
@@ -31,6 +33,7 @@ from effjax.moe.routers import (
   drop_overflow,
   expert_choice_routing,
   gshard_routing,
+  hash_routing,
   move_bias,
   noisy_top_k_routing,
   sigmoid_routing,
@@ -48,8 +51,10 @@ __all__ = [
   "GShard",
   "Gated",
   "GroupLimit",
+  "Hash",
   "MoA",
   "MoE",
+  "MultiHash",
   "NoisyTopK",
   "ResidualMoE",
   "Router",
@@ -63,6 +68,8 @@ __all__ = [
   "expert_choice_routing",
   "expert_shares",
   "gshard_routing",
+  "hash_routing",
+  "hash_tables",
   "importance_loss",
   "load_balance_loss",
   "load_loss",

@@ -6,12 +6,13 @@ what comes out of the latter. JetMoE (Shen et al., arXiv 2404.07413, section 2.2
 several heads of each.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax.numpy as jnp
 
-from effjax.core.known import is_id
-from effjax.core.numerics import wide, zero_unless
-from effjax.core.typing import Array, Bool, DTypeLike, Float, PyTree
+from effjax.core.numerics import wide
+from effjax.core.typing import Array, DTypeLike, Float, PyTree
 from effjax.core.weights import along
 from effjax.layers import Context, Linear, Router, Routing, weight, without_padding
 from effjax.layers.axes import lead, under
@@ -55,13 +56,14 @@ class MoA(nn.Module):
   ) -> tuple[Float[Array, "B T D"], PyTree]:
     rows, routing, mask = route(self.router, x, context)
     if not isinstance(routing, Routing):
-      given = f"MoA: router={self.router!r}, whose experts choose tokens"
+      given = f"MoA: router={type(self.router).__name__}, whose experts choose tokens"
       raise ValueError(f"{given}; allowed: routers that choose experts for each token")
     choices, heads = routing.experts.shape[-1], self._heads
     kv_heads, width = self._kv_shape(x.shape[-1])
     groups = (kv_heads, heads // kv_heads, width)
     copies = jnp.broadcast_to(rows[:, None], (rows.shape[0], choices, rows.shape[1]))
-    query = self._each("query", copies, heads * width, self.attention.use_bias, routing, mask)
+    whole = dataclasses.replace(routing, gates=jnp.ones_like(routing.gates))
+    query = self._each("query", copies, heads * width, self.attention.use_bias, whole, mask)
     # Heads that share keys are neighbours: [M, k, K, N/K, H] → [M, K, k, N/K, H].
     query = query.reshape(-1, choices, *groups).swapaxes(1, 2)
     query = query.reshape(*x.shape[:2], choices * heads, width)
@@ -69,27 +71,22 @@ class MoA(nn.Module):
     seen, cache = attention(x, context, cache, query)
     seen = seen.reshape(-1, kv_heads, choices, *groups[1:]).swapaxes(1, 2)
     seen = seen.reshape(-1, choices, heads * width)
-    y = self._each("out", seen, x.shape[-1], False, routing, mask).astype(wide(x.dtype))
-    y = (y * zero_unless(self._chosen(routing, mask), routing.gates)[..., None]).sum(1)
-    y = y.astype(x.dtype).reshape(x.shape)
+    y = self._each("out", seen, x.shape[-1], False, routing, mask)
+    y = y.sum(1, dtype=wide(x.dtype)).astype(x.dtype).reshape(x.shape)
     if self.attention.out_bias:
       bias = weight(self, "out_bias", nn.initializers.zeros, y.shape[-1:])
       y = y + along(bias, y).astype(y.dtype)
     return y, cache
 
   def _each(self, name, rows, features, use_bias, routing, mask) -> Float[Array, "M k F"]:
-    """Each choice's rows [M, k, _] by its expert's linear map; zero where there is none."""
-    experts, count = routing.experts.reshape(-1, 1), self.router.experts
-    each = Routing(experts, jnp.ones(experts.shape, jnp.float32), capacity=routing.capacity)
+    """Each choice's rows [M, k, _] by its expert's linear map, times its gate; zero for none."""
+    flat = lambda a: a.reshape(-1, 1)
+    each = dataclasses.replace(routing, experts=flat(routing.experts), gates=flat(routing.gates))
     mask = None if mask is None else jnp.repeat(mask, rows.shape[1])
+    count, rows = self.router.experts, rows.reshape(-1, rows.shape[-1])
     sow_dropped(self, each, count, mask)
-    apply = bank(self, name, count, Linear(features, use_bias))
-    y = mix(apply, rows.reshape(-1, rows.shape[-1]), each, count=count, mask=mask)
-    return y.reshape(*rows.shape[:2], features)
-
-  def _chosen(self, routing: Routing, mask: Array | None) -> Bool[Array, "M k"]:
-    chosen = is_id(routing.experts, self.router.experts)
-    return chosen if mask is None else chosen & mask[:, None]
+    y = mix(bank(self, name, count, Linear(features, use_bias)), rows, each, count=count, mask=mask)
+    return y.reshape(*routing.experts.shape, features)
 
   @property
   def _heads(self) -> int:
@@ -146,12 +143,14 @@ class MoA(nn.Module):
   @property
   def axes(self) -> dict[str, tuple[str, ...]]:
     """The roles of its parameters' axes, see `effjax.layers.axes`."""
-    whole = ask(self.attention, "axes", "MoA: attention")
+    stated = lambda name: ask(getattr(self, name), "axes", f"MoA: {name}")
+    whole = stated("attention")
     routed = {path: roles for path, roles in whole.items() if path.startswith(("query/", "out/"))}
     rest = {path: roles for path, roles in whole.items() if path not in routed}
     bias = {"out_bias": routed.pop("out/bias")} if "out/bias" in routed else {}
-    router = under("router", ask(self.router, "axes", "MoA: router"))
-    return router | lead("experts", routed) | bias | under("shared", rest)
+    return (
+      under("router", stated("router")) | lead("experts", routed) | bias | under("shared", rest)
+    )
 
   @property
   def units(self) -> dict[str, int]:

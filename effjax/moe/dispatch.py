@@ -7,10 +7,11 @@ three the mathematics is that of `mix_experts`, or where experts choose tokens o
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from effjax.core import spmd
-from effjax.core.known import is_id, is_size, number
+from effjax.core.known import is_id, number
 from effjax.core.numerics import wide, zero_unless
 from effjax.core.typing import Array, Bool, Dim, Float, Int, Size
 from effjax.kernels.grouped_matmul import Groups
@@ -80,7 +81,7 @@ def mix_experts(
     >>> mix_experts(double_or_negate, x, jnp.array([[1], [0]]), gates, count=2).tolist()
     [[-1.0], [2.0]]
   """
-  if capacity is not None and is_size(capacity):
+  if capacity is not None and not jax.export.is_symbolic_dim(capacity):
     capacity = number("capacity", capacity, of="mix_experts", integer=True, least=1)
   x, experts = zero_unless(mask, x), _chosen(experts, count, mask)
   way = exchange.way((x, experts, gates), experts, count, capacity)
@@ -91,7 +92,10 @@ def mix_experts(
 
 
 def dropped_share(
-  routing: Routing | ExpertRouting, *, count: Size, mask: Bool[Array, "M"] | None = None
+  routing: Routing | ExpertRouting,
+  *,
+  count: Size,
+  mask: Bool[Array, "M"] | None = None,
 ) -> Float[Array, ""] | None:
   """The share of choices that find no room between devices; None where there is room for all.
 

@@ -84,7 +84,7 @@ class MoE(nn.Module):
 
 def route(
   router: Router, x: Float[Array, "B T D"], context: Context
-) -> tuple[Float[Array, "M D"], Routing, Bool[Array, "M"] | None]:
+) -> tuple[Float[Array, "M D"], Routing | ExpertRouting, Bool[Array, "M"] | None]:
   """The tokens of `x` as rows, what the router says of them, and which are none (False) if any."""
   mask = context.is_token(x)
   rows, mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)

@@ -101,7 +101,7 @@ class DoRA(LoRA):
     ratio = numerics.expand(self.ratio()[0], y.ndim)
     return y * (ratio - 1).astype(y.dtype) + self.low_rank(seen) * ratio.astype(y.dtype)
 
-  def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
+  def product(self, x: Array, multiply: Callable[[Array, Any], Array]) -> Array:
     ratio, seen = self.ratio(), self.dropped(x)
     low_rank = multiply(multiply(seen, self.a * self.scale), self.b * ratio)
     base = materialize(self.base).astype(jnp.float32)

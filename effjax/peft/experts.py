@@ -64,7 +64,7 @@ class Shared(Over):
     base = jnp.expand_dims(materialize(self.base), -1 - self.axes)
     return jnp.broadcast_to(base, self.shape)
 
-  def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
+  def product(self, x: Array, multiply: Callable[[Array, Any], Array]) -> Array:
     return linear(x, self.base)
 
   @property

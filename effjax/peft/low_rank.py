@@ -94,7 +94,7 @@ class LoRA(Adapter):
   def added(self, x: Float[Array, "... D"], y: Float[Array, "... F"], bias: Any) -> Array:
     return self.low_rank(self.dropped(x))
 
-  def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
+  def product(self, x: Array, multiply: Callable[[Array, Any], Array]) -> Array:
     low_rank = multiply(multiply(self.dropped(x), self.a * self.scale), self.b)
     return weights.product(x, self.base, multiply) + low_rank
 

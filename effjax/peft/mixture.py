@@ -142,7 +142,7 @@ class Named(Adapter):
     self._check_rows("x", x, 2)
     return self._sum(lambda w, x, y: w.added(x, y, bias), x, y).astype(y.dtype)
 
-  def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
+  def product(self, x: Array, multiply: Callable[[Array, Any], Array]) -> Array:
     self._refuse_rows("rows in another order than the batch's, such as an expert's")
     y = weights.product(x, self.base, multiply)
     one, change = jnp.ones((x.shape[0], 1), x.dtype), jnp.zeros((), y.dtype)

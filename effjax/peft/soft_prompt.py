@@ -70,7 +70,7 @@ class Prompted(Over):
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
     return weights.linear(x, self.base)
 
-  def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
+  def product(self, x: Array, multiply: Callable[[Array, Any], Array]) -> Array:
     return weights.product(x, self.base, multiply)
 
   def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:

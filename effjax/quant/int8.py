@@ -12,7 +12,7 @@ from effjax.core import numerics, weights
 from effjax.core.trees import is_table
 from effjax.core.typing import Array, DTypeLike, Float, Int, Num, PyTree
 from effjax.core.weights import Weight, register
-from effjax.kernels.quantized_matmul import integer_product
+from effjax.kernels.quantized_matmul import Integers, Lying, integer_product
 from effjax.quant import basics
 
 
@@ -101,10 +101,18 @@ class Int8(Weight):
       y = _scaled(y, jnp.broadcast_to(scale[0], (self.shape[-1],)))
     return y.astype(x.dtype)
 
-  def product(self, x: Array, multiply: Callable[[Array, Array], Array]) -> Array:
+  def product(self, x: Array, multiply: Callable[[Array, Any], Array]) -> Array:
     both = x.dtype, self.dtype
     common = x.dtype if x.dtype == self.dtype else np.promote_types(*map(numerics.wide, both))
-    return multiply(x, basics.restore(self.q, self.scale, dtype=common))
+    return multiply(x, dataclasses.replace(self, dtype=common))
+
+  @property
+  def lying(self) -> Lying:
+    """How stacked ones lie in memory."""
+    if not self.turned:
+      return Lying(Integers(1), self.q, (self.scale,), table=True)
+    q, scale = jnp.matrix_transpose(self.q), jnp.matrix_transpose(self.scale)
+    return Lying(Integers(1), q, (scale,))
 
   def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
     rows = weights.lookup(self.q, indices)

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from effjax.core.known import number
 from effjax.core.trees import is_table
 from effjax.core.typing import Array, Float, Int, Num, PyTree, Size
 from effjax.core.weights import Weight
-from effjax.kernels.quantized_matmul import Format, packed_product
+from effjax.kernels.quantized_matmul import Format, Lying, packed_product
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -118,6 +118,15 @@ class Packed(ByRows):
   def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
     y = packed_product(x, self.format, self.codes, *self.constants, inputs=not self.table)
     return y.astype(x.dtype)
+
+  def product(self, x: Array, multiply: Callable[[Array, Any], Array]) -> Array:
+    return multiply(x, self)
+
+  @property
+  def lying(self) -> Lying:
+    """How stacked ones lie in memory."""
+    constants = tuple(map(weights.materialize, self.constants))
+    return Lying(self.format, self.codes, constants, self.table)
 
   def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... F"]:
     if not self.table:

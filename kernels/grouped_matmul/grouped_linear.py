@@ -1,6 +1,7 @@
 """One linear map per group of rows (the experts of MegaBlocks, Gale et al., arXiv 2211.15841)."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ from jax import lax
 from effjax.core import numerics, spmd, trees
 from effjax.core.known import is_size
 from effjax.core.typing import Array, Float, Int, PyTree, Size
-from effjax.core.weights import Weight, offset, product, within
-from effjax.kernels.grouped_matmul import reference, tiles
+from effjax.core.weights import Weight, materialize, offset, product, within
+from effjax.kernels.grouped_matmul import fused, reference, tiles
 from effjax.kernels.grouped_matmul.groups import Groups, group_of_row
+from effjax.kernels.quantized_matmul import as_it_lies
 
-IMPLEMENTATIONS = (None, "tiles", "ragged", "reference")
+IMPLEMENTATIONS = (None, "tiles", "ragged", *fused.KERNELS, "reference")
 
 
 def grouped_linear(
@@ -39,10 +41,13 @@ def grouped_linear(
       when x is P parts of M / P rows laid end to end, each sorted by itself; or `Groups`, which may
       lie otherwise. In `spmd.rows_split` each device multiplies its own.
     bias: [E, F], or None.
-    implementation: "tiles" loops over tiles of rows and uses any `Weight` as it is; "ragged" is
-      `jax.lax.ragged_dot` on arrays, those of a `Weight` as its `product` says, and costs E times
-      as much on a CPU; of groups with a capacity it is one batched product; "reference" is the
-      dense definition. None compiles tiles for CPU, ragged elsewhere.
+    implementation: "tiles" loops over tiles of rows and uses any `Weight` as it is; "gpu" and
+      "tpu" are kernels of NVIDIA GPUs and of TPUs, which multiply what is packed as it lies, and
+      leave types and weights that they do not know to "ragged"; that is `jax.lax.ragged_dot` on
+      arrays, those of a `Weight` as its `product` says, which costs E times as much on CPUs and
+      GPUs, and for groups with a capacity one batched product; "reference" is the dense definition.
+      None compiles tiles for CPUs, and the kernels of this process's devices, ragged where these
+      are several that XLA splits the operands over.
 
   Raises:
     ValueError: when shapes do not fit, for sizes that are no integers or, where they are known,
@@ -81,10 +86,11 @@ def _on_parts(
 def _on_part(
   implementation: str | None, capacity: Size | None, x: Array, sizes: Array, params: PyTree
 ) -> Array:
-  if implementation == "reference":
-    return _dense(reference.grouped_matmul, capacity, x, params, sizes)
+  if implementation == "reference" or not _fills(capacity, x, sizes):
+    multiply = lambda x, w, sizes: reference.grouped_matmul(x, materialize(w), sizes, capacity)
+    return _dense(multiply, capacity, x, params, sizes)
   if isinstance(params[0], Weight) and params[0].by_parts:
-    multiply = lambda x, w, sizes, capacity: _on_part(implementation, capacity, x, sizes, (w, None))
+    multiply = lambda x, w, sizes: _on_part(implementation, capacity, x, sizes, (w, None))
     return _dense(multiply, capacity, x, params, sizes)
   rows = x.shape[0]
   if not is_size(rows):  # so that it is known that there are as many as a tile has
@@ -93,12 +99,16 @@ def _on_part(
   return _grouped(implementation, capacity, *numerics.vary_alike(operands, operands))[:rows]
 
 
+def _fills(capacity: Size | None, x: Array, sizes: Array) -> bool:
+  """Whether each group has rows of its own, where it may be that some share theirs."""
+  return capacity is None or x.shape[0] == sizes.shape[0] * capacity
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _grouped(
   implementation: str | None, capacity: Size | None, x: Array, floats, others, group_sizes: Array
 ) -> Array:
-  by = _tiles(capacity), _ragged(capacity)
-  return _choose(implementation, *by, x, floats, others, group_sizes)
+  return _run(implementation, capacity, 0, x, floats, others, group_sizes)
 
 
 def _forward(implementation, capacity, *operands):
@@ -107,67 +117,109 @@ def _forward(implementation, capacity, *operands):
 
 def _backward(implementation, capacity, operands, dy):
   *_, others, group_sizes = operands
-  by = _tiles_backward(capacity), _ragged_backward(capacity)
-  dx, d_floats = _choose(implementation, *by, *operands, dy)
+  dx, d_floats = _run(implementation, capacity, 1, *operands, dy)
   return dx, d_floats, jax.tree.map(_float0, others), _float0(group_sizes)
 
 
 _grouped.defvjp(_forward, _backward)
 
 
-def _choose(implementation: str | None, by_tiles, by_ragged, *operands):
-  if implementation is None:
-    return lax.platform_dependent(*operands, cpu=by_tiles, default=by_ragged)
-  return (by_tiles if implementation == "tiles" else by_ragged)(*operands)
+def _run(implementation: str | None, capacity: Size | None, which: int, *operands):
+  """The product, or its gradients for `which` = 1."""
+  ways = {name: way[which] for name, way in _ways(capacity).items()}
+  if implementation is not None:
+    return ways[implementation](*operands)
+  kernels = {platform: ways[name] for platform, name in _fused(operands).items()}
+  return lax.platform_dependent(*operands, cpu=ways["tiles"], default=ways["ragged"], **kernels)
 
 
-# Under vmap a batch goes through in turn: loops of traced length would run as long as the longest
-# and copy every array in each turn, and `jax.lax.ragged_dot` has no rule for what is asked here.
-def _in_turn(function):
-  @functools.cache
-  def of(capacity: Size | None):
-    return jax.custom_batching.sequential_vmap(functools.partial(function, capacity))
-
-  return of
-
-
-_tiles, _tiles_backward = _in_turn(tiles.forward), _in_turn(tiles.backward)
+def _fused(operands: PyTree) -> dict[str, str]:
+  """The kernels of this process's devices by XLA's platform; none where XLA splits operands."""
+  x, *_ = operands
+  split = jax.device_count() > 1 and not jax.typeof(x).manual_axis_type.varying
+  if split or spmd.explicit_mesh(operands) is not None:
+    return {}
+  return {"gpu": {"cuda": "gpu"}, "tpu": {"tpu": "tpu"}}.get(jax.default_backend(), {})
 
 
-@_in_turn
-def _ragged(capacity, x, floats, others, group_sizes):
-  multiply = _ragged_dot if capacity is None else _batched
-  return _dense(multiply, capacity, x, trees.merge(floats, others), group_sizes)
+def _ragged(capacity: Size | None, x, params, group_sizes):
+  def multiply(x: Array, w: Any, sizes: Array) -> Array:
+    w = materialize(w).astype(x.dtype)
+    if capacity is None:
+      return lax.ragged_dot(x, w, sizes)
+    return jnp.matmul(x.reshape(w.shape[0], capacity, -1), w).reshape(x.shape[0], -1)
+
+  return _dense(multiply, capacity, x, params, group_sizes)
 
 
-@_in_turn
-def _ragged_backward(capacity, x, floats, others, group_sizes, dy):
-  apply = lambda x, floats: _ragged(capacity).fun(x, floats, others, group_sizes)
-  return jax.vjp(apply, x, floats)[1](dy)
+def _by_kernels(name: str, capacity: Size | None, x, params, group_sizes):
+  """By the kernels of a platform, and what these cannot multiply by ragged products.
+
+  Rows with a capacity are all multiplied, arrays by one batched product.
+  """
+
+  def multiply(x: Array, w: Any, sizes: Array) -> Array:
+    batched = capacity is not None and not isinstance(w, Weight)
+    lying = None if batched else as_it_lies(w)
+    if lying is None or not fused.fits(name, x, lying):
+      return _ragged(capacity, x, (w, None), sizes)
+    full = sizes if capacity is None else jnp.full_like(sizes, capacity)
+    return fused.product(name, x, lying, full)
+
+  if capacity is not None:
+    return _dense(multiply, capacity, x, params, group_sizes)
+  w, bias = params
+  y = product(x, w, lambda x, w: multiply(x, w, group_sizes))
+  return _biased(y, w, bias, group_of_row(group_sizes, x.shape[0]))
 
 
-def _ragged_dot(x: Array, w: Array, group_sizes: Array, capacity: None) -> Array:
-  return jax.lax.ragged_dot(x, w, group_sizes)
-
-
-def _batched(x: Array, w: Array, group_sizes: Array, capacity: Size) -> Array:
-  """One product for each group; some of the groups may share the room of one."""
-  if x.shape[0] != w.shape[0] * capacity:
-    return reference.grouped_matmul(x, w, group_sizes, capacity)
-  return jnp.matmul(x.reshape(w.shape[0], capacity, -1), w).reshape(x.shape[0], -1)
-
-
-def _dense(multiply, capacity, x, params, group_sizes):
-  """`multiply` on the arrays of the weight, the bias of each row, and zero where no group is."""
+def _dense(multiply, capacity: Size | None, x, params, group_sizes):
+  """`multiply` on the parts of the weight, the bias of each row, and zero where no group is."""
   w, bias = params
   group = group_of_row(group_sizes, x.shape[0], capacity)
   inside = (group < group_sizes.shape[0])[:, None]
   sizes = group_sizes.astype(jnp.int32)
-  by_group = lambda x, w: multiply(x, w.astype(x.dtype), sizes, capacity)
-  y = product(jnp.where(inside, x, jnp.zeros_like(x)), w, by_group)
-  if bias is not None:
-    y = y + jnp.take(offset(w, bias).astype(y.dtype), group, axis=0, mode="clip")
-  return jnp.where(inside, y, jnp.zeros_like(y))
+  y = product(jnp.where(inside, x, jnp.zeros_like(x)), w, lambda x, w: multiply(x, w, sizes))
+  return jnp.where(inside, _biased(y, w, bias, group), jnp.zeros_like(y))
+
+
+def _biased(y, w, bias, group):
+  """y + the bias of each row's group."""
+  if bias is None:
+    return y
+  take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)  # 0 where no group is
+  return y + take(offset(w, bias).astype(y.dtype), group)
+
+
+def _both(run):
+  """`run(x, params, group_sizes)` and its gradients, one of a batch after the other.
+
+  Under vmap loops of traced length would run as long as the longest and copy every array in each
+  turn, and `lax.ragged_dot` has no rule for what is asked here.
+  """
+
+  @jax.custom_batching.sequential_vmap
+  def forward(x, floats, others, group_sizes):
+    return run(x, trees.merge(floats, others), group_sizes)
+
+  @jax.custom_batching.sequential_vmap
+  def backward(x, floats, others, group_sizes, dy):
+    apply = lambda x, floats: forward.fun(x, floats, others, group_sizes)
+    return jax.vjp(apply, x, floats)[1](dy)
+
+  return forward, backward
+
+
+@functools.cache
+def _ways(capacity: Size | None) -> dict:
+  """Name of an implementation → the product and its gradients."""
+  tiled = (functools.partial(tile, capacity) for tile in (tiles.forward, tiles.backward))
+  kernels = {name: functools.partial(_by_kernels, name, capacity) for name in fused.KERNELS}
+  return {
+    "tiles": tuple(map(jax.custom_batching.sequential_vmap, tiled)),
+    "ragged": _both(functools.partial(_ragged, capacity)),
+    **{name: _both(run) for name, run in kernels.items()},
+  }
 
 
 def _floats(params: PyTree) -> PyTree:
@@ -193,11 +245,13 @@ def _check(x, w, groups: Groups, bias, implementation) -> None:
   experts, _, width = w.shape
   if groups.sizes.shape[-1] != experts or x.shape[0] % groups.sizes.shape[0]:
     allowed = f"({experts},), or (P, {experts}) with a P that divides {x.shape[0]} rows"
-    given = groups.sizes.shape[groups.sizes.shape[0] == 1 :]
-    raise ValueError(f"grouped_linear: group_sizes {given}; allowed: {allowed}")
+    sizes = groups.sizes.shape[groups.sizes.shape[0] == 1 :]
+    raise ValueError(f"grouped_linear: group_sizes {sizes}; allowed: {allowed}")
   groups.check(x.shape[0], "grouped_linear")
   if bias is not None and bias.shape != (experts, width):
     raise ValueError(f"grouped_linear: bias {bias.shape}; allowed: ({experts}, {width})")
-  if implementation not in IMPLEMENTATIONS:
-    allowed = f"one of {IMPLEMENTATIONS}"
+  elsewhere = set(fused.KERNELS) - {jax.default_backend()}
+  names = tuple(name for name in IMPLEMENTATIONS if name not in elsewhere)
+  if implementation not in names:
+    allowed = f"one of {names} on {jax.default_backend()}"
     raise ValueError(f"grouped_linear: implementation={implementation!r}; allowed: {allowed}")

@@ -101,8 +101,8 @@ class Groups:
     if least < 0 or largest > most or sizes.sum(axis=-1).max(initial=0) > each:
       own = "" if self.capacity is None else f", {most} a group"
       allowed = f"from 0, together up to {each} rows{own}"
-      given = sizes[0] if sizes.shape[0] == 1 else sizes
-      raise ValueError(f"{of}: group_sizes {given.tolist()}; allowed: {allowed}")
+      shown = (sizes[0] if sizes.shape[0] == 1 else sizes).tolist()
+      raise ValueError(f"{of}: group_sizes {shown}; allowed: {allowed}")
 
 
 jax.tree_util.register_dataclass(Groups, ["sizes"], ["capacity", "axis"])

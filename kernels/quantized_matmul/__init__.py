@@ -7,8 +7,10 @@ from effjax.kernels.quantized_matmul.formats import (
   Indices,
   Integers,
   Nibbles,
+  Numbers,
 )
 from effjax.kernels.quantized_matmul.integers import integer_matmul, integer_product
+from effjax.kernels.quantized_matmul.lying import Lying, as_it_lies
 from effjax.kernels.quantized_matmul.packed import packed_product
 
 __all__ = [
@@ -17,7 +19,10 @@ __all__ = [
   "Format",
   "Indices",
   "Integers",
+  "Lying",
   "Nibbles",
+  "Numbers",
+  "as_it_lies",
   "integer_matmul",
   "integer_product",
   "packed_product",

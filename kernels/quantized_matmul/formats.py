@@ -144,7 +144,9 @@ class Nibbles(Format):
 
 @dataclasses.dataclass(frozen=True)
 class Integers(Format):
-  """M = code, 8-bit integers as they lie, one an input, without constants.
+  """M = code, or code · scale, 8-bit integers as they lie, one an input.
+
+  The constant, where there is one, is `scale`, [..., O, n], or [..., 1, I] for one an input.
 
   Attributes:
     block: any divisor of the inputs.
@@ -152,6 +154,8 @@ class Integers(Format):
   Example:
     >>> Integers(2).unpack(jnp.array([[1, -2]], jnp.int8)).tolist()
     [[1.0, -2.0]]
+    >>> Integers(2).unpack(jnp.array([[1, -2]], jnp.int8), jnp.array([[0.5]])).tolist()
+    [[0.5, -1.0]]
   """
 
   block: int
@@ -160,8 +164,38 @@ class Integers(Format):
   def size(self) -> int:
     return self.block
 
+  def planes(self, blocks, *constants):
+    numbers = blocks.astype(jnp.float32)
+    return (numbers * constants[0].astype(jnp.float32) if constants else numbers,)
+
   def unpack(self, codes, *constants):
-    return codes.astype(jnp.float32)
+    each = lambda c: jnp.repeat(c, codes.shape[-1] // c.shape[-1], -1)
+    return self.planes(codes, *map(each, constants))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers(Format):
+  """M as it lies, in floating point, without constants.
+
+  Attributes:
+    block: any divisor of the inputs.
+
+  Example:
+    >>> Numbers(1).unpack(jnp.array([[0.5, 2.0]])).tolist()
+    [[0.5, 2.0]]
+  """
+
+  block: int = 1
+
+  @property
+  def size(self) -> int:
+    return self.block
+
+  def planes(self, blocks, *constants):
+    return (blocks,)
+
+  def unpack(self, codes, *constants):
+    return codes
 
 
 def select(

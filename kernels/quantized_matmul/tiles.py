@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effjax.core.typing import Array, Float
+from effjax.core.typing import Array, DTypeLike, Float
 from effjax.core.weights import Weight
-from effjax.kernels.quantized_matmul.formats import Format, Integers, Nibbles
+from effjax.kernels.quantized_matmul.formats import Format, Integers, Nibbles, Numbers
 
 
 def known(format: Format, constants: Sequence[Any]) -> bool:
   """Whether a tile of codes becomes planes of their shape, with numbers for constants."""
   arrays = not any(isinstance(c, Weight) for c in constants)
-  return arrays and isinstance(format, Nibbles | Integers)
+  return arrays and isinstance(format, Nibbles | Integers | Numbers)
 
 
 def dot(x: Float[Array, "A B"], y: Float[Array, "C D"], axes: tuple[int, int]) -> Array:
@@ -29,7 +29,9 @@ def dot(x: Float[Array, "A B"], y: Float[Array, "C D"], axes: tuple[int, int]) -
   return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def like(x: Array, shape: tuple[int, ...], interpret: bool) -> jax.ShapeDtypeStruct:
-  """What a kernel gives in float32, which varies over the mesh axes that x varies over."""
+def like(
+  x: Array, shape: tuple[int, ...], interpret: bool, dtype: DTypeLike = jnp.float32
+) -> jax.ShapeDtypeStruct:
+  """What a kernel gives, which varies over the mesh axes that x varies over."""
   varies = jax.typeof(1.0 if interpret else x).manual_axis_type
-  return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varies)
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varies)

@@ -44,10 +44,10 @@ def outputs(
   blocks = x.reshape(len(x), -1, format.block)
   strands = tuple(s.reshape(len(x), -1) for s in format.strands(blocks))
 
-  def kernel(strands, codes, constants, out, numbers, spread):
+  def kernel(strands, codes, constants, out, numbers, room):
     out[...] = jnp.zeros(out.shape, out.dtype)
     for here in _parts(0, length, STEP):
-      planes = _planes(format, codes, constants, here, numbers, spread)
+      planes = _planes(format, codes, constants, here, numbers, room)
       for strand, plane in zip(strands, planes, strict=True):
         out[...] += dot(strand[:, here], plane, (1, 1))
 
@@ -81,7 +81,7 @@ def inputs(
   x = jnp.pad(x, ((0, 0), (0, -count % OUTPUTS)))
   parts = len(format.strands(jnp.zeros(format.block)))
 
-  def kernel(x, codes, constants, out, numbers, spread):
+  def kernel(x, codes, constants, out, numbers, room):
     j = pl.program_id(1)
 
     @pl.when(j == 0)
@@ -90,7 +90,7 @@ def inputs(
         ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
     for here in _parts(0, length, STEP):
-      planes = _planes(format, codes, constants, here, numbers, spread, count - j * OUTPUTS)
+      planes = _planes(format, codes, constants, here, numbers, room, count - j * OUTPUTS)
       for ref, plane in zip(out, planes, strict=True):
         ref[:, here] += dot(x[...], plane, (1, 0))
 
@@ -124,7 +124,7 @@ def _scratch(x: Array, parts: int, constants: Sequence[Array]) -> list[list[Any]
   return [room(parts, x.dtype), room(len(constants), jnp.float32)]
 
 
-def _planes(format, codes, constants, here, numbers, spread, outputs=None):
+def _planes(format, codes, constants, here, numbers, room, outputs=None):
   """Numbers of those codes of a tile, 0 from some output on; most come about in `numbers`."""
   if not constants:
     planes = format.planes(codes[:, here])
@@ -133,15 +133,15 @@ def _planes(format, codes, constants, here, numbers, spread, outputs=None):
       for ref, plane in zip(numbers, planes, strict=True)
     ]
   width = here.stop - here.start
-  for ref, c in zip(spread, constants, strict=True):
-    ref[:, :width] = _spread(format, c[...].astype(jnp.float32), here)
+  for ref, c in zip(room, constants, strict=True):
+    ref[:, :width] = spread(c[...].astype(jnp.float32), format.size, here.start, width)
   for part in _parts(here.start, here.stop, FEW[1]):
     place = slice(part.start - here.start, part.stop - here.start)
 
     @pl.loop(0, OUTPUTS, step=FEW[0])
     def _(first, part=part, place=place):
       some = pl.ds(first, FEW[0])
-      planes = format.planes(codes[some, part], *(ref[some, place] for ref in spread))
+      planes = format.planes(codes[some, part], *(ref[some, place] for ref in room))
       for ref, plane in zip(numbers, planes, strict=True):
         ref[some, place] = _until(outputs, first, plane).astype(ref.dtype)
 
@@ -156,8 +156,8 @@ def _until(outputs: Any, first: Any, plane: Float[Array, "O n"]) -> Float[Array,
   return jnp.where(output < outputs, plane, 0.0)
 
 
-def _spread(format: Format, c: Float[Array, "O n"], here: slice) -> Float[Array, "O w"]:
-  """What each of those codes of a row has of what a block has one of.
+def spread(c: Float[Array, "O n"], size: int, first: Any, width: int) -> Float[Array, "O {width}"]:
+  """What each code of a line from `first` on has of what a block of `size` has one of.
 
   Three numbers of 8 bits sum to one of c: one pass of the matrix unit multiplies them with ones.
   """
@@ -165,9 +165,9 @@ def _spread(format: Format, c: Float[Array, "O n"], here: slice) -> Float[Array,
   for _ in range(3):
     thirds.append(rest.astype(jnp.bfloat16))
     rest -= thirds[-1].astype(jnp.float32)
-  block = lax.broadcasted_iota(jnp.int32, (3 * c.shape[1], here.stop - here.start), 0)
-  code = here.start + lax.broadcasted_iota(jnp.int32, block.shape, 1)
-  of = lax.div(code, jnp.int32(format.size)) == lax.rem(block, jnp.int32(c.shape[1]))
+  block = lax.broadcasted_iota(jnp.int32, (3 * c.shape[1], width), 0)
+  code = first + lax.broadcasted_iota(jnp.int32, block.shape, 1)
+  of = lax.div(code, jnp.int32(size)) == lax.rem(block, jnp.int32(c.shape[1]))
   return dot(jnp.concatenate(thirds, 1), of.astype(jnp.bfloat16), (1, 0))
 
 

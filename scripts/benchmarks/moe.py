@@ -4,17 +4,17 @@
 
 Each token visits two experts, so the useful work is that of two dense feed-forward layers of their
 width, "dense", whatever the number of experts. "dropless" sorts rows by expert; "capacity" gives
-each expert slots, by a router that promises as many as its busiest expert needs, so that nothing is
-dropped and both compute the same; "choice" has each expert choose as many tokens as it has on
-average. Times are those of a value with all gradients; contenders take turns in one process, and
-ratios are of medians. Then a process of its own runs `moe_parallel`: what eight devices that split
-the experts hold and compute, and what they tell one another. The last line is one JSON object.
+each expert slots, as many as the busiest one needs, so that nothing is dropped and both compute the
+same; "choice" has each expert choose as many tokens as it has on average. Times are those of a
+value with all gradients; contenders take turns in one process, and ratios are of medians. Then a
+process of its own runs `moe_parallel`: what eight devices that split the experts hold and compute,
+and what they tell one another. The last line is one JSON object.
 """
 
-import dataclasses
 import json
 import subprocess
 import sys
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from effjax.cost.timing import interleaved, medians
-from effjax.layers import MLP, Context, Routing
+from effjax.layers import MLP, Context
 from effjax.moe import Capacity, ExpertChoice, MoE, TopK
 
 TOKENS = flags.DEFINE_integer("tokens", 8192, "Tokens of a batch.")
@@ -35,20 +35,13 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of interleaved timings.")
 CHOICES = 2
 
 
-class Promising(TopK):
-  """A router that promises what its busiest expert is known to need."""
-
-  _: dataclasses.KW_ONLY
-  capacity: int
-
-  @nn.compact
-  def __call__(self, *given) -> Routing:
-    return super().__call__(*given).replace(capacity=self.capacity)
-
-
 def contender(layer: nn.Module, x: jax.Array, params):
   """A call that computes value and all gradients."""
-  loss = lambda params, x: jnp.square(layer.apply({"params": params}, x)).mean()
+
+  def loss(params, x):
+    y: Any = layer.apply({"params": params}, x)
+    return jnp.square(y).mean()
+
   program = jax.jit(jax.value_and_grad(loss, (0, 1)))
   return lambda: jax.block_until_ready(program(params, x))
 
@@ -63,10 +56,9 @@ def contenders(x: jax.Array) -> dict:
   found = {"dense": contender(dense, x, draw(dense, x))}
   for experts in map(int, EXPERTS.value):
     params = draw(MoE(TopK(experts, CHOICES), expert), x)
-    busiest = capacity(params["router"], experts, x)
     routers = {
       "dropless": TopK(experts, CHOICES),
-      "capacity": Promising(experts, CHOICES, capacity=busiest),
+      "capacity": TopK(experts, CHOICES, capacity=enough(params["router"], experts, x)),
       "choice": ExpertChoice(experts, capacity=Capacity(CHOICES)),
     }
     for name, router in routers.items():
@@ -74,11 +66,12 @@ def contenders(x: jax.Array) -> dict:
   return found
 
 
-def capacity(params, experts: int, x: jax.Array) -> int:
-  """Rows of the busiest expert."""
-  router = TopK(experts, CHOICES)
-  routing = router.apply({"params": params}, x[0], Context(), None)
-  return int(np.bincount(np.asarray(routing.experts).reshape(-1), minlength=experts).max())
+def enough(params, experts: int, x: jax.Array) -> Capacity:
+  """The least capacity, in hundredths of the mean load, at which nothing is dropped."""
+  routing: Any = TopK(experts, CHOICES).apply({"params": params}, x[0], Context(), None)
+  load = np.bincount(np.asarray(routing.experts).reshape(-1), minlength=experts)
+  factor = float(np.ceil(100 * load.max() / load.mean()) / 100)
+  return Capacity(factor, evaluation=factor)
 
 
 def on_devices() -> dict[str, float]:

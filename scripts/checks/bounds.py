@@ -53,7 +53,9 @@ BOUNDS = (
   Bound("spill", "^(v5e|v6e) .*-576-.*-256 outputs$", 0, now=1 << 16),
   Bound("spill", "^v6e .* inputs$", 0, now=8192),
   Bound("spill", "^(v5e|v6e) .* (outputs|inputs)$", 0),
+  Bound("spill", "^(v5e|v6e) .* (products|turned|sums)$", 0, now=2 << 20),
   Bound("tensor", "^(h100|a100)", 1, least=True),
+  Bound("wait", "^(h100|a100) bfloat16.* (products|turned|sums)$", 1, least=True),
   Bound("wait", "^(h100|a100) bfloat16.* (forward|queries|keys)$", 1, now=0, least=True),
   # What reads more than a few arrays has tiles of fewer keys.
   Bound("rest", "^h100 bfloat16-128-(bigbird|drawn).* forward$", 620, now=690),

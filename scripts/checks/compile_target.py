@@ -11,10 +11,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from effjax.kernels.flash_attention.fused.jobs import Job
-from scripts.checks import balance, launches, quantized, reports, sass
+from scripts.checks import balance, grouped, launches, quantized, reports, sass
 from scripts.checks.alone import Case, program
 from scripts.checks.processes import Row, answer
 from scripts.checks.targets import GPU, TARGETS, TPU, present
@@ -40,18 +41,26 @@ def kernel(
 
 
 def product(
-  device: GPU | TPU, case: quantized.Case, name: str, dump: pathlib.Path, tools: reports.Tools
+  device: GPU | TPU,
+  kind: ModuleType,
+  job: tuple[str, str],
+  dump: pathlib.Path,
+  tools: reports.Tools,
 ) -> Row:
-  """The row of a product with a packed matrix; "tensor", whether its loop uses tensor cores."""
-  run = quantized.program(case, name, device.platform)
-  row = _compiled(device, run, case.arguments(name), dump)
+  """The row of a kernel of `quantized` or `grouped`.
+
+  Of a GPU also "tensor", instructions for tensor cores in its loops; "wait", see `sass.figures`.
+  """
+  case, name = kind.Case.of(job[0]), job[1]
+  with present(device):
+    run = kind.program(case, name, device.platform)
+    row = _compiled(device, run, case.arguments(name), dump)
   if "error" in row:
     return row
-  kernel = f"quantized_{name}"
   if isinstance(device, TPU):
-    return row | reports.tpu(dump, kernel)
-  figures, code = reports.gpu(dump, kernel, tools, device.architecture)
-  return row | figures | ({"tensor": sass.tensor(code)} if code else {})
+    return row | reports.tpu(dump, kind.kernel(name))
+  figures, code = reports.gpu(dump, kind.kernel(name), tools, device.architecture)
+  return row | figures | (sass.products(code) if code else {})
 
 
 def whole(device: GPU | TPU, case: Case, name: str, dump: pathlib.Path) -> Row:
@@ -80,8 +89,9 @@ def main(target: str, dump: str, *tools: str) -> None:
   def rows(job: str) -> list[Row]:
     name, what = job.split("/")
     used = reports.Tools(*(path or None for path in tools))
-    if what in quantized.PRODUCTS:
-      return [product(device, quantized.Case.of(name), what, folder, used)]
+    for kind in (quantized, grouped):
+      if what in kind.PRODUCTS:
+        return [product(device, kind, (name, what), folder, used)]
     case = Case.of(name)
     if what in launches.PROGRAMS:
       return [whole(device, case, what, folder)]

@@ -1,4 +1,4 @@
-"""Checks and times attention on an NVIDIA GPU, in one command.
+"""Checks and times attention and grouped products on an NVIDIA GPU, in one command.
 
     python -m scripts.checks.gpu --lengths=1024,4096,16384
 
@@ -121,6 +121,7 @@ def main(_) -> None:
   if not INTERPRET.value and jax.default_backend() != "gpu":
     sys.exit(f"error: no NVIDIA GPU here, jax runs on {jax.default_backend()}; see --interpret")
   values = [f"values/{name}" for name in gpu_values.chosen()]
+  values += [f"sums/{name}" for name in gpu_values.grouped_cases()]
   times = [] if INTERPRET.value else list(gpu_jobs.jobs([int(n) for n in LENGTHS.value]))
   about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
   about |= {"date": datetime.date.today().isoformat()}

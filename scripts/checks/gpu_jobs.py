@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from effjax.attention import attend, masks
 from effjax.attention.scores import ALiBi
 from effjax.kernels.flash_attention.fused.sizes import choose
-from scripts.checks import gpu_torch, model
+from scripts.checks import gpu_torch, grouped, model
 from scripts.checks.alone import HEADS, KERNELS, MASKS, Case, program
 from scripts.checks.processes import Row
 from scripts.checks.sass import PRODUCTS
@@ -207,6 +207,43 @@ class Decode(Job):
       yield dataclasses.asdict(self) | figures | peers
 
 
+@dataclasses.dataclass(frozen=True)
+class Grouped(Job):
+  """A kernel of grouped products, beside `jax.lax.ragged_dot` and one dense product of its rows."""
+
+  case: grouped.Case
+  product: str
+
+  def arguments(self):
+    x, other, sizes = self.case.draw(self.product)
+    return jnp.nan_to_num(x), jax.tree.map(_finite, other), sizes
+
+  def programs(self):
+    runs = {"gpu": grouped.program(self.case, self.product, "gpu")}
+    if self.case.format == "array":
+      runs |= {"ragged": grouped.ragged(self.product), "dense": functools.partial(_dense, self)}
+    return runs
+
+  def rows(self, seconds, device):
+    if "gpu" in seconds:
+      own, case = seconds["gpu"], self.case
+      rate = 2 * case.rows * case.width * case.outputs / own / 1e12
+      figures = {"ms": own * 1e3, "TFLOP/s": rate, "of matmul": rate / device["matmul TFLOP/s"]}
+      peers = {f"× {by}": x / own for by, x in seconds.items() if by != "gpu"}
+      yield {"case": str(case), "product": self.product} | figures | peers
+
+
+def _dense(job: Grouped, x: Any, other: Any, sizes: Any) -> Any:
+  if job.product == "sums":
+    return other.T @ x
+  w = other[0][0]
+  return x @ (w if job.product == "products" else w.T)
+
+
+def _finite(x: Any) -> Any:
+  return jnp.nan_to_num(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
 def jobs(lengths: list[int]) -> dict[str, Job]:
   """By name, as in "dense/128/4096/causal/backward"; that of the device first."""
   longest = max(lengths)
@@ -230,7 +267,11 @@ def jobs(lengths: list[int]) -> dict[str, Job]:
   }
   kernels = {f"kernels/{kind}": Kernels(Case.of(kind), longest) for kind in kinds}
   last = {"decode": Decode(longest)}
-  return {"device": Device(), **kernels, **dense, **sparse, **scores, **last}
+  cases = (case for case in map(grouped.Case.of, grouped.CASES) if case.dtype == "bfloat16")
+  groups = {
+    f"grouped/{case}/{name}": Grouped(case, name) for case in cases for name in case.products
+  }
+  return {"device": Device(), **kernels, **groups, **dense, **sparse, **scores, **last}
 
 
 def work(length: int, causal: bool, backward: bool) -> float:

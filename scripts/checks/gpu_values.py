@@ -1,6 +1,7 @@
-"""Values and gradients of attention's implementations at their own tile sizes, against float64.
+"""Values of attention's implementations, with gradients, and of grouped products, against float64.
 
-`gpu.py` starts it as a process that answers the name of a problem with its rows.
+Kernels have their own tile sizes. `gpu.py` starts it as a process that answers the name of a
+problem with its rows.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from effjax.kernels.flash_attention import cases
 from effjax.kernels.flash_attention.fused import cudnn
 from effjax.kernels.flash_attention.fused.sizes import choose
 from effjax.kernels.flash_attention.tiled.tiles import Tiles
+from scripts.checks import grouped
 from scripts.checks.interpret import INTERPRET
 from scripts.checks.processes import Row, answer
 
@@ -131,9 +133,22 @@ def _cudnn(
   return out, jnp.zeros(out.shape[:3], jnp.float32)
 
 
+def grouped_cases() -> tuple[str, ...]:
+  """Those of grouped products, or with `--interpret` small ones."""
+  return grouped.SMALL if INTERPRET.value else grouped.CASES
+
+
 def main(_) -> None:
   found = chosen()
-  answer(lambda job: rows(name := job.removeprefix("values/"), found[name], INTERPRET.value))
+
+  def answered(job: str) -> Iterator[Row]:
+    kind, name = job.split("/")
+    if kind == "values":
+      return rows(name, found[name], INTERPRET.value)
+    case = grouped.Case.of(name)
+    return (grouped.values(case, product, INTERPRET.value) for product in case.products)
+
+  answer(answered)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ _TPU = {
   "fails": (max, "fails", ""),
   "pair": (max, "pair", "full"),
   "gradients": (max, "gradients", "full"),
-  "matmul": (min, "matmul", "full"),
-  "spilling": (max, "spilling", "full"),
-  "spill": (max, "spill", "nf4|int"),
+  "matmul": (min, "matmul", "full|array"),
+  "spilling": (max, "spilling", "full|array"),
+  "spill": (max, "spill", "nf4|int|array"),
 }
 _Columns = dict[str, tuple[Callable, str, str]]
 
@@ -95,7 +95,8 @@ _TEXT = """# What the compilers say of kernels
 `scripts/check_kernels --save=NAME` makes this table of the first run that is kept and the last:
 where a figure is not the same in both, that of the first comes before the arrow. Each is the worst
 of all masks, with fewer key heads than query heads and with as many; for products with packed
-matrices, `outputs` and `inputs`, of all formats and rows, and a head is a width. A dash is none.
+matrices, `outputs` and `inputs`, and of groups of rows, `products`, `turned` and `sums`, of all
+formats and rows, and a head is a width. A dash is none.
 
 * fails: a case does not compile; spill: bytes;
 * wait: groups of loads on their way where a loop over tiles waits for the most;
@@ -105,7 +106,8 @@ matrices, `outputs` and `inputs`, of all formats and rows, and a head is a width
 * busy: the share of the time that an H100's or A100's multiprocessors work, simulated, for one
   batch row of 8 heads; launches: of whole programs;
 * pair: bundles for 512 × 512 scores without a mask; gradients: those of both gradients' kernels;
-  matmul, spilling: the share of bundles with a product, with a spill, without a mask."""
+  matmul, spilling: the share of bundles with a product, with a spill, without a mask, or of
+  matrices that are not packed."""
 
 
 def _worst(before: list[Row], after: list[Row], columns: _Columns) -> str:

@@ -5,10 +5,11 @@
 Every mask with heads of 64, 128 and 256, with as many key heads as query heads and with half as
 many, in bfloat16 and float32: each kernel alone, in the tiles of
 `effjax.kernels.flash_attention.fused.sizes`, and what whole programs launch; and products with
-packed matrices, as in bfloat16-576-nf4-1536-16/outputs. A row for each:
+packed matrices, as in bfloat16-576-nf4-1536-16/outputs; and with one matrix for each of several
+groups of rows, as in bfloat16-2048-array-4096-8-8192/sums. A row for each:
 
   * GPUs: registers of a thread and bytes it spills; shared memory of a block; of the loops over
-    tiles what `sass.figures` says, or how many products of a packed matrix are for tensor cores;
+    tiles what `sass.figures` says, or how many products of other kernels are for tensor cores;
     `balance.simulated`; launches of a whole program.
   * TPUs: bundles of the static schedule, also for 512 × 512 pairs; the share of them with a matrix
     operation and with a spill; VMEM and the part of it that is spilled registers.
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 
 from absl import app, flags
 
-from scripts.checks import bounds, kernel_table, launches, plugins, quantized
+from scripts.checks import bounds, grouped, kernel_table, launches, plugins, quantized
 from scripts.checks.alone import Case
 from scripts.checks.only import chosen
 from scripts.checks.processes import Row, Worker, spread
@@ -59,7 +60,8 @@ def jobs(target: str) -> list[str]:
   for case in map(Case.of, CASES):
     wholes = launches.programs(case) if platform == "gpu" else ()
     names += [f"{case}/{name}" for name in (*case.kernels(platform), *wholes)]
-  return names + [f"{x}/{y}" for x, y in itertools.product(quantized.CASES, quantized.PRODUCTS)]
+  names += [f"{x}/{y}" for x, y in itertools.product(quantized.CASES, quantized.PRODUCTS)]
+  return names + [f"{x}/{y}" for x in grouped.CASES for y in grouped.Case.of(x).products]
 
 
 def rows(target: str, names: list[str]) -> Iterator[Row]:

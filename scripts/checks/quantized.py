@@ -63,6 +63,11 @@ CASES = tuple(
 )
 
 
+def kernel(product: str) -> str:
+  """What it is called where it is launched."""
+  return f"quantized_{product}"
+
+
 def program(case: Case, product: str, platform: str) -> Callable[..., Any]:
   """A function of the case's arguments that runs one kernel."""
   run = getattr(_PLATFORMS[platform], product)

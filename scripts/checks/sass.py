@@ -109,10 +109,15 @@ def figures(code: str, kernel: str, job: Job, size: Size) -> dict[str, Any]:
   }
 
 
+def products(code: str) -> dict[str, Any]:
+  """Of a kernel "tensor", see below; "wait", the least of its loops, see `figures`."""
+  waits = (loop.wait for loop in loops(code) if loop.wait is not None)
+  return {"tensor": tensor(code), "wait": min(waits, default=None)}
+
+
 def tensor(code: str) -> int:
-  """How many instructions for tensor cores the loops hold."""
-  instructions = (each for loop in loops(code) for each in loop.instructions)
-  return sum(_PRODUCT.search(each) is not None for each in instructions)
+  """How many instructions there are for tensor cores."""
+  return sum(bool(each and _PRODUCT.search(each)) for _, each in _lines(code))
 
 
 def _lines(text: str) -> Iterator[tuple[str, str]]:

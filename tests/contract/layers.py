@@ -30,7 +30,7 @@ from effjax.layers import MLP, Context, LayerNorm, RMSNorm, Rope
 from effjax.layers.spec import LayerSpec, Mixer, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models.transformer import Transformer
-from effjax.moe import Gated, MoA, MoE, ResidualMoE, TopK
+from effjax.moe import Gated, Hash, MoA, MoE, MultiHash, ResidualMoE, TopK
 from effjax.peft import LoRA, adapters, experts, lora
 from effjax.peft.adapters import Bottleneck
 from effjax.quant import quantize
@@ -331,6 +331,8 @@ ROWS = [
         SWIGLU)] * 2)),
   model("MoE every second layer", config(*[LayerSpec(GQA, SWIGLU), LayerSpec(GQA, SMALL_MOE)] * 2,
         tied=False)),
+  model("hash layers", config(LayerSpec(GQA, MoE(Hash(4, V), SWIGLU)),
+        LayerSpec(GQA, MultiHash(Hash(4, V, hashes=2), 24))), reduces=None),
   model("Llama, LoRA on Int8", LLAMA, quantised, reduces=None),
   model("Llama, adapters on Int8",
         config(*[LayerSpec(GQA, SWIGLU, after_mixer=ADAPTER, after_ffn=ADAPTER)] * 2),

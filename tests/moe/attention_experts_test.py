@@ -10,11 +10,12 @@ import optax
 import pytest
 
 from effjax.attention import Attention
+from effjax.attention.masks import Full
 from effjax.core import trees
 from effjax.decode import generate
-from effjax.layers import MLP, LayerSpec, Rope, TransformerConfig
+from effjax.layers import MLP, Context, LayerSpec, Rope, TransformerConfig
 from effjax.models import Transformer
-from effjax.moe import Gated, MoA, MoE, ResidualMoE, TopK
+from effjax.moe import Capacity, ExpertChoice, Gated, MoA, MoE, ResidualMoE, Switch, TopK
 from effjax.parallel import Zero, make_mesh
 from effjax.peft import LoRA, lora
 from effjax.quant import quantize
@@ -123,6 +124,20 @@ def test_costs_and_roles():
   assert layer.flops(D, T) == 2 * used + scores
 
 
+def test_a_head_without_room_gives_nothing():
+  x, attention = normal(2, T, D), Attention(2, head_width=4)
+  router = Switch(E, capacity=Capacity(0.5, evaluation=0.5))
+  layer = MoA(router, attention)
+  params = random_params(layer, x)
+  y, _ = apply(layer, params, x)
+  whole, _ = apply(MoA(TopK(E, 1, renormalize=False), attention), params, x)
+  rows = x.reshape(-1, D)
+  placed = apply(router, params["router"], rows, Context(), None).experts < E
+  assert 0 < placed.sum() < len(rows)
+  expected = np.where(placed.reshape(2, T, 1), whole, 0)
+  chex.assert_trees_all_close(y, expected, atol=1e-6)
+
+
 def test_what_cannot_be_is_refused():
   x = jnp.zeros((1, T, D))
   init = lambda layer: jax.eval_shape(layer.init, jax.random.key(0), x)
@@ -130,6 +145,8 @@ def test_what_cannot_be_is_refused():
     init(MoA(TopK(E, K), Attention(2, sinks=True)))
   with pytest.raises(ValueError, match="MoA: attention is MLP; allowed: modules that have `heads`"):
     init(MoA(TopK(E, K), MLP(4)))
+  with pytest.raises(ValueError, match="MoA: router=ExpertChoice, whose experts choose tokens"):
+    init(MoA(ExpertChoice(E), Attention(2, mask=Full())))
 
 
 ROPE = Rope(1e4)
@@ -159,13 +176,15 @@ def test_a_pyramid_that_begins_dense_with_extra_layers_is_a_list_of_layers(key):
   assert set(extra) == {"ffn", "ffn_norm"} and extra["ffn"]["up"]["kernel"].shape == (2, D, 8)
 
 
+SMALL = TransformerConfig(16, D, (LayerSpec(HEADS, Gated(MLP(6))), EXTRA))
+
+
 def test_quantised_and_adapted_it_generates_what_it_computes(key):
-  module = Transformer(TransformerConfig(16, D, (sparse(3), EXTRA)))
-  targets = r"(query|key|out|experts/(up|down)|shared/inner/up)/kernel$"
+  module, targets = Transformer(SMALL), r"(query|key|out|inner/up)/kernel$"
   params = lora.add(quantize(random_params(module, TOKENS)), key, rank=2, targets=targets)
   move = lambda path, w: dataclasses.replace(w, b=w.b + 0.1) if isinstance(w, LoRA) else w
   params = trees.update(params, "", move)
-  assert sum(isinstance(w, LoRA) for w in trees.items(params).values()) == 6
+  assert sum(isinstance(w, LoRA) for w in trees.items(params).values()) == 4
   new = generate(module, params, TOKENS[:2], max_new_tokens=3).tokens
   whole = jnp.concatenate([TOKENS[:2], new], axis=1)
   logits = apply(module, params, whole)
@@ -173,17 +192,16 @@ def test_quantised_and_adapted_it_generates_what_it_computes(key):
 
 
 def test_a_step_is_the_same_where_zero_3_splits_all_of_it(key):
-  objective = next_token(Transformer(TransformerConfig(16, D, (sparse(4),))))
-  params = random_params(Transformer(TransformerConfig(16, D, (sparse(4),))), TOKENS)
-  batch = {"tokens": TOKENS, "targets": TOKENS, "weights": jnp.ones(TOKENS.shape)}
+  module = Transformer(SMALL)
   optimizer, zero = optax.sgd(0.1), Zero(make_mesh(data=4), 3)
+  batch = {"tokens": TOKENS, "targets": TOKENS, "weights": jnp.ones(TOKENS.shape)}
+  state = init_state(random_params(module, TOKENS), optimizer)
+  placed = jax.device_put(state, zero.state(state)), jax.device_put(batch, zero.batch(batch))
 
   def after_a_step(placement, state, batch):
-    step = make_train_step(objective, optimizer, placement=placement)
+    step = make_train_step(next_token(module), optimizer, placement=placement)
     state, metrics = step(state, batch, key)
     return state.params, metrics["loss"]
 
-  state = init_state(jax.tree.map(jnp.array, params), optimizer)
-  placed = jax.device_put(state, zero.state(state)), jax.device_put(batch, zero.batch(batch))
   plain = after_a_step(None, jax.tree.map(jnp.array, state), batch)
   chex.assert_trees_all_close(after_a_step(zero, *placed), plain, atol=1e-5)

@@ -58,7 +58,7 @@ def importance_loss(
 
 def load_loss(
   clean: Float[Array, "... E"],
-  noisy: Float[Array, "... E"],
+  noisy: Float[Array, "..."],
   stddev: Float[Array, "... E"] | Scalar,
   *,
   k: Size,
@@ -86,7 +86,7 @@ def load_loss(
 
 def smooth_load(
   clean: Float[Array, "... E"],
-  noisy: Float[Array, "... E"],
+  noisy: Float[Array, "..."],
   stddev: Float[Array, "... E"] | Scalar,
   *,
   k: Size,

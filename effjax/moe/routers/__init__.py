@@ -9,6 +9,7 @@ from effjax.moe.routers.capacity import Capacity, drop_overflow
 from effjax.moe.routers.expert_choice import ExpertChoice, expert_choice_routing
 from effjax.moe.routers.groups import GroupLimit
 from effjax.moe.routers.gshard import GShard, gshard_routing
+from effjax.moe.routers.hash import Hash, hash_routing
 from effjax.moe.routers.noisy import NoisyTopK, noisy_top_k_routing
 from effjax.moe.routers.sigmoid import SigmoidTopK, move_bias, sigmoid_routing
 from effjax.moe.routers.switch import Switch, switch_routing
@@ -20,6 +21,7 @@ __all__ = [
   "ExpertChoice",
   "GShard",
   "GroupLimit",
+  "Hash",
   "NoisyTopK",
   "SigmoidTopK",
   "Switch",
@@ -28,6 +30,7 @@ __all__ = [
   "drop_overflow",
   "expert_choice_routing",
   "gshard_routing",
+  "hash_routing",
   "move_bias",
   "noisy_top_k_routing",
   "sigmoid_routing",

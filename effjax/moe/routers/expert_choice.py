@@ -11,6 +11,7 @@ from effjax.core.numerics import weighted_mean, zero_unless
 from effjax.core.typing import Array, Bool, Dim, Float, Number
 from effjax.layers import ExpertRouting
 from effjax.moe.routers.capacity import Capacity
+from effjax.moe.routers.health import sow_health
 from effjax.moe.routers.scored import Scored
 
 
@@ -91,7 +92,7 @@ class ExpertChoice(Scored):
     sizes = taken.sum(axis=-1, dtype=jnp.float32)
     times = jnp.zeros(rows.shape[0]).at[routing.rows].add(1.0, mode="drop")
     total = jnp.maximum(sizes.sum(), 1)
-    self._sow_health(sizes / total, weighted_mean((times == 0).astype(jnp.float32), mask))
+    sow_health(self, sizes / total, weighted_mean((times == 0).astype(jnp.float32), mask))
     return routing
 
   @property

@@ -23,8 +23,8 @@ from effjax.moe.losses import (
   mutual_information_loss,
   z_loss,
 )
-from effjax.moe.losses.entropy import entropy
 from effjax.moe.routers.capacity import Capacity, drop_overflow
+from effjax.moe.routers.health import sow_health
 
 
 class Scored(nn.Module):
@@ -114,13 +114,6 @@ class Scored(nn.Module):
     information = lambda: mutual_information_loss(probs, mask=mask)
     self._sow("mutual_information", self.mutual_information, information)
 
-  def _sow_health(self, load: Float[Array, "E"], dropped: Float[Array, ""]) -> None:
-    self.sow("statistics", "load", load)
-    self.sow("metrics", "max_load", self.experts * load.max())
-    self.sow("metrics", "load_entropy", entropy(load))
-    self.sow("metrics", "dead_experts", (load == 0).sum().astype(jnp.float32))
-    self.sow("metrics", "dropped_share", dropped)
-
   @property
   def used(self) -> float:
     """Experts that a token visits."""
@@ -161,7 +154,7 @@ class TokenChoice(Scored):
     self._sow_scores(wanted.probs, logits, mask)
     self._sow_balance(wanted, logits, mask)
     load = expert_shares(wanted.experts, self.experts, mask=mask)
-    self._sow_health(load, self._dropped(sent.experts, routing.experts, mask))
+    sow_health(self, load, self._dropped(sent.experts, routing.experts, mask))
     return routing
 
   def _limited(self, sent: Routing, mask: Array | None, *, training: bool) -> Routing:

@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from scripts.checks import kernel_table, kernels, launches, plugins, quantized, reports
+from scripts.checks import grouped, kernel_table, kernels, launches, plugins, quantized, reports
 from scripts.checks.alone import Case
 from scripts.checks.targets import TARGETS
 
@@ -38,6 +38,18 @@ def test_products_with_packed_matrices_take_their_arguments():
     outputs = jax.eval_shape(quantized.program(case, "outputs", "tpu"), *case.arguments("outputs"))
     assert (case.rows, case.outputs) == x.shape == outputs.shape
     assert codes.shape[0] == case.outputs and all(c.shape[0] == case.outputs for c in constants)
+
+
+def test_products_of_groups_take_their_arguments_and_are_exact_where_interpreted():
+  for name in grouped.CASES:
+    case = grouped.Case.of(name)
+    assert str(case) == name and set(case.products) <= set(grouped.PRODUCTS)
+  for name in grouped.SMALL[:2]:
+    case = grouped.Case.of(name)
+    assert all(grouped.values(case, product, True)["good"] for product in case.products)
+  given = [case.arguments(product) for product in case.products]
+  x, (codes, *_), sizes = given[0]
+  assert (x.shape, codes.shape[0]) == ((case.rows, case.width), *sizes.shape)
 
 
 def test_shared_memory_is_read_for_the_kernel_asked_for(tmp_path):
