@@ -42,8 +42,8 @@ def merge_experts(
 
   Args:
     config: a model with `MoE` layers whose experts, and what is shared, are `MLP`s.
-    params: its parameters; arrays, or for a single expert without a shared one anything.
-    by: see above; an expert's number counts from 0.
+    params: its parameters, arrays; where one expert is taken and none is shared, any weights.
+    by: see above; e counts from 0.
     layers: indices of the layers to change, negative ones from the end; None means every layer
       whose ffn is an `MoE`.
 

@@ -11,7 +11,7 @@ token visits; "inner", experts that share units. Texts are groups of training ro
 embeddings are alike, one for each expert.
 
 Perplexity on held-out text is that of k experts of all, the k of training and others; what is
-shared counts as one of the k. Routers start at random and gates sum to the number of experts.
+shared counts as one of the k. Routers start at random, and gates sum to the number of experts.
 Then all is trained, in equal steps over equal batches. Differences to the random split are paired
 by seed; a seed draws routers, the order of the text, and the random splits.
 """
@@ -59,6 +59,7 @@ class Config:
     text: a source of `data.text`.
     ways: of the six, comma-separated, or all; the random one is always there.
     experts, top_k: E, and the k of training.
+    scale: what the gates of a token sum to; 0 is the number of experts that it chooses from.
     ks: other numbers of experts, comma-separated, with which perplexity is measured, besides all.
     calibration: rows of training text for statistics, a multiple of the experts.
     rows, length, batch: rows that are held out; tokens of a row; rows of a step.
@@ -72,12 +73,13 @@ class Config:
   ways: str = "random,clusters,graph,gradient"
   experts: int = 8
   top_k: int = 2
+  scale: float = 0.0
   ks: str = "4"
   calibration: int = 16
   rows: int = 4
   length: int = 64
   batch: int = 2
-  steps: int = 6
+  steps: int = 4
   rates: str = "1"
   seeds: int = 2
 
@@ -94,7 +96,8 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   task = Split(config.model, config.text, ks=ks, top_k=config.top_k, **sizes)
   provenance.write(folder, task.corpus)
   statistics = Statistics(task, rows=config.calibration, groups=config.experts, batch=config.batch)
-  known = variants(statistics, experts=config.experts, top_k=config.top_k)
+  sizes = {"experts": config.experts, "top_k": config.top_k}
+  known = variants(statistics, **sizes, scale=config.scale or None)
   compared = [known[name] for name in dict.fromkeys([RANDOM, *chosen])]
   options: Any = {"multiples": multiples, "seeds": config.seeds, "folder": folder}
   before = functools.partial(_before, task, config.length)

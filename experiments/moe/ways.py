@@ -78,7 +78,9 @@ class Once:
     return self._found[site.index]
 
 
-def variants(statistics: Statistics, *, experts: int, top_k: int) -> dict[str, Method]:
+def variants(
+  statistics: Statistics, *, experts: int, top_k: int, scale: float | None = None
+) -> dict[str, Method]:
   """Name → what is trained; what is shared counts as one of the experts."""
   inner = lambda: splitting.SharingInner(statistics.importance)
 
@@ -98,7 +100,7 @@ def variants(statistics: Statistics, *, experts: int, top_k: int) -> dict[str, M
 
   def split(name: str):
     apart = name == RESIDUAL
-    options: Any = {"experts": experts - apart, "top_k": top_k - apart}
+    options: Any = {"experts": experts - apart, "top_k": top_k - apart, "scale": scale}
     return lambda shape, params, key: moe.split_ffn(shape, params, key, by=ways[name], **options)
 
   return {name: Method(name, "full", RATE, split(name)) for name in ways}
@@ -119,6 +121,12 @@ def with_k(subject: Subject, k: int) -> Subject:
 
 def all_on(subject: Subject, experts: int) -> Subject:
   """The model with all experts, and gates of one: those of routers that know no difference."""
-  everyone = with_k(subject, experts)
+
+  def change(_: int, spec: LayerSpec) -> LayerSpec:
+    mixture: Any = spec.ffn
+    router = mixture.router.clone(scale=mixture.router.experts)
+    return dataclasses.replace(spec, ffn=mixture.clone(router=router))
+
+  everyone = with_k(subject, experts).with_layers(change)
   zero = lambda path, x: jnp.zeros_like(x)
   return Subject(everyone.config, trees.update(everyone.params, r"ffn/router/kernel$", zero))

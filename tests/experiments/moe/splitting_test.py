@@ -14,7 +14,7 @@ from experiments.moe import ways
 
 TINY = study.Config(
   model="tiny", text="stdlib", ways="gradient", experts=2, top_k=2, ks="2", calibration=4, rows=1,
-  length=16, batch=1, steps=1, seeds=1,
+  length=16, batch=1, steps=1, seeds=1, scale=1.5,
 )  # fmt: skip
 
 
