@@ -82,7 +82,8 @@ def merge_experts(
 
 def _merged(layer: MoE, params: Params, by: str | Size) -> tuple[MLP, dict]:
   """The MLP that the experts, and what is shared, become."""
-  expert, shared = layer.expert, layer.shared
+  expert: Any = layer.expert
+  shared: Any = layer.shared
   for name, module in (("expert", expert), ("shared", shared or expert)):
     if not isinstance(module, MLP):
       raise ValueError(f"{name} is {type(module).__name__}; allowed: MLP")
@@ -110,7 +111,7 @@ def _one(mlp: MLP, experts: Params, count: int, by: str | Size) -> dict:
 def _together(path: str, leaves: Any, axis: int | None) -> Array:
   """Hidden units one after the other, or without an axis of these the sum."""
   plain = _plain(path, leaves)
-  return sum(plain) if axis is None else jnp.concatenate(plain, axis)
+  return jnp.stack(plain).sum(axis=0) if axis is None else jnp.concatenate(plain, axis)
 
 
 def _mean(path: str, leaf: Any, axis: int | None) -> Array:

@@ -92,8 +92,9 @@ def split_ffn(
       raise ValueError(f"split_ffn: layer {index}: {error}") from error
     width = site.params["up"]["kernel"].shape[0]
     ffn["router"] = {"kernel": stddev * jax.random.normal(own, (width, experts), jnp.float32)}
-    of = lambda units: None if units is None else site.mlp.clone(width=units.shape[-1])
-    layer = MoE(router, of(found.experts), of(found.shared))
+    of = lambda units: site.mlp.clone(width=units.shape[-1])
+    shared = None if found.shared is None else of(found.shared)
+    layer = MoE(router, of(found.experts), shared)
     return dataclasses.replace(spec, ffn=layer), {**tree, "ffn": ffn}
 
   changed, params = change(config, params, of_layer)
