@@ -177,10 +177,11 @@ def sums(
 
 
 def _steps(w: Lying, size: Size) -> tuple[int, int]:
-  """What is summed at once, and outputs of a tile: within what constants of a line are for."""
+  """What is summed at once and outputs of a tile, in each plane: within a constant's codes."""
   runs = [w.codes.shape[2] // c.shape[2] for c in w.constants if c.shape[2] > 1]
   most = min((run & -run for run in runs if run > 1), default=size.columns)
-  return (size.step, min(size.columns, most)) if w.table else (min(size.step, most), size.columns)
+  columns = max(LEAST, size.columns // w.planes)
+  return (size.step, min(columns, most)) if w.table else (min(size.step, most), columns)
 
 
 def _planes(w: Lying, codes: Any, constants: Any, e: Any, a: _Cut, b: _Cut) -> Any:
@@ -208,8 +209,9 @@ def _store(ref: Any, value: Array, a: Array | None, b: Array | None) -> None:
 
 
 def _both(a: Array | None, b: Array | None) -> Array | None:
-  masks = [mask[at] for mask, at in ((a, (slice(None), None)), (b, None)) if mask is not None]
-  return masks[0] & masks[1] if len(masks) == 2 else (masks or [None])[0]
+  if a is None or b is None:
+    return a[:, None] if a is not None else b if b is None else b[None]
+  return a[:, None] & b[None]
 
 
 def _call(

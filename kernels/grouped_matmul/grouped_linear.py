@@ -221,9 +221,9 @@ def _check(x, w, group_sizes, bias, implementation) -> None:
   if bias is not None and bias.shape != (experts, width):
     raise ValueError(f"grouped_linear: bias {bias.shape}; allowed: ({experts}, {width})")
   elsewhere = set(fused.KERNELS) - {jax.default_backend()}
-  allowed = tuple(name for name in IMPLEMENTATIONS if name not in elsewhere)
-  if implementation not in allowed:
-    allowed = f"one of {allowed} on {jax.default_backend()}"
+  here = tuple(name for name in IMPLEMENTATIONS if name not in elsewhere)
+  if implementation not in here:
+    allowed = f"one of {here} on {jax.default_backend()}"
     raise ValueError(f"grouped_linear: implementation={implementation!r}; allowed: {allowed}")
 
 
