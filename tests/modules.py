@@ -14,11 +14,16 @@ def apply(module, params, *args, **kwargs):
 
 
 def random_params(module, *args, seed=0, **kwargs):
-  """A parameter tree drawn by numpy: matrices of unit gain, and no bias is 0, no scale 1."""
+  """A parameter tree drawn by numpy: matrices of unit gain, and no bias is 0, no scale 1.
+
+  Integers, which are the experts of a table, are 0 or 1.
+  """
   shapes = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)["params"]
   rng = np.random.default_rng(seed)
 
   def draw(path, like):
+    if jnp.issubdtype(like.dtype, jnp.integer):
+      return jnp.asarray(rng.integers(0, 2, like.shape), like.dtype)
     x = rng.normal(size=like.shape)
     name = getattr(path[-1], "key", None)
     if name == "scale":

@@ -33,8 +33,8 @@ def select_heads(module: Attention, params: Params, heads: Sequence[int]) -> tup
     heads: distinct indices 0 … N − 1.
 
   Raises:
-    ValueError: when there is no such head, one comes twice, there are none, or module and
-      parameters are not those of an `Attention`.
+    ValueError: when there is no such head, one comes twice, there are none, module and parameters
+      are not those of an `Attention`, or its heads are normed jointly.
 
   Example:
     >>> import jax.numpy as jnp
@@ -47,6 +47,10 @@ def select_heads(module: Attention, params: Params, heads: Sequence[int]) -> tup
   if type(module) is not Attention or not {"query", "key", "value", "out"} <= set(params):
     given = f"{type(module).__name__} with parameters {sorted(params)}"
     raise ValueError(f"module is {given}; allowed: Attention with query, key, value and out")
+  if module.qk_norm is not None and module.qk_norm_joint:
+    raise ValueError(
+      "module has qk_norm_joint=True: no sum over heads; allowed: a norm of each head"
+    )
   width = params["out"]["kernel"].shape[-2] // module.heads
   index = check_indices("heads", heads, module.heads)
   kv_index = _kv_heads(index, module)

@@ -23,8 +23,9 @@ class Attention(nn.Module):
   """y = Concat_n softmax(scale · q_n k_nᵀ) v_n · W_out, over the keys that `mask` shows.
 
   Parameters: "query" [D, N·H], "key" and "value" [D, K·H], "out" [N·H, D]; "query_norm" and
-  "key_norm" [H] with `qk_norm`; "sinks" [N] with `sinks`; those of `prefixed` with `prefix`. The
-  taps "query_tap" [B, T, N, H] and "key_tap" [B, S, K, H] see the factors of the scores.
+  "key_norm" [H] with `qk_norm`, [N·H] and [K·H] where it is joint; "sinks" [N] with `sinks`; those
+  of `prefixed` with `prefix`. The taps "query_tap" [B, T, N, H] and "key_tap" [B, S, K, H] see the
+  factors of the scores.
 
   Attributes:
     heads: query heads N.
@@ -34,6 +35,7 @@ class Attention(nn.Module):
     rope: rotary positions, or None.
     use_bias, out_bias: biases on query/key/value, and on the output.
     qk_norm: epsilon of an RMS norm on each query and key head (arXiv 2302.05442), or None.
+    qk_norm_joint: whether that norm is one over all heads (OLMoE, arXiv 2409.02060).
     scale: factor of the scores; None means H^(−1/2).
     logit_softcap: caps the scores, see `numerics.softcap`.
     scores: what is added to them at the tokens' places in the sequence, as in `attend`, or None.
@@ -55,6 +57,7 @@ class Attention(nn.Module):
   use_bias: bool = False
   out_bias: bool = False
   qk_norm: float | None = None
+  qk_norm_joint: bool = False
   scale: float | None = None
   logit_softcap: float | None = None
   scores: Score | None = None
@@ -71,7 +74,9 @@ class Attention(nn.Module):
     x: Float[Array, "B T D"],
     context: Context = Context(),
     cache: KVCache | None = None,
-  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    queries: Float[Array, "B T N H"] | None = None,
+  ) -> tuple[Float[Array, "B T D"] | Float[Array, "B T N H"], KVCache | None]:
+    """y and the new cache; of given `queries`, what each of them attends to, in place of y."""
     width = self._head_width(x.shape[-1])
     kv_heads = self._kv_heads()
     source = x if not self.cross else context.memory
@@ -93,13 +98,16 @@ class Attention(nn.Module):
       context = context.after(x, cache.ends)
     positions = context.positions_for(x)
     places = positions if self.prefix is None else self.prefix.places(positions)
-    query = self._placed("query", self._project("query", x, self.heads, width), places)
+    query = self._project("query", x, self.heads, width) if queries is None else queries
+    query = self._placed("query", query, places)
     with taps.tokens(context.memory_segment_ids if self.cross else context.segment_ids):
       key, value = (self._project(name, source, kv_heads, width) for name in ("key", "value"))
       key = self._placed("key", key, places)
     if self.sinks:
       weight(self, "sinks", nn.initializers.zeros, (self.heads,))
     out, cache = self._attend(x, query, key, value, positions, context, cache)
+    if queries is not None:
+      return out, cache
     out = out.reshape(*out.shape[:-2], self.heads * width)
     return Linear(x.shape[-1], self.out_bias, name="out")(out), cache
 
@@ -108,6 +116,11 @@ class Attention(nn.Module):
     """The fields of `Context` that it reads besides segments and positions."""
     memory = ("memory", "memory_segment_ids") if self.cross else ()
     return (*memory, "attributes") if self.attributes else memory
+
+  @property
+  def causal(self) -> bool:
+    """Whether no token sees what comes after it, as far as `mask` is known to hide it."""
+    return self.mask.causal
 
   @property
   def attributes(self) -> int:
@@ -130,7 +143,8 @@ class Attention(nn.Module):
   def _placed(self, name: str, x: Float[Array, "B T N H"], positions: Array) -> Array:
     """Queries or keys as they enter the scores: normalised and rotated, where so asked."""
     if self.qk_norm is not None:
-      x = RMSNorm(self.qk_norm, name=f"{name}_norm")(x)
+      rows = x.reshape(*x.shape[:-2], -1) if self.qk_norm_joint else x
+      x = RMSNorm(self.qk_norm, name=f"{name}_norm")(rows).reshape(x.shape)
     if self.rope is not None:
       x = self.rope(x, positions)
     return taps.Tap(name=f"{name}_tap")(x)
@@ -198,7 +212,8 @@ class Attention(nn.Module):
     for name, role in {"query": "heads", "key": "kv_heads", "value": "kv_heads"}.items():
       found |= linear_axes(name, "embed", role, self.use_bias)
     if self.qk_norm is not None:
-      found |= {f"{name}_norm/scale": ("head_width",) for name in ("query", "key")}
+      for name, heads in {"query": "heads", "key": "kv_heads"}.items():
+        found[f"{name}_norm/scale"] = (heads if self.qk_norm_joint else "head_width",)
     for name, columns in {"key": "head_width", "value": "value_width"}.items():
       roles = ("virtual", "kv_heads", columns)
       if self.prefix is not None:

@@ -10,6 +10,7 @@ any other mesh, and types what comes out.
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import math
@@ -28,11 +29,32 @@ AnyMesh = Mesh | AbstractMesh
 _split = jax.make_user_context()  # part of the key of every cache of traced functions
 
 
-def rows_split(mesh: AnyMesh, axes: Sequence[str]) -> contextlib.AbstractContextManager:
+@dataclasses.dataclass(frozen=True)
+class Dealt:
+  """The experts of every mixture are split over a mesh axis of S devices, E / S to each.
+
+  Attributes:
+    axis: its name; rows are split over it too.
+    room: how many rows a device can send to each other one, as a multiple of the mean; rows beyond
+      it are dropped. None is room for all.
+  """
+
+  axis: str
+  room: float | None = None
+
+
+def rows_split(
+  mesh: AnyMesh, axes: Sequence[str], experts: Dealt | None = None
+) -> contextlib.AbstractContextManager:
   """While a function is traced in it, the first axis of a batch is split over `axes` of `mesh`.
 
+  Args:
+    mesh: the devices.
+    axes: names of axes.
+    experts: how experts are split over the last of them; None is not at all.
+
   Raises:
-    ValueError: when the mesh lacks one of the axes.
+    ValueError: when the mesh lacks one of the axes, or experts are not split over the last.
 
   Example:
     >>> from effjax.parallel import make_mesh
@@ -42,10 +64,26 @@ def rows_split(mesh: AnyMesh, axes: Sequence[str]) -> contextlib.AbstractContext
   """
   if not set(axes) <= set(mesh.axis_names):
     raise ValueError(f"rows_split: axes {tuple(axes)}; allowed: of {mesh.axis_names}")
-  return _split((mesh, tuple(axes)))
+  if experts is not None and experts.axis != tuple(axes)[-1]:
+    raise ValueError(f"rows_split: experts over {experts.axis!r}; allowed: the last of {axes}")
+  return _split((mesh, tuple(axes), experts))
 
 
-def map_rows(function: Callable[[PyTree, PyTree], T], rows: PyTree, whole: PyTree) -> T:
+def devices(rows: PyTree) -> int:
+  """How many devices `map_rows` has compute these rows, each its own; 1 where it is just a call."""
+  return _devices(rows)[2]
+
+
+def experts_dealt(rows: PyTree) -> tuple[Dealt, int] | None:
+  """How experts are split, and over how many devices, where each device has its own of `rows`."""
+  mesh, axes, count = _devices(rows)
+  dealt = _dealt(axes)
+  return None if count == 1 or dealt is None else (dealt, mesh.shape[dealt.axis])
+
+
+def map_rows(
+  function: Callable[[PyTree, PyTree], T], rows: PyTree, whole: PyTree, specs: PyTree = None
+) -> T:
   """function(rows, whole), where each device computes its own part of `rows`.
 
   Rows are split as the array types say where a mesh is explicit, else as `rows_split` does. The
@@ -58,15 +96,16 @@ def map_rows(function: Callable[[PyTree, PyTree], T], rows: PyTree, whole: PyTre
     function: (rows, whole) → arrays [M', …].
     rows: arrays [M, …], perhaps of several M.
     whole: arrays that every device needs whole.
+    specs: partition specifications of `whole`, where not every device needs all of it.
   """
-  mesh, axes = _in_force(rows)
-  devices = math.prod(mesh.shape[axis] for axis in axes)
-  if devices == 1 or any(x.shape[0] % devices for x in jax.tree.leaves(rows)):
+  mesh, axes, count = _devices(rows)
+  if count == 1:
     return function(rows, whole)
   split = PartitionSpec(axes)
-  whole = jax.tree.map(lambda x: _gathered(x, axes), whole)
+  if specs is None:
+    whole, specs = jax.tree.map(lambda x: _gathered(x, axes), whole), PartitionSpec()
   local = jax.shard_map(
-    function, mesh=mesh, in_specs=(split, PartitionSpec()), out_specs=split, axis_names=set(axes)
+    function, mesh=mesh, in_specs=(split, specs), out_specs=split, axis_names=set(axes)
   )
   return local(rows, whole)
 
@@ -95,7 +134,8 @@ def automatic(
   free = shape.update_axis_types(dict.fromkeys(shape.explicit_axes, AxisType.Auto))
   compilers = NamedSharding(free, PartitionSpec())
   release = lambda x: jax.sharding.reshard(x, compilers) if isinstance(x, jax.Array) else x
-  with jax.sharding.use_abstract_mesh(free), rows_split(free, _axes(next(iter(spec(rows)), None))):
+  axes = _axes(next(iter(spec(rows)), None))
+  with jax.sharding.use_abstract_mesh(free), rows_split(free, axes, _dealt(axes)):
     result = function(*jax.tree.map(release, tuple(arguments)))
   tree: Any
   leaves, tree = jax.tree.flatten(result)
@@ -154,10 +194,23 @@ def spec(x: Any) -> PartitionSpec:
   return jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else PartitionSpec()
 
 
+def _devices(rows: PyTree) -> tuple[AnyMesh, tuple[str, ...], int]:
+  """Mesh, axes and number of the devices that each have a part of `rows`; 1 where all have all."""
+  mesh, axes = _in_force(rows)
+  count = math.prod(mesh.shape[axis] for axis in axes)
+  return mesh, axes, 1 if any(x.shape[0] % count for x in jax.tree.leaves(rows)) else count
+
+
+def _dealt(axes: Sequence[str]) -> Dealt | None:
+  """How experts are split, where that is over the last of these axes."""
+  dealt = _split.value[2] if _split.value else None
+  return dealt if dealt is not None and axes and dealt.axis == axes[-1] else None
+
+
 def _in_force(rows: PyTree) -> tuple[AnyMesh, tuple[str, ...]]:
   """Mesh and axes of the split, no axes where there is none."""
   here = jax.sharding.get_abstract_mesh()
-  mesh, axes = _explicit(rows) or _split.value or (here, ())
+  mesh, axes = _explicit(rows) or (_split.value or (here, ()))[:2]
   if set(axes) & set(here.manual_axes):
     return here, ()
   return (here if here.manual_axes else mesh), axes

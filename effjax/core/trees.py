@@ -179,6 +179,8 @@ def digests(params: PyTree) -> dict[str, str]:
 def count(params: PyTree) -> int:
   """Logical parameters: a quantised weight counts as the matrix it stands for; shapes suffice.
 
+  An array of integers, such as a table of ids, holds none.
+
   Example:
     >>> import jax.numpy as jnp
     >>> count({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
@@ -219,7 +221,9 @@ def _digest(leaf) -> str:
 
 
 def _size(leaf) -> int:
-  return leaf.parameters if isinstance(leaf, Weight) else math.prod(leaf.shape)
+  if isinstance(leaf, Weight):
+    return leaf.parameters
+  return 0 if jnp.issubdtype(leaf.dtype, jnp.integer) else math.prod(leaf.shape)
 
 
 def _is_matrix(path: str, leaf) -> bool:

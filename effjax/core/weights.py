@@ -31,6 +31,8 @@ from effjax.core.known import check_ids, is_id
 from effjax.core.register import register
 from effjax.core.typing import Array, Float, Int, Integer, Key, PyTree
 
+_PICKED = "picked"  # the axis of the units in `Weight.pick`
+
 
 class Weight(abc.ABC):
   """A matrix [..., D, F] in some representation; a subclass is made by `register`."""
@@ -145,6 +147,31 @@ class Weight(abc.ABC):
     fields = [_specs(value, self.shape, axes) for _, value in _arrays(self)]
     inner = lambda x: x is not self and x is not None
     return jax.tree.unflatten(jax.tree.structure(self, is_leaf=inner), fields)
+
+  def pick(self, units: Int[Array | np.ndarray, "n"], axis: int) -> "Weight":
+    """The rows (axis −2) or columns (−1) `units` of W in the same representation; see `pick`.
+
+    For one whose numbers each belong to one unit or to all, as its `specs` says.
+    """
+    axes: list[Any] = [None] * self.ndim
+    axes[axis] = _PICKED
+    split, fields = self.specs(axes), {}
+    for name, value in ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self)):
+      if isinstance(value, Weight) and value.shape == self.shape:
+        fields[name] = value.pick(units, axis)
+      elif isinstance(value, Weight | dict):
+        raise ValueError(_not_of_units(self, axis))
+      elif name not in self.static and value is not None:
+        spec = tuple(getattr(split, name))
+        if _PICKED in spec:
+          place = spec.index(_PICKED)
+          if value.shape[place] != self.shape[axis]:
+            raise ValueError(_not_of_units(self, axis))
+          fields[name] = jnp.take(value, units, place)
+    picked = dataclasses.replace(self, **fields)
+    if not fields or picked.shape[axis] != len(units):
+      raise ValueError(_not_of_units(self, axis))
+    return picked
 
   @property
   def entries(self) -> int:
@@ -389,6 +416,22 @@ def materialize(w) -> Array:
   return w.materialize() if isinstance(w, Weight) else w
 
 
+def pick(w: Any, units: Int[Array | np.ndarray, "n"], axis: int) -> Any:
+  """The rows (axis −2) or columns (−1) `units` of an array or a `Weight`, in their order.
+
+  Of a vector they are entries (−1). Units may be traced, and named more than once.
+
+  Raises:
+    ValueError: for a `Weight` whose numbers are made of several units, such as four-bit codes of
+      two rows in a byte.
+
+  Example:
+    >>> pick(jnp.arange(6.0).reshape(2, 3), jnp.array([2, 0]), -1).tolist()
+    [[2.0, 0.0], [5.0, 3.0]]
+  """
+  return w.pick(units, axis) if isinstance(w, Weight) else jnp.take(w, units, axis)
+
+
 def specs(w: Any, axes: Sequence[Any]) -> Any:
   """How an array or the fields of a `Weight` are split when the matrix is split over `axes`."""
   return w.specs(axes) if isinstance(w, Weight) else PartitionSpec(*axes)
@@ -401,6 +444,12 @@ def is_weight(node) -> bool:
 
 def _add_bias(y: Array, bias: Any) -> Array:
   return y if bias is None else y + along(bias, y).astype(y.dtype)
+
+
+def _not_of_units(w: Weight, axis: int) -> str:
+  units = "rows" if axis == -2 else "columns"
+  allowed = "what holds them apart, an array such as merging or dequantizing gives"
+  return f"{w!r} has no {units} that stand alone; allowed: {allowed}"
 
 
 def _arrays(w: Weight) -> list[tuple[str, Any]]:

@@ -1,13 +1,12 @@
 """Which share of each parameter a token uses."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from effjax.core import trees
-from effjax.core.typing import Params, PyTree
-from effjax.layers.spec import LayerSpec, TransformerConfig
+from effjax.core.typing import Params
+from effjax.layers.spec import TransformerConfig, share
 from effjax.layers.stack import split
 
 
@@ -24,12 +23,9 @@ def in_layers(
     params: its parameters, or their shapes.
   """
   layers, rest = jax.eval_shape(lambda tree: split(config, tree), params)
-  pairs = zip(config.layers, layers, strict=True)
-  return [leaf for spec, layer in pairs for leaf in _shares(spec, layer)], rest
-
-
-def _shares(spec: LayerSpec, layer: PyTree) -> Iterator[tuple[Any, float]]:
-  for name, tree in layer.items():
-    share = getattr(spec.modules.get(name), "share", lambda path: 1.0)
-    for path, leaf in trees.items(tree).items():
-      yield leaf, share(path)
+  found = [
+    (leaf, share(spec.modules, path))
+    for spec, layer in zip(config.layers, layers, strict=True)
+    for path, leaf in trees.items(layer).items()
+  ]
+  return found, rest

@@ -13,6 +13,7 @@ import numpy as np
 
 from effjax.core.known import known, number
 from effjax.core.typing import Array, Int, Params, PyTree, Size
+from effjax.layers.context import Context
 from effjax.layers.stack import unscan
 
 SMALLEST_BUCKET = 16
@@ -50,7 +51,8 @@ def prefill(
   """The cache after each row's tokens are absorbed, at positions 0 … lengths[b] − 1; no logits.
 
   Args:
-    module: a decoder with `config`, called with tokens, positions, segment_ids and cache.
+    module: a decoder with `config`, called with tokens, positions, segment_ids, previous and
+      cache.
     params: its parameters.
     tokens: [B, T]; the padding may hold any ids.
     lengths: [B], how many tokens of each row there are, from none to T.
@@ -78,7 +80,12 @@ def prefill(
   headless = module.clone(config=dataclasses.replace(module.config, head=None))
   segment_ids = present.astype(jnp.int32) - 1
   _, filled = headless.apply(
-    {"params": params}, tokens, positions=positions, segment_ids=segment_ids, cache=cache
+    {"params": params},
+    tokens,
+    positions=positions,
+    segment_ids=segment_ids,
+    previous=Context(tokens, segment_ids=segment_ids).previous_ids(),
+    cache=cache,
   )
   return filled
 

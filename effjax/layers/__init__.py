@@ -7,7 +7,7 @@ from effjax.layers.linear import Linear, weight
 from effjax.layers.mlp import MLP, activation, hidden_units
 from effjax.layers.norms import LayerNorm, RMSNorm
 from effjax.layers.rotary import Rope
-from effjax.layers.routing import Router, Routing
+from effjax.layers.routing import ExpertRouting, Router, Routing
 from effjax.layers.spec import FeedForward, LayerSpec, Mixer, TransformerConfig
 from effjax.layers.taps import capture
 
@@ -15,6 +15,7 @@ __all__ = [
   "MLP",
   "Context",
   "Embed",
+  "ExpertRouting",
   "FeedForward",
   "LayerNorm",
   "LayerSpec",

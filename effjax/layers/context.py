@@ -39,6 +39,8 @@ class Context:
       choose.
     previous: [B, T], the id before each token, −1 before the first; None means `tokens` shifted by
       one. Decoding has to give it, since the token before is not among `tokens`.
+    predicted: [B, T], the id that another model expects after each token, −1 for none; hash layers
+      may route by it.
   """
 
   tokens: Int[Array, "B T"] | None = None
@@ -49,6 +51,7 @@ class Context:
   global_positions: Int[Array, "B G"] | None = None
   attributes: Int[Array, "B A"] | None = None
   previous: Int[Array, "B T"] | None = None
+  predicted: Int[Array, "B T"] | None = None
 
   def check(self) -> None:
     """Raises ValueError where facts are not of one batch: [B, T] like `tokens`, or [B, …]."""
@@ -56,7 +59,7 @@ class Context:
       return
     given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     for name, x in given.items():
-      axes = 2 if name in ("segment_ids", "positions", "previous") else 1
+      axes = 2 if name in ("segment_ids", "positions", "previous", "predicted") else 1
       if x is not None and tuple(x.shape[:axes]) != tuple(self.tokens.shape[:axes]):
         allowed = (
           f"{tuple(self.tokens.shape)}, that of tokens" if axes > 1 else "as many rows as tokens"
@@ -141,7 +144,7 @@ class Context:
     return before if ids is None else jnp.where((ids >= 0) & (shift(ids) == ids), before, -1)
 
   def blanked(self) -> "Context":
-    """The same with id 0 at position 0, −1 before it, and zero memory in place of padding's."""
+    """The same with id 0 at position 0, no id beside it, and zero memory in place of padding's."""
     ids, memory = self.segment_ids, self.memory
     blank = lambda x, value: x if ids is None or x is None else jnp.where(ids >= 0, x, value)
     if memory is not None and self.memory_segment_ids is not None:
@@ -152,6 +155,7 @@ class Context:
       positions=blank(self.positions, 0),
       memory=memory,
       previous=blank(self.previous, -1),
+      predicted=blank(self.predicted, -1),
     )
 
 

@@ -6,7 +6,7 @@ five local to one global a pattern of masks: `layers` says it in the open.
 
 import dataclasses
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ from effjax.core.known import check_ids, number
 from effjax.core.typing import Array, DTypeLike, Float, Number, PyTree, Size
 from effjax.layers.context import Context
 from effjax.layers.norms import RMSNorm
+from effjax.layers.peeking import check_caches, check_direction, parts
 
 BRANCHES = ("mixer", "cross", "ffn")  # each is added to the residual stream
 BOUNDS: dict[str, dict] = {  # of the numbers of a configuration; optional ones may be None
@@ -30,6 +31,8 @@ PLACES = ("mixer", "after_mixer", "cross", "ffn", "after_ffn")
 @runtime_checkable
 class Mixer(Protocol):
   """What mixes positions: a module for the places `mixer` and `cross` of a layer.
+
+  One by which tokens see later ones says `causal = False`, as a field or a property.
 
   Attributes:
     rewinds: whether a cache forgets the newest tokens by going on from an earlier position, as
@@ -156,6 +159,10 @@ class TransformerConfig:
     logit_softcap: caps the logits, see `numerics.softcap`.
     scan: equal neighbours share one compiled body and stacked parameters.
     family: which published layout the parameters save to, e.g. "llama"; None for none.
+
+  Raises:
+    ValueError: for values out of range, for a module with tables of another `vocabulary`, and for
+      one that is for encoders only (`peeking`) where all mixers look back only.
   """
 
   vocab_size: Size
@@ -185,6 +192,19 @@ class TransformerConfig:
     _check("positions", self.positions, (None, "learned", "sinusoidal"))
     _check("head", self.head, (None, "lm"))
     object.__setattr__(self, "layers", tuple(self.layers))
+    every = self._places
+    _check_vocabulary(every, self.vocab_size)
+    check_direction(every, {at: part for at, part in every.items() if at.endswith(": mixer")})
+
+  def check_caches(self) -> None:
+    """Raises ValueError where some module looks at later tokens, so that there are no caches."""
+    check_caches(self._places)
+
+  @property
+  def _places(self) -> dict[str, nn.Module]:
+    """Every module by where it stands."""
+    each = ((index, spec.modules.items()) for index, spec in enumerate(self.layers))
+    return {f"layer {index}: {place}": module for index, of in each for place, module in of}
 
   def __repr__(self) -> str:
     runs = [(spec, len(list(same))) for spec, same in itertools.groupby(self.layers, repr)]
@@ -239,6 +259,29 @@ def ask(module: nn.Module | None, name: str, where: str) -> Any:
   if not hasattr(module, name):
     raise ValueError(f"{where} is {type(module).__name__}; allowed: modules that have `{name}`")
   return getattr(module, name)
+
+
+def share(parts: Mapping[str, nn.Module], path: str) -> float:
+  """The share of the parameter at `path` that one token uses, in a module made of `parts`.
+
+  A part whose tokens do not use all of it says so by its own `share`; all else is used whole.
+
+  Args:
+    parts: the modules inside, by the names under which their parameters lie.
+    path: of a parameter.
+  """
+  name, _, inside = path.partition("/")
+  of = getattr(parts.get(name), "share", None)
+  return 1.0 if of is None else of(inside)
+
+
+def _check_vocabulary(places: Mapping[str, nn.Module], vocab_size: int) -> None:
+  """Refuses what has a table of tokens, and says of how many by `vocabulary`, for other tokens."""
+  for where, module in places.items():
+    for part in parts(module):
+      if getattr(part, "vocabulary", None) not in (None, vocab_size):
+        given = f"{where} has {type(part).__name__} for {part.vocabulary} tokens"
+        raise ValueError(f"{given}; allowed: {vocab_size}, the model's vocab_size")
 
 
 def _check(name: str, value, allowed: tuple) -> None:

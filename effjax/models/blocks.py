@@ -45,7 +45,7 @@ def tagged(
 
 def read(
   source: TensorSource,
-  stored: Sequence[tuple[str, int | None]],
+  stored: Sequence[tuple[str, tuple[int, ...]]],
   entry: Entry,
   shape: tuple[int, ...],
   dtype: np.dtype,
@@ -70,7 +70,7 @@ def read(
   *batch, rows, inputs = (*shape[:-2], shape[-1], shape[-2]) if entry.transpose else shape
   codes = aligned((*batch, rows, inputs // block * size), np.dtype(np.uint8))
   for name, index in stored:
-    source.read_blocks(name, codes if index is None else codes[index])
+    source.read_blocks(name, codes[index] if index else codes)
   return GGUF(codes, type=type, dtype=dtype, table=not entry.transpose)
 
 

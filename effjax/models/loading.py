@@ -107,6 +107,8 @@ def _open_folder(path: Path) -> Checkpoint:
   except ValueError as error:
     raise ValueError(f"{where}: {error}") from error
   source = SafetensorsFolder(path)
+  for ending, parts in family.stacked.items():
+    source.divide(ending, parts)
   config = family.to_config(fields, where, len(source.names()))
   try:
     tokenizer = tokenizers.from_folder(path)
@@ -198,7 +200,7 @@ def _check(checkpoint: Checkpoint, plan: Mapping, shapes: Mapping, stored: Mappi
   wanted = {}
   for parameter, pieces in plan.items():
     for piece in pieces:
-      shape = shapes[parameter].shape[0 if piece.index is None else 1 :]
+      shape = shapes[parameter].shape[len(piece.index) :]
       wanted[piece.tensor] = piece.entry.tensor_shape(shape, piece.span), parameter
   missing = [name for name in wanted if name not in stored]
   if missing:
@@ -219,7 +221,7 @@ def _check(checkpoint: Checkpoint, plan: Mapping, shapes: Mapping, stored: Mappi
 def _filled(source: TensorSource, names: Mapping, pieces: list[Piece], shape: tuple, dtype):
   out = blocks.aligned(shape, dtype)
   for piece in pieces:
-    part = out if piece.index is None else out[piece.index]
+    part = out[piece.index] if piece.index else out
     piece.entry.load(source, names[piece.tensor], part, piece.span)
   return out
 

@@ -6,7 +6,7 @@ from effjax.attention.masks import Causal
 from effjax.attention.multi_head import Attention
 from effjax.layers import MLP, RMSNorm, Rope
 from effjax.layers.spec import LayerSpec, TransformerConfig
-from effjax.models.families import bert, gemma, opt
+from effjax.models.families import bert, deepseek, gemma, mixtral, olmoe, opt, qwen_moe
 
 
 def llama(
@@ -81,6 +81,52 @@ GEMMA3_270M = gemma.gemma3_config(
   }
 )
 
+MIXTRAL_8X7B = mixtral.to_config(
+  {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 32_768,
+    "router_aux_loss_coef": 0.02,
+  }
+)
+QWEN15_MOE = qwen_moe.qwen2_config(
+  {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 8192,
+    "rope_theta": 1e6,
+  }
+)
+OLMOE_1B_7B = olmoe.to_config(
+  {
+    "vocab_size": 50_304,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+  }
+)
+DEEPSEEK_MOE_16B = deepseek.to_config(
+  {
+    "vocab_size": 102_400,
+    "hidden_size": 2048,
+    "intermediate_size": 10_944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 4096,
+  }
+)
+
 
 def _bert(width: int, layers: int, heads: int) -> TransformerConfig:
   fields = {"vocab_size": 30_522, "hidden_size": width, "intermediate_size": 4 * width}
@@ -100,6 +146,10 @@ PRESETS: dict[str, TransformerConfig] = {
   "gemma3-270m": GEMMA3_270M,
   "bert-base": BERT_BASE,
   "minilm": MINILM,
+  "mixtral-8x7b": MIXTRAL_8X7B,
+  "qwen1.5-moe-a2.7b": QWEN15_MOE,
+  "olmoe-1b-7b": OLMOE_1B_7B,
+  "deepseek-moe-16b": DEEPSEEK_MOE_16B,
   **{f"opt-{size.lower()}": config for size, config in OPT.items()},
 }
 

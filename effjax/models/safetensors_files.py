@@ -6,11 +6,12 @@ that it has copied, or writes from a dictionary that holds them all.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,24 @@ class SafetensorsFolder:
       row_bytes = info.dtype.itemsize * math.prod(rows.shape[1:])
       info.file.decode(name, info.start, row_bytes, rows, lambda raw: raw.view(info.dtype))
     return out
+
+  def divide(self, ending: str, parts: Sequence[str]) -> None:
+    """Gives the parts of tensors [E, R, …], whose names have this ending, names of their own.
+
+    Args:
+      ending: of the names.
+      parts: the endings of as many equal parts of the R rows, with "{e}" for each of the E.
+    """
+    for name in [name for name in self._tensors if name.endswith(ending)]:
+      info, start = self._tensors[name], name.removesuffix(ending)
+      if len(info.shape) < 2 or info.shape[1] % len(parts):
+        continue
+      shape = (info.shape[1] // len(parts), *info.shape[2:])
+      size = math.prod(shape) * info.dtype.itemsize
+      del self._tensors[name]
+      for i, (e, part) in enumerate(itertools.product(range(info.shape[0]), parts)):
+        own = dataclasses.replace(info, shape=shape, start=info.start + i * size)
+        self._tensors[start + part.format(e=e)] = own
 
   def _info(self, name: str) -> TensorInfo:
     if name not in self._tensors:

@@ -18,7 +18,7 @@ from effjax.models.model import Model, TokenIds
 
 # How a weight of each kind becomes a plain array.
 _PLAIN = {
-  "adapter": "merge the adapters (peft.merge)",
+  "adapter": "merge it (peft.merge) or take it off (remove of the module that added it)",
   "quantised": "dequantize the weights (quant.dequantize)",
   "matrix": "materialize the weights",
   "wrapper": "materialize the weights",
@@ -95,10 +95,10 @@ def _tensors(model: Model) -> dict[str, safetensors_files.Stored]:
 def _stored(parts: list[tuple[Piece, Any]]) -> safetensors_files.Stored:
   parts = sorted(parts, key=lambda part: part[0].span or (0,))
   piece, leaf = parts[0]
-  shape = piece.entry.tensor_shape(leaf.shape[0 if piece.index is None else 1 :], piece.span)
+  shape = piece.entry.tensor_shape(leaf.shape[len(piece.index) :], piece.span)
 
   def make() -> np.ndarray:
-    values = [np.asarray(x if p.index is None else x[p.index]) for p, x in parts]
+    values = [np.asarray(x[p.index] if p.index else x) for p, x in parts]
     return piece.entry.unload(values[0] if len(values) == 1 else np.concatenate(values, axis=-1))
 
   return shape, np.dtype(leaf.dtype), make

@@ -128,6 +128,7 @@ class Transformer(nn.Module):
     global_positions: Int[Array, "B G"] | None = None,
     attributes: Int[Array, "B A"] | None = None,
     previous: Int[Array, "B T"] | None = None,
+    predicted: Int[Array, "B T"] | None = None,
   ):
     """Logits [B, T, V], or hidden states [B, T, D]; with a `cache`, (those, the new cache).
 
@@ -148,12 +149,13 @@ class Transformer(nn.Module):
       attributes: ids of what each row is, for layers that choose by them.
       previous: the id before each token, for layers that read it; None means `tokens` shifted by
         one, so steps with a cache have to give it.
+      predicted: the id that another model expects after each token, for layers that read it.
 
     Raises:
       ValueError: when T exceeds `config.context`, for facts of another shape than `tokens`, for
-        ids out of range where they are known, and for a position that the cache lacks. Where it
-        is not known while tracing, its keys and values are not kept, and layers that keep them give
-        NaN there.
+        ids out of range where they are known, for a `previous` that is missing, and for a position
+        that the cache lacks. Where it is not known while tracing, its keys and values are not kept,
+        and layers that keep them give NaN there.
     """
     config = self.config
     if more(tokens.shape[1], config.context):
@@ -167,11 +169,15 @@ class Transformer(nn.Module):
       global_positions=global_positions,
       attributes=attributes,
       previous=previous,
+      predicted=predicted,
     )
     context.check()
     check_attributes(config, attributes)
     context = context.blanked()
     if cache is not None:
+      if previous is None and "previous" in self.reads:
+        allowed = "the id before each token, −1 before the first, since some layer reads it"
+        raise ValueError(f"previous=None with a cache; allowed: {allowed}")
       context = context.after(tokens, cache.ends)
       slots = context.slots_for(tokens, cache.length)
     embed = Embed(config.vocab_size, config.embed_width or config.width, name="embed")
@@ -242,8 +248,10 @@ class Transformer(nn.Module):
         recurrent states, stays in it.
 
     Raises:
-      ValueError: when `length` exceeds `config.context`, a mixer has no caches, or none in `dtype`.
+      ValueError: when `length` exceeds `config.context`, a mixer has no caches, or none in `dtype`,
+        or something in a layer looks at later tokens.
     """
+    self.config.check_caches()
     for index, spec in enumerate(self.config.layers):
       for name in ("init_cache", "rewinds"):
         if spec.mixer is not None:

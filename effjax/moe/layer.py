@@ -1,20 +1,15 @@
-"""The mixture-of-experts feed-forward layer (Shazeer et al., arXiv 1701.06538; dropless)."""
+"""The mixture-of-experts feed-forward layer (Shazeer et al., arXiv 1701.06538)."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from flax.errors import ScopeParamShapeError
 
-from effjax.core import spmd
-from effjax.core.typing import Array, Dim, Float, Int, Params, PyTree
-from effjax.core.weights import is_weight
-from effjax.kernels.grouped_matmul import Grouped
-from effjax.kernels.grouped_matmul.reference import group_of_row
-from effjax.layers import Context, Router, taps, without_padding
+from effjax.core.typing import Array, Bool, Float, Size
+from effjax.layers import Context, ExpertRouting, Router, Routing, taps, without_padding
 from effjax.layers.axes import lead, renamed, under
 from effjax.layers.meshes import on_any_mesh
-from effjax.layers.spec import ask
-from effjax.moe.dispatch import mix_experts
+from effjax.layers.spec import ask, share
+from effjax.moe.bank import bank
+from effjax.moe.dispatch import dropped_share, mix
 
 
 class MoE(nn.Module):
@@ -22,19 +17,21 @@ class MoE(nn.Module):
 
   An expert is any feed-forward module that treats each token by itself and fetches its parameters
   by `layers.weight`. It is called once, on the rows of all experts, with parameters that are
-  another array for each row (`Grouped`). Every token reaches all its experts (dropless). Padding,
-  where `context.segment_ids` is negative, gives zero, whatever was in it, and counts in no loss.
-  With one expert and renormalised gates this is that expert. It has derivatives in reverse mode.
+  another array for each row (`Grouped`). Every token reaches all experts that the router gives it
+  to; where the router promises a capacity, their rows are slots (`dispatch`). Padding, where
+  `context.segment_ids` is negative, gives zero, whatever was in it, and counts in no loss. With one
+  expert and renormalised gates this is that expert. It has derivatives in reverse mode.
 
   Parameters: "router", the router's; "experts", the expert's, each with a leading axis E, drawn for
   each expert by itself; "shared". What an expert sows or draws at random, it does once for all
-  rows.
+  rows. Where experts are split over devices with room for some tokens only, "exchange_dropped" is
+  sown under "metrics", the share of choices that found none.
 
   Attributes:
     router: a `layers.Router`, such as `TopK(experts=8, top_k=2)`.
     expert: a feed-forward module; it is given no facts of the batch.
-    shared: a feed-forward module that every token visits besides, ungated, such as an `MLP` of
-      twice the width for two shared experts (arXiv 2401.06066, section 3.2); or None.
+    shared: a feed-forward module that every token visits besides, such as an `MLP` of twice the
+      width for two shared experts (arXiv 2401.06066, section 3.2), or that `Gated`; or None.
 
   Raises:
     ValueError: when called, for an expert that fetches parameters in another way.
@@ -50,44 +47,12 @@ class MoE(nn.Module):
   def __call__(
     self, x: Float[Array, "B T D"], context: Context = Context()
   ) -> Float[Array, "B T D"]:
-    mask = context.is_token(x)
-    rows, row_mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
-    with taps.tokens(None if row_mask is None else row_mask.astype(jnp.int32) - 1):
-      routing = self.router(rows, context, row_mask)
-    y = mix_experts(
-      self._experts,
-      rows,
-      routing.experts,
-      routing.gates,
-      count=self.router.experts,
-      mask=row_mask,
-    ).reshape(x.shape)
+    rows, routing, mask = route(self.router, x, context)
+    count = self.router.experts
+    sow_dropped(self, routing, count, mask)
+    experts = bank(self, "experts", count, self.expert, Context())
+    y = mix(experts, rows, routing, count=count, mask=mask).reshape(x.shape)
     return y if self.shared is None else y + self.shared(x, context)
-
-  def _experts(
-    self, rows: Float[Array, "M D"], sizes: Int[Array, "E"] | Int[Array, "P E"]
-  ) -> Float[Array, "M D"]:
-    """Each row by its expert; rows are sorted by expert."""
-    if self.is_mutable_collection("params") and not self.has_variable("params", "experts"):
-      self.put_variable("params", "experts", self._init_experts(rows.shape[-1]))
-
-    def group(variables: PyTree) -> PyTree:
-      wrap = lambda w: Grouped(w, sizes, rows.shape[0])
-      return jax.tree.map(wrap, variables, is_leaf=is_weight)
-
-    call = nn.map_variables(lambda expert, x: expert(x, Context()), "params", group)
-    try:
-      with taps.tokens(_ids(sizes, rows.shape[0]), groups=sizes.shape[-1]):
-        return call(self.expert.copy(name="experts"), rows[None])[0]
-    except ScopeParamShapeError as error:
-      allowed = "an expert that fetches its parameters by layers.weight"
-      raise ValueError(f"MoE: expert={self.expert!r}: {error}; allowed: {allowed}") from error
-
-  def _init_experts(self, width: int) -> Params:
-    """Parameters with a leading axis E, each expert's drawn by itself."""
-    expert = self.expert.clone(parent=None, name=None)
-    init = lambda key: expert.init(key, jnp.zeros((1, 1, width)), Context()).get("params", {})
-    return jax.vmap(init)(jax.random.split(self.make_rng("params"), self.router.experts))
 
   @property
   def reads(self) -> set[str]:
@@ -102,7 +67,9 @@ class MoE(nn.Module):
 
   def share(self, path: str) -> float:
     """The share of the parameter at `path` that one token uses: k / E of the experts."""
-    return self.router.used / self.router.experts if path.startswith("experts/") else 1.0
+    if path.startswith("experts/"):
+      return self.router.used / self.router.experts
+    return share({} if self.shared is None else {"shared": self.shared}, path)
 
   @property
   def axes(self) -> dict[str, tuple[str, ...]]:
@@ -115,13 +82,23 @@ class MoE(nn.Module):
     )
 
 
-def _ids(sizes: Array, rows: Dim) -> Int[Array, "1 M"]:
-  """The expert of each row, −1 for rows past the last expert's."""
-  parts = sizes.reshape(-1, sizes.shape[-1])
-  each = rows // parts.shape[0]
+def route(
+  router: Router, x: Float[Array, "B T D"], context: Context
+) -> tuple[Float[Array, "M D"], Routing | ExpertRouting, Bool[Array, "M"] | None]:
+  """The tokens of `x` as rows, what the router says of them, and which are none (False) if any."""
+  mask = context.is_token(x)
+  rows, mask = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
+  with taps.tokens(None if mask is None else mask.astype(jnp.int32) - 1):
+    return rows, router(rows, context, mask), mask
 
-  def held(parts: Array, _) -> Array:
-    expert = jax.vmap(lambda sizes: group_of_row(sizes, each))(parts)
-    return jnp.where(expert < parts.shape[1], expert, -1).reshape(-1)
 
-  return spmd.map_rows(held, parts, ())[None]
+def sow_dropped(
+  module: nn.Module,
+  routing: Routing | ExpertRouting,
+  count: Size,
+  mask: Bool[Array, "M"] | None,
+) -> None:
+  """Sows `dispatch.dropped_share` as the metric "exchange_dropped", where there is one."""
+  share = dropped_share(routing, count=count, mask=mask)
+  if share is not None:
+    module.sow("metrics", "exchange_dropped", share)

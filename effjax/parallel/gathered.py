@@ -52,20 +52,22 @@ class Gathered(weights.Over):
 
 
 def gather(tree: PyTree, shards: Shards) -> PyTree:
-  """`tree` whole on every device; its cotangents are split as `shards.split` says.
+  """An array or a `Weight`, whole on every device; its cotangents are split as `shards` says.
 
   The transpose of an all-gather is a reduce-scatter, where that of a sharding constraint is the
   same constraint, which would leave whole gradients on every device.
   """
 
+  places = shards.whole(tree)
+
   @jax.custom_vjp
   def whole(tree):
-    return jax.lax.with_sharding_constraint(tree, shards.replicated)
+    return jax.lax.with_sharding_constraint(tree, places)
 
   def backward(_, cotangents):
-    split = lambda x: jax.lax.with_sharding_constraint(x, shards.split(x))
+    split = lambda x, at: jax.lax.with_sharding_constraint(x, shards.split(x, at.spec))
     is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
-    return (jax.tree.map(lambda x: split(x) if is_float(x) else x, cotangents),)
+    return (jax.tree.map(lambda x, at: split(x, at) if is_float(x) else x, cotangents, places),)
 
   whole.defvjp(lambda tree: (whole(tree), None), backward)
   return whole(tree)

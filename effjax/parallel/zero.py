@@ -3,7 +3,8 @@
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
 arXiv 1910.02054, section 5. With N devices on the data axis, stage 1 splits the optimiser's state,
 stage 2 also the gradients, stage 3 also the parameters; stage 0 is plain data parallelism. Here a
-stage is shardings; the compiler derives the all-gathers and reduce-scatters.
+stage is shardings; the compiler derives the all-gathers and reduce-scatters. Expert parallelism
+lies within it: a device's own experts are split further over the data axis, and all else over both.
 """
 
 import contextlib
@@ -12,11 +13,12 @@ import warnings
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from effjax.core import spmd, trees
 from effjax.core.typing import Params, PyTree, Size
 from effjax.core.weights import is_weight
+from effjax.parallel.experts import Experts
 from effjax.parallel.gathered import Gathered, gather
 from effjax.parallel.shards import Shards
 
@@ -32,6 +34,7 @@ class Zero:
     mesh: the devices.
     stage: 0 (all replicated), 1 (moments split), 2 (gradients too), 3 (parameters too).
     axis: the data-parallel axis of `mesh`.
+    experts: how experts are split over another axis, or over that one; None is not at all.
 
   Raises:
     ValueError: for another stage, or an axis that the mesh lacks.
@@ -40,38 +43,51 @@ class Zero:
   mesh: Mesh
   stage: Size = 0
   axis: str = "data"
+  experts: Experts | None = None
 
   def __post_init__(self):
     if isinstance(self.stage, bool) or self.stage not in (0, 1, 2, 3):
       raise ValueError(f"zero={self.stage!r}; allowed: 0, 1, 2, 3")
-    if self.axis not in self.mesh.shape:
-      raise ValueError(f"mesh has axes {tuple(self.mesh.shape)}; ZeRO needs {self.axis!r}")
     kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
-    if kinds[self.axis] != AxisType.Auto:
-      raise ValueError(
-        f"mesh: its axis {self.axis!r} is {kinds[self.axis]}; allowed: AxisType.Auto, as "
-        "`parallel.make_mesh` makes it"
-      )
+    for axis in self.axes:
+      if axis not in kinds:
+        raise ValueError(f"mesh has axes {tuple(kinds)}; ZeRO needs {axis!r}")
+      if kinds[axis] != AxisType.Auto:
+        raise ValueError(
+          f"mesh: its axis {axis!r} is {kinds[axis]}; allowed: AxisType.Auto, as "
+          "`parallel.make_mesh` makes it"
+        )
+
+  @property
+  def axes(self) -> tuple[str, ...]:
+    """The axes over which the rows of a batch are split."""
+    experts = () if self.experts is None else (self.experts.axis,)
+    return tuple(dict.fromkeys((self.axis, *experts)))
 
   @property
   def shards(self) -> Shards:
     """How what is split lies over the devices."""
-    return Shards(self.mesh, self.axis)
+    return Shards(self.mesh, self.axis if len(self.axes) == 1 else self.axes)
 
   def batch(self, batch: PyTree) -> PyTree:
-    """Shardings of a batch: rows over the data axis.
+    """Shardings of a batch: rows over the axes.
 
     Raises:
       ValueError: when N does not divide the batch.
     """
-    n = self.mesh.shape[self.axis]
     for x in jax.tree.leaves(batch):
-      if x.shape[0] % n:
-        raise ValueError(f"batch of {x.shape[0]} rows; allowed: multiples of {self.axis}={n}")
+      if x.shape[0] % self.shards.count:
+        raise ValueError(f"batch of {x.shape[0]} rows; allowed: multiples of {self._devices}")
     return jax.tree.map(lambda x: self.shards.rows, batch)
 
   def params(self, params: PyTree) -> PyTree:
-    """Shardings of parameters."""
+    """Shardings of parameters.
+
+    Raises:
+      ValueError: for experts that their axis does not divide, or where there are none.
+    """
+    if self.experts is not None:
+      self.experts.check(params, self.mesh)
     return self._from(3, params)
 
   def gradients(self, grads: PyTree) -> PyTree:
@@ -89,25 +105,30 @@ class Zero:
       extra=jax.tree.map(lambda x: self.shards.replicated, state.extra),
     )
 
+  @property
+  def _devices(self) -> str:
+    return " · ".join(f"{axis}={self.mesh.shape[axis]}" for axis in self.axes)
+
   def _report(self, parts: tuple[PyTree, ...]) -> None:
     """Warns when more than a twentieth of what this stage splits stays whole on every device."""
-    n = self.mesh.shape[self.axis]
+    n = self.shards.count
     leaves = jax.tree_util.tree_leaves_with_path(parts)
-    whole = [(p, x) for p, x in leaves if self.shards.split(x).is_fully_replicated]
+    whole = [(p, x) for p, x in leaves if self._lies(p, x, True).is_fully_replicated]
     size, of = (trees.nbytes([x for _, x in each]) for each in (whole, leaves))
     if not self.stage or n == 1 or size <= of * NOTEWORTHY:
       return
     names = trees.some((f"{trees.path_string(p)} {tuple(x.shape)}" for p, x in whole), 4)
     warnings.warn(
       f"zero={self.stage} splits {len(leaves) - len(whole)} of {len(leaves)} arrays over "
-      f"{self.axis}={n}: {size:,} of {of:,} bytes stay whole on every device, having no axis that "
+      f"{self._devices}: {size:,} of {of:,} bytes stay whole on every device, having no axis that "
       f"{n} divides: {names}",
       stacklevel=3,
     )
 
   def scope(self) -> contextlib.AbstractContextManager:
-    """What the objective is traced in: rows are split over the data axis."""
-    return spmd.rows_split(self.mesh, (self.axis,))
+    """What the objective is traced in: rows are split over the axes, and experts over theirs."""
+    dealt = None if self.experts is None else self.experts.dealt
+    return spmd.rows_split(self.mesh, self.axes, dealt)
 
   def on_batch(self, batch: PyTree) -> PyTree:
     """Inside a jitted function: `batch`, laid out so; likewise the next three."""
@@ -123,8 +144,9 @@ class Zero:
       return params
 
     def visit(path, x):
-      matrix = trees.chooses(matrices, trees.path_string(path), x)
-      return Gathered(x, self.shards) if matrix else gather(x, self.shards)
+      name = trees.path_string(path)
+      shards = self._shards(name)
+      return Gathered(x, shards) if trees.chooses(matrices, name, x) else gather(x, shards)
 
     return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_weight)
 
@@ -135,14 +157,27 @@ class Zero:
     return jax.lax.with_sharding_constraint(state, self.state(state))
 
   def _from(self, stage: int, tree: PyTree) -> PyTree:
-    whole = lambda x: self.shards.replicated
-    return jax.tree.map(self.shards.split if self.stage >= stage else whole, tree)
+    lies = lambda path, x: self._lies(path, x, self.stage >= stage)
+    return jax.tree_util.tree_map_with_path(lies, tree)
+
+  def _lies(self, path: Any, x: Any, split: bool) -> NamedSharding:
+    """Where an array lies: one of experts with them, and split over the data axis or not."""
+    name = trees.path_string(path)
+    kept = PartitionSpec() if self.experts is None else self.experts.spec(name, x, self.mesh)
+    return self._shards(name).split(x, kept) if split else NamedSharding(self.mesh, kept)
+
+  def _shards(self, path: str) -> Shards:
+    """How the parameter at `path` is split."""
+    if self.experts is None or self.experts.place(path) is None:
+      return self.shards
+    others = tuple(axis for axis in self.axes if axis != self.experts.axis)
+    return Shards(self.mesh, others[0] if others else (), self.experts.kept(path))
 
 
-def place(state: T, mesh: Mesh, *, zero: Size = 0) -> T:
+def place(state: T, mesh: Mesh, *, zero: Size = 0, experts: Experts | None = None) -> T:
   """A training state laid out on `mesh` for stage `zero` of ZeRO over its axis "data".
 
-  Train it with `train.make_train_step(..., placement=Zero(mesh, zero))`.
+  Train it with `train.make_train_step(..., placement=Zero(mesh, zero, experts=experts))`.
 
   Raises:
     ValueError: for another stage, or a mesh without the axis.
@@ -155,4 +190,4 @@ def place(state: T, mesh: Mesh, *, zero: Size = 0) -> T:
     >>> tuple(place(state, make_mesh(data=1), zero=3).params["w"].sharding.spec)
     ('data',)
   """
-  return jax.device_put(state, Zero(mesh, zero).state(state))
+  return jax.device_put(state, Zero(mesh, zero, experts=experts).state(state))

@@ -22,7 +22,7 @@ from effjax.layers import MLP, Context, FeedForward, LayerSpec, TransformerConfi
 from effjax.layers.axes import under
 from effjax.layers.meshes import on_any_mesh
 from effjax.layers.mlp import activation as known_activation
-from effjax.layers.spec import ask
+from effjax.layers.spec import ask, share
 from effjax.layers.stack import change
 from effjax.peft.beside import Tuned
 
@@ -57,8 +57,7 @@ class Bottleneck(nn.Module):
 
   def share(self, path: str) -> float:
     """The share of the parameter at `path` that one token uses."""
-    of = getattr(self.inner, "share", lambda path: 1.0)
-    return of(path.removeprefix("inner/"))
+    return share({"inner": self.inner}, path)
 
   @property
   def axes(self) -> dict[str, tuple[str, ...]]:

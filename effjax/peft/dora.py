@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core import numerics, weights
 from effjax.core.register import register
@@ -62,6 +63,13 @@ class DoRA(LoRA):
     *batch, _, outputs = axes
     own = [name for name in ("magnitude", "norm") if getattr(self, name) is not None]
     return super().specs(axes)._with_specs(dict.fromkeys(own, (*batch, None, outputs)))
+
+  def pick(self, units: Int[Array | np.ndarray, "n"], axis: int) -> Weight:
+    if axis == -2:
+      raise ValueError(
+        f"{self!r} has norms of all its rows; allowed: a LoRA, or to merge it before"
+      )
+    return super().pick(units, axis)
 
   def within(self, function: Callable, *arguments: Any) -> Any:
     return function(dataclasses.replace(self, norm=self._norm()), *arguments)

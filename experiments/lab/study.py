@@ -12,7 +12,9 @@ from effjax.core.typing import Key
 from effjax.data.tokenizers import BPETokenizer
 from effjax.models import TransformerConfig
 from effjax.train import next_token
+from effjax.train import workdir as files
 from effjax.train.objectives import Objective
+from effjax.train.step import After
 from experiments.harness import Row
 from experiments.lab import training
 from experiments.lab.budget import Budget, Spending
@@ -33,12 +35,16 @@ class Run:
     objective: None is next-token prediction; arrays in it have the axis of seeds too.
     spending: how it uses the budget.
     order: which of its orders of the text a seed reads; what goes on from a start reads another.
+    after: what ends a step of each seed, see `effjax.train.make_train_step`.
+    watch: pattern of the metrics of the objective that `Study.history` has; None is none.
   """
 
   subject: Subject
   objective: Objective | None = None
   spending: Spending = Spending()
   order: int = 0
+  after: After | None = None
+  watch: str | None = None
 
 
 class Study:
@@ -100,10 +106,24 @@ class Study:
     if name not in self._trained:
       objective = run.objective or next_token(run.subject.module)
       orders = training.Orders(self.loaders(run.order), self.seeds, self.steps(run))
-      folder = self.folder / "trainings" / name
-      params = training.train(objective, run.subject.params, orders, self.rates, self.seeds, folder)
+      train = functools.partial(training.train, after=run.after, watch=run.watch)
+      start, folder = run.subject.params, self._place(name)
+      params = train(objective, start, orders, self.rates, self.seeds, folder)
       self._trained[name] = dataclasses.replace(run.subject, params=params)
     return self._trained[name]
+
+  def history(self, name: str, run: Run) -> list[Row]:
+    """A row every so often while a run trained: "step", "losses" by seed, and what it watched.
+
+    All are means over the `training.PER_CALL` steps before.
+    """
+    steps = self.steps(run)
+    at = lambda call: min(call * training.PER_CALL, steps)
+    rows = files.read_rows(self._place(name) / files.METRICS)
+    return [{**row, "step": at(row["step"])} for row in rows]
+
+  def _place(self, name: str) -> Path:
+    return self.folder / "trainings" / name
 
   def dense_after(self, part: float) -> Subject:
     """The dense models after `part` of the budget, at the end of a schedule of their own."""

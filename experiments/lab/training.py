@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
@@ -35,10 +37,11 @@ from effjax.train import (
   make_train_step,
 )
 from effjax.train.objectives import Batch, Objective
-from effjax.train.step import Step
+from effjax.train.step import After, Step
 
 PER_CALL = 32  # steps of a call
 PER_CHECKPOINT = 32  # calls between checkpoints
+LOGGED = 12  # rows of metrics of a run, or some more
 
 
 class Orders:
@@ -89,11 +92,14 @@ def train(
   rates: Sequence[float],
   seeds: Sequence[int],
   folder: Path,
+  *,
+  after: After | None = None,
+  watch: str | None = None,
 ) -> Params:
   """The parameters after training, all seeds at once; finished or interrupted runs go on.
 
   AdamW of `OptimizerConfig`, a tenth of the steps warming up, then a cosine to a tenth. `folder`
-  keeps checkpoints and the losses of every call, "losses" a seed.
+  keeps checkpoints and what `program` reports, every so many calls.
 
   Args:
     objective: what is minimised; the arrays that it holds have an axis of seeds too.
@@ -102,12 +108,16 @@ def train(
     rates: the peak learning rate of each seed.
     seeds: seeds of the layers' randomness.
     folder: of this training alone.
+    after, watch: see `program`.
 
   Raises:
     FloatingPointError: when the loss of every seed is not finite.
   """
-  config = LoopConfig(steps=len(orders), checkpoint_every=PER_CHECKPOINT, log_every=8, keep=1)
-  state, step = start(params, rates, orders.steps), program(objective, orders.steps, seeds)
+  calls = len(orders)
+  log_every = max(1, calls // LOGGED)
+  config = LoopConfig(calls, checkpoint_every=PER_CHECKPOINT, log_every=log_every, keep=1)
+  state = start(params, rates, orders.steps)
+  step = program(objective, orders.steps, seeds, after=after, watch=watch)
   state = fit(step, state, orders, jax.random.key(0), workdir=folder, config=config)
   return jax.tree.map(jnp.asarray, jax.device_get(state.extra.params))
 
@@ -126,24 +136,45 @@ def start(params: Params, rates: Sequence[float], steps: int) -> TrainState:
   return jax.device_put(state, _layout(len(rates)))
 
 
-def program(objective: Objective, steps: int, seeds: Sequence[int]) -> Step:
+def program(
+  objective: Objective,
+  steps: int,
+  seeds: Sequence[int],
+  *,
+  after: After | None = None,
+  watch: str | None = None,
+) -> Step:
   """A call, a step of `fit`: it takes `count` steps of all seeds.
 
-  The batch is what `Orders` gives. Metrics: "losses", the mean nll of each seed over the steps of
-  the call, "loss", their mean, and "finite", whether any seed still learns.
+  The batch is what `Orders` gives. Metrics: "losses", the nll of each seed, "loss", their mean,
+  "finite", whether any seed still learns, and what is watched, [seeds, …]; all but "finite" are
+  means over the steps of the call.
+
+  Args:
+    objective: what is minimised.
+    steps: those of the whole run.
+    seeds: seeds of the layers' randomness.
+    after: what ends a step of each seed, see `make_train_step`.
+    watch: pattern of the objective's metrics that are reported; None is none.
   """
-  layout, one = _layout(len(seeds)), make_train_step(objective, _optimizer(1.0, steps))
+  layout = _layout(len(seeds))
+  one = make_train_step(objective, _optimizer(1.0, steps), after=after)
   together = jax.vmap(one.program)
+  kept = lambda name: name == "nll" or (watch is not None and re.search(watch, name))
+  metrics_of = lambda found: {name: x for name, x in found.items() if kept(name)}
 
   def several(objective: Partial, states: PyTree, batches: Batch, count: Array, keys: Key):
-    def body(i: Array, carry: tuple[PyTree, Array, Array]):
-      states, total, finite = carry
-      each = jax.tree.map(lambda x: x[i], batches)
-      states, metrics = together(objective, states, each, keys)
-      return states, total + metrics["nll"], finite & metrics["finite"]
+    at = lambda i: jax.tree.map(lambda x: x[i], batches)
 
-    nothing = (jnp.zeros(keys.shape, jnp.float32), jnp.ones(keys.shape, bool))
-    return jax.lax.fori_loop(0, count, body, (states, *nothing))
+    def body(i: Array, carry: tuple[PyTree, dict[str, Array], Array]):
+      states, total, finite = carry
+      states, metrics = together(objective, states, at(i), keys)
+      total = jax.tree.map(jnp.add, total, metrics_of(metrics))
+      return states, total, finite & metrics["finite"]
+
+    _, metrics = jax.eval_shape(together, objective, states, at(0), keys)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), metrics_of(metrics))
+    return jax.lax.fori_loop(0, count, body, (states, nothing, jnp.ones(keys.shape, bool)))
 
   each = P("seeds")
   on_devices = jax.shard_map(
@@ -159,14 +190,24 @@ def program(objective: Objective, steps: int, seeds: Sequence[int]) -> Step:
     batches, count = {**batch}, jnp.asarray(batch["count"])
     del batches["count"]
     states, total, finite = on_devices(objective, state.extra, batches, count, keys)
-    # Brought together at once: of several exchanges at a time, each could wait for the other.
-    both = jax.lax.with_sharding_constraint(jnp.stack([total / count, finite]), layout.step)
-    losses, finite = both
+    means = jax.tree.map(lambda x: x / count, total)
+    found = _together(means | {"finite": finite}, layout.step)
+    losses, finite = found.pop("nll"), found.pop("finite")
     state = dataclasses.replace(state, step=state.step + 1, extra=states)
-    return state, {"loss": losses.mean(), "losses": losses, "finite": finite.any()}
+    return state, {"loss": losses.mean(), "losses": losses, "finite": finite.any(), **found}
 
   outputs = (layout, layout.step)  # the layout of the inputs, or a second call compiles anew
   return Step(jax.jit(call, donate_argnums=1, out_shardings=outputs), one.objective)
+
+
+def _together(tree: PyTree, everywhere: NamedSharding) -> PyTree:
+  """Arrays [seeds, …] on every device, by one exchange.
+
+  Of several exchanges at a time, each could wait for the other.
+  """
+  flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(tree)
+  _, back = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), tree))
+  return jax.vmap(back)(jax.lax.with_sharding_constraint(flat, everywhere))
 
 
 def _layout(seeds: int) -> TrainState:

@@ -20,6 +20,7 @@ from effjax.peft import lora
 from experiments.lab.budget import Spending
 from experiments.lab.study import Run, Study
 from experiments.lab.subject import Subject
+from experiments.moe.mixtures import sparse
 from experiments.peft.methods import METHODS
 
 KERNELS = r"(query|key|value|out|up|gate|down)/kernel$"
@@ -123,14 +124,22 @@ def run_window(study: Study) -> Run:
 
 def run_moe(study: Study) -> Run:
   """Eight experts of half the width, two for each token: the FLOPs of one MLP."""
+  return Run(study.fresh(sparse(study.dense, moe.TopK(8, 2), 2)))
 
-  def sparse(spec):
-    mlp = spec.ffn
-    experts = moe.MoE(moe.TopK(8, 2), mlp.clone(width=mlp.width // 2))
-    return dataclasses.replace(spec, ffn=experts)
 
-  specs = tuple(sparse(spec) for spec in study.dense.layers)
-  return Run(study.fresh(dataclasses.replace(study.dense, layers=specs)))
+def run_switch(study: Study) -> Run:
+  """As many parameters in four experts of the full width, one for each token, if it has room."""
+  return Run(study.fresh(sparse(study.dense, moe.Switch(4), 1)))
+
+
+def run_hash(study: Study) -> Run:
+  """As the last, but a token's expert is drawn once and for all, by its id (Roller et al.)."""
+  return Run(study.fresh(sparse(study.dense, moe.Hash(4, study.dense.vocab_size), 1)))
+
+
+def run_fine(study: Study) -> Run:
+  """As many in sixteen of a quarter, four for each token, one of them always (DeepSeekMoE)."""
+  return Run(study.fresh(sparse(study.dense, moe.TopK(15, 3), 4, shared=1)))
 
 
 def run_half_depth(study: Study) -> Run:
@@ -170,6 +179,7 @@ def run_lora(study: Study) -> Run:
 
 BASELINE, TRAINED_BASELINE = "dense", "trained-dense"
 HALF, CONTINUED = "trained-half-depth", "trained-continued"
+MIXTURE, SWITCH = "trained-moe-8x2", "trained-switch-4x1"
 
 TECHNIQUES = (
   Technique(BASELINE, "baseline", lambda subject, key: subject, same_function=True),
@@ -187,7 +197,10 @@ TECHNIQUES = (
   Technique("upcycled-4x2", "transform", upcycled(4, every=3), same_function=True),
   Technique(TRAINED_BASELINE, "baseline", run_dense, against=TRAINED_BASELINE),
   Technique("trained-window-16", "mask", run_window, against=TRAINED_BASELINE, better=False),
-  Technique("trained-moe-8x2", "ffn", run_moe, against=TRAINED_BASELINE),
+  Technique(MIXTURE, "ffn", run_moe, against=TRAINED_BASELINE),
+  Technique(SWITCH, "ffn", run_switch, against=MIXTURE, better=False),
+  Technique("trained-hash-4x1", "ffn", run_hash, against=SWITCH),
+  Technique("trained-fine-15x3+1", "ffn", run_fine, against=MIXTURE),
   Technique(HALF, "baseline", run_half_depth, against=TRAINED_BASELINE, better=False),
   Technique("trained-distilled", "objective", run_distilled, against=HALF),
   Technique(CONTINUED, "baseline", run_continued, against=TRAINED_BASELINE, better=False),

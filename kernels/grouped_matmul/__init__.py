@@ -2,5 +2,6 @@
 
 from effjax.kernels.grouped_matmul.grouped import Grouped
 from effjax.kernels.grouped_matmul.grouped_linear import grouped_linear
+from effjax.kernels.grouped_matmul.groups import Groups
 
-__all__ = ["Grouped", "grouped_linear"]
+__all__ = ["Grouped", "Groups", "grouped_linear"]

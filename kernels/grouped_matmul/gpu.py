@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from effjax.core.typing import Array, Bool, DTypeLike, Float, Int
 from effjax.kernels.grouped_matmul import visits
+from effjax.kernels.grouped_matmul.groups import spans
 from effjax.kernels.grouped_matmul.sizes import Size, choose
 from effjax.kernels.grouped_matmul.steps import dot
 from effjax.kernels.quantized_matmul.lying import Lying
@@ -173,7 +174,7 @@ def sums(
   shape = like(x, (len(group_sizes), lines, outputs), interpret, dtype)
   grid = pl.cdiv(lines, size.rows), pl.cdiv(outputs, size.columns), len(group_sizes)
   run = _call(kernel, "grouped_sums", grid, size, shape, interpret)
-  return run(x, y, *visits.spans(group_sizes, rows))
+  return run(x, y, *spans(group_sizes.astype(jnp.int32), rows))
 
 
 def _steps(w: Lying, size: Size) -> tuple[int, int]:

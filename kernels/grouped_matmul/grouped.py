@@ -3,14 +3,13 @@
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from effjax.core import spmd
 from effjax.core.typing import Array, Dim, Float, PyTree
 from effjax.core.weights import Over, materialize, register, transpose
 from effjax.kernels.grouped_matmul.grouped_linear import grouped_linear
-from effjax.kernels.grouped_matmul.reference import group_of_row
+from effjax.kernels.grouped_matmul.groups import Groups
 
 
 @register(static=("length",), kind="wrapper")
@@ -22,7 +21,7 @@ class Grouped(Over):
 
   Invariants:
     base: [E, …], an array or `Weight`; the shape is without E.
-    sizes: rows of each group, [E] or [P, E], as in `grouped_linear`.
+    sizes: rows of each group, [E] or [P, E], or `Groups`, as in `grouped_linear`.
     length: M; activations are [..., D] of M rows in the order of the groups.
 
   Example:
@@ -55,11 +54,10 @@ class Grouped(Over):
 
   def along(self, x: Float[Array, "... F"]) -> Float[Array, "... F"]:
     self._check_rows(x)
-    sizes = self.sizes.reshape(-1, self.sizes.shape[-1])
-    group = jax.vmap(lambda each: group_of_row(each, self.length // sizes.shape[0]))
-    take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)  # 0 past the last group
-    of_row = lambda sizes, base: take(base, group(sizes).reshape(-1))
-    return spmd.map_rows(of_row, sizes, materialize(self.base)).reshape(*x.shape[:-1], *self.shape)
+    take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)  # 0 where no group is
+    of_row = lambda group, base: take(base, group)
+    group, base = Groups.of(self.sizes).of_row(self.length), materialize(self.base)
+    return spmd.map_rows(of_row, group, base).reshape(*x.shape[:-1], *self.shape)
 
   @property
   def T(self) -> "Grouped":

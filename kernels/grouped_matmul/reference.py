@@ -2,28 +2,21 @@
 
 import jax.numpy as jnp
 
-from effjax.core.typing import Array, Dim, Float, Int
-
-
-def group_of_row(group_sizes: Int[Array, "E"], rows: Dim) -> Int[Array, "M"]:
-  """The group of each row; E for rows past the last group.
-
-  Example:
-    >>> group_of_row(jnp.array([2, 0, 1]), 4).tolist()
-    [0, 0, 2, 3]
-  """
-  ends = jnp.cumsum(group_sizes)
-  return jnp.sum(jnp.arange(rows)[:, None] >= ends[None], axis=1)
+from effjax.core.typing import Array, Float, Int, Size
+from effjax.kernels.grouped_matmul.groups import group_of_row
 
 
 def grouped_matmul(
-  x: Float[Array, "M D"], w: Float[Array, "E D F"], group_sizes: Int[Array, "E"]
+  x: Float[Array, "M D"],
+  w: Float[Array, "E D F"],
+  group_sizes: Int[Array, "E"],
+  capacity: Size | None = None,
 ) -> Float[Array, "M F"]:
   """out[m] = Σ_e 1[m in group e] x[m] w[e]: E times the necessary work.
 
   What is in a row or a matrix does not reach the other groups, NaN included, nor their gradients.
   """
-  group = group_of_row(group_sizes, x.shape[0])
+  group = group_of_row(group_sizes, x.shape[0], capacity)
   own = (group[:, None] == jnp.arange(w.shape[0])[None])[..., None]
   rows = jnp.where(own, x[:, None], jnp.zeros((), x.dtype))
   y = jnp.einsum("med,edf->mef", rows, w.astype(x.dtype))

@@ -21,8 +21,9 @@ from jax import lax
 
 from effjax.core import numerics, trees
 from effjax.core.known import more
-from effjax.core.typing import Array, Dim, Float, Int, PyTree
+from effjax.core.typing import Array, Dim, Float, Int, PyTree, Size
 from effjax.core.weights import from_row, linear
+from effjax.kernels.grouped_matmul.groups import spans
 
 HIGHEST = 256  # of the heights of tiles
 FORWARD = {"allow_negative_indices": False}  # nothing counts from the end: a shorter program
@@ -40,11 +41,16 @@ def tile_rows(rows: Dim, groups: int) -> tuple[int, ...]:
 
 
 def forward(
-  x: Float[Array, "M D"], floats: PyTree, others: PyTree, group_sizes: Int[Array, "E"]
+  capacity: Size | None,
+  x: Float[Array, "M D"],
+  floats: PyTree,
+  others: PyTree,
+  group_sizes: Int[Array, "E"],
 ) -> Float[Array, "M F"]:
   """x[m] w[e] + bias[e] for the rows of each group e, zero for rows past the last group.
 
   Args:
+    capacity: None, or how many rows apart groups begin, as in `Groups`.
     x: rows sorted by group.
     floats, others: what `trees.merge` makes (w, bias) of, every array with a leading axis E:
       those that take gradients, and the rest. The bias may be None.
@@ -63,10 +69,11 @@ def forward(
   out = numerics.vary_alike(
     jnp.zeros((x.shape[0], params[0].shape[-1]), x.dtype), x, params, group_sizes
   )
-  return _each_group(group_sizes, x.shape[0], on_group, out)
+  return _each_group(group_sizes, x.shape[0], capacity, on_group, out)
 
 
 def backward(
+  capacity: Size | None,
   x: Float[Array, "M D"],
   floats: PyTree,
   others: PyTree,
@@ -99,7 +106,7 @@ def backward(
 
   zeros = jax.tree.map(jnp.zeros_like, (x, floats))
   carry = numerics.vary_alike(zeros, x, floats, group_sizes, dy)
-  return _each_group(group_sizes, x.shape[0], on_group, carry)
+  return _each_group(group_sizes, x.shape[0], capacity, on_group, carry)
 
 
 class _Tile:
@@ -150,13 +157,16 @@ class _Span:
 
 
 def _each_group(
-  group_sizes: Array, rows: Dim, step: Callable[[Array, _Span, PyTree], PyTree], carry: PyTree
+  group_sizes: Array,
+  rows: Dim,
+  capacity: Size | None,
+  step: Callable[[Array, _Span, PyTree], PyTree],
+  carry: PyTree,
 ) -> PyTree:
   """`carry` after `step(group, span, carry)` for every group that has rows."""
   groups = group_sizes.shape[0]
   heights = tile_rows(rows, groups)
-  ends = jnp.minimum(jnp.cumsum(group_sizes), rows)
-  starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+  starts, ends = spans(group_sizes, rows, capacity)
   most = rows if more(groups, rows) else groups
   busy = jnp.nonzero(ends > starts, size=most, fill_value=0)[0]
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from effjax.core.typing import Array, Int
+from effjax.kernels.grouped_matmul.groups import spans
 
 
 class Visits(NamedTuple):
@@ -29,17 +30,6 @@ class Visits(NamedTuple):
     return Visits(*map(more, self[:-1]), self.count)
 
 
-def spans(group_sizes: Int[Array, "E"], rows: int) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
-  """Where the rows of each group begin and end.
-
-  Example:
-    >>> [x.tolist() for x in spans(jnp.array([2, 0, 1]), 4)]
-    [[0, 2, 2], [2, 2, 3]]
-  """
-  ends = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), rows)
-  return jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]]), ends
-
-
 def of_rows(group_sizes: Int[Array, "E"], rows: int, height: int, aligned: bool) -> Visits:
   """Visits that cover each of the rows once, those past the last group as a group's too.
 
@@ -51,7 +41,7 @@ def of_rows(group_sizes: Int[Array, "E"], rows: int, height: int, aligned: bool)
   Example:
     >>> of_rows(jnp.array([3, 0, 2]), 6, 4, False)[:4]
   """
-  begins, ends = spans(group_sizes, rows)
+  begins, ends = spans(group_sizes.astype(jnp.int32), rows)
   begins = jnp.concatenate([begins, ends[-1:]])
   ends = jnp.concatenate([ends, jnp.full_like(ends[:1], rows)])
   return _listed(begins, ends, ends > begins, rows, height, aligned)
@@ -59,7 +49,7 @@ def of_rows(group_sizes: Int[Array, "E"], rows: int, height: int, aligned: bool)
 
 def of_groups(group_sizes: Int[Array, "E"], rows: int, height: int) -> Visits:
   """Visits of aligned tiles that cover the rows of each group; one of a group without rows."""
-  begins, ends = spans(group_sizes, rows)
+  begins, ends = spans(group_sizes.astype(jnp.int32), rows)
   return _listed(begins, ends, ends >= begins, rows, height, True)
 
 

@@ -34,6 +34,8 @@ OPT = {"ffn_dim": 24} | {k: v for k, v in ENCODER.items() if k != "intermediate_
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 GEMMA = {"head_dim": 8, "sliding_window": 4}
+MIXTURE = DECODER | {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
+FINE = {"num_experts": 3, "moe_intermediate_size": 8}
 SHAPES: dict[str, dict[str, Any]] = {
   "llama": DECODER | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}},
   "mistral": DECODER | {"sliding_window": 4},
@@ -43,6 +45,10 @@ SHAPES: dict[str, dict[str, Any]] = {
   "gemma3_text": DECODER | GEMMA | {"sliding_window_pattern": 2},
   "phi3": DECODER | {"pad_token_id": 0},
   "smollm3": DECODER | {"no_rope_layer_interval": 2},
+  "mixtral": MIXTURE | {"num_local_experts": 3},
+  "qwen2_moe": MIXTURE | FINE | {"shared_expert_intermediate_size": 12, "mlp_only_layers": [0]},
+  "qwen3_moe": MIXTURE | FINE | {"norm_topk_prob": True},
+  "olmoe": MIXTURE | {"num_experts": 3, "norm_topk_prob": False},
   "gpt2": GPT2,
   "opt": OPT,
   "bert": ENCODER,

@@ -95,5 +95,7 @@ def test_what_cannot_be_selected_is_refused():
     select_heads(module, params, [0, 6])
   with pytest.raises(ValueError, match=r"groups=.*; allowed: a partition of 0 … 5"):
     split_heads(module, params, [[0, 1, 2], [4, 5]])
+  with pytest.raises(ValueError, match="qk_norm_joint=True: no sum over heads"):
+    select_heads(module.clone(qk_norm=1e-6, qk_norm_joint=True), params, [0])
   with pytest.raises(ValueError, match="module is ShiftedSparseAttention with parameters"):
     select_heads(ShiftedSparseAttention(6), params, [0])

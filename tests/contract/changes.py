@@ -17,6 +17,7 @@ from effjax.layers.reductions import Reduction
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models import Transformer
+from effjax.moe import hash_tables
 from effjax.parallel import Anywhere, Placement, Zero, make_mesh
 from effjax.peft import adapters, experts, ia3, lora, named, prefix, soft_prompt
 from effjax.train import next_token
@@ -26,6 +27,7 @@ from tests.modules import random_params
 DENSE = config(*[LayerSpec(GQA, SWIGLU)] * 2)
 EXPERTS = config(*[LayerSpec(GQA, moe.MoE(moe.TopK(3, 2), SWIGLU))] * 2)
 PLAIN = config(*[LayerSpec(MHA, SWIGLU)] * 2, positions="learned")
+HASHED = config(*[LayerSpec(None, moe.MoE(moe.Hash(4, V), SWIGLU))] * 2)
 WITH_BIASES = config(LayerSpec(Attention(4, use_bias=True), SWIGLU))
 MIXTURE = functools.partial(moe.MoE, moe.TopK(3, 2))
 Change = Callable[[TransformerConfig, Any], tuple[TransformerConfig, Any]]
@@ -137,8 +139,26 @@ def there_and_back(config: TransformerConfig, params: Any) -> tuple[TransformerC
   return soft_prompt.remove(*soft_prompt.add(*prefix.remove(config, params), KEY, length=2))
 
 
+def finely(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
+  return moe.upcycle(config, params, KEY, experts=4, top_k=2, width=10, redrawn=0.5)
+
+
+def all_on(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
+  """A split model whose gates are one."""
+  return moe.split_ffn(config, params, KEY, experts=4, top_k=4, stddev=0.0)
+
+
+def clustered_and_back(config: TransformerConfig, params: Any) -> tuple[TransformerConfig, Any]:
+  by = moe.splitting.Clusters()
+  return moe.merge_experts(*moe.split_ffn(config, params, KEY, by=by, experts=4))
+
+
 TRANSFORMS = [
   Transform("upcycle", lambda c, p: moe.upcycle(c, p, KEY, experts=3, top_k=2), (moe.upcycle,)),
+  Transform("Qwen's upcycling", finely, (moe.upcycle,), same=None),
+  Transform("split, all experts on", all_on, (moe.split_ffn,)),
+  Transform("split by clusters and back", clustered_and_back, (moe.split_ffn, moe.merge_experts),
+            traced=False),
   Transform("int8", on_params(quant.quantize), (quant.quantize,), same=0.1),
   Transform("int8 and back", on_params(lambda p: quant.dequantize(quant.quantize(p))),
             (quant.quantize, quant.dequantize), same=0.1),
@@ -174,6 +194,8 @@ TRANSFORMS = [
   Transform("soft prompt", lambda c, p: soft_prompt.add(c, p, KEY, length=2), (soft_prompt.add,),
             same=0.0),
   Transform("unscan", unscan, (unscan,)),
+  Transform("tables", lambda c, p: (c, hash_tables.put(c, p, np.arange(V) % 4)), (hash_tables.put,),
+            same=None, config=HASHED),
   Transform("Longformer", lambda c, p: longformer.convert(c, p, window=T, positions=1),
             (longformer.convert,), config=PLAIN),
 ]  # fmt: skip
@@ -224,17 +246,25 @@ class RouterRow:
     name: what the table calls it.
     router: the module.
     sums: what the gates of a token sum to; None promises nothing.
+    drops: whether a token may get fewer experts than it wants, or an expert fewer tokens.
   """
 
   name: str
   router: Router
   sums: float | None = None
+  drops: bool = False
 
 
 ROUTERS = [
   RouterRow("top 1", moe.TopK(4, 1, renormalize=False)),
   RouterRow("top 2", moe.TopK(4, 2), sums=1.0),
   RouterRow("all", moe.TopK(4, 4, renormalize=False), sums=1.0),
+  RouterRow("noisy", moe.NoisyTopK(4, 2), sums=1.0),
+  RouterRow("Switch", moe.Switch(4), drops=True),
+  RouterRow("GShard", moe.GShard(4), drops=True),
+  RouterRow("batch priority", moe.BatchPriority(4, 2), drops=True),
+  RouterRow("sigmoid", moe.SigmoidTopK(4, 2, limit=moe.GroupLimit(2, 1, best=2)), sums=1.0),
+  RouterRow("expert choice", moe.ExpertChoice(4), drops=True),
 ]
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from effjax.core import trees
-from effjax.layers import Context, Router
+from effjax.layers import Context, Router, Routing
 from effjax.layers.stack import join, split
 from effjax.models import Transformer
 from effjax.parallel import Placement
@@ -128,7 +128,7 @@ def test_microbatches_are_the_batch(row):
 
 @functools.partial(jax.jit, static_argnums=0)
 def routed(router, params, rows, mask, masked):
-  """The experts and gates of `rows`, what was sown, and gradients of rows and parameters.
+  """Which experts each row visits, its gates, what was sown, and gradients of rows and parameters.
 
   The cotangents of the gates are 1, and `masked` where the mask is False.
   """
@@ -137,12 +137,24 @@ def routed(router, params, rows, mask, masked):
     routing, sown = router.apply(
       {"params": params}, rows, Context(), mask, mutable=["losses", "metrics"]
     )
-    losses = sum(map(jnp.sum, jax.tree.leaves(sown["losses"])))
-    return (routing.gates, losses), (routing, sown)
+    losses = sum(map(jnp.sum, jax.tree.leaves(sown.get("losses", {}))), start=jnp.float32(0))
+    experts, gates = by_row(routing, rows.shape[0])
+    return (gates, losses), (experts, sown)
 
-  (gates, _), pull, (routing, sown) = jax.vjp(apply, rows, params, has_aux=True)
+  (gates, _), pull, (experts, sown) = jax.vjp(apply, rows, params, has_aux=True)
   weights = jnp.where(mask[:, None], jnp.ones_like(gates), masked)
-  return routing.experts, gates, sown, *pull((weights, jnp.ones(())))
+  return experts, gates, sown, *pull((weights, jnp.ones(())))
+
+
+def by_row(routing, rows):
+  """Experts and gates [M, k]; where experts choose rows [M, E], with E for those that did not."""
+  if isinstance(routing, Routing):
+    return routing.experts, routing.gates
+  count = routing.rows.shape[0]
+  expert = jnp.arange(count)[:, None]
+  place = lambda empty, x: empty.at[routing.rows, expert].set(x, mode="drop")
+  ids = jnp.broadcast_to(expert, routing.rows.shape)
+  return place(jnp.full((rows, count), count), ids), place(jnp.zeros((rows, count)), routing.gates)
 
 
 @each("row", ROUTERS)
@@ -154,10 +166,11 @@ def test_a_router_decides_for_each_token_and_padding_has_no_influence(row):
     np.asarray, routed(row.router, params, given[0], real, given[1])
   )
   experts, gates, sown, grads, slopes = run(rows, np.float32(0))
-  k = experts.shape[1]
+  k, count = experts.shape[1], row.router.experts
   assert experts.shape == gates.shape == (B * T, k) and row.router.used <= k
-  assert ((experts >= 0) & (experts < row.router.experts)).all()
-  assert all(len(set(each)) == k for each in experts.tolist())
+  assert (experts >= 0).all() and ((experts < count) | row.drops)[real].all()
+  chosen = [[e for e in each if e < count] for each in experts.tolist()]
+  assert all(len(set(each)) == len(each) for each in chosen) and not gates[experts >= count].any()
   if row.sums is not None:
     np.testing.assert_allclose(gates.sum(1), row.sums, rtol=1e-5)
   poisoned = np.where(real[:, None], rows, np.float32(np.nan))
@@ -170,7 +183,7 @@ def test_a_router_decides_for_each_token_and_padding_has_no_influence(row):
   np.testing.assert_allclose(other_grads[real], grads[real], rtol=1e-5, atol=1e-7)
   chex.assert_trees_all_equal(other_slopes, slopes)
   assert not other_grads[~real].any() and np.isfinite(grads).all()
-  assert row.router.flops(D, T) >= 0 and set(row.router.axes) == {"kernel"}
+  assert row.router.flops(D, T) >= 0 and set(row.router.axes) == set(params)
 
 
 @each("row", PLACEMENTS)

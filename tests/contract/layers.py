@@ -30,7 +30,7 @@ from effjax.layers import MLP, Context, LayerNorm, RMSNorm, Rope
 from effjax.layers.spec import LayerSpec, Mixer, TransformerConfig
 from effjax.layers.stack import unscan
 from effjax.models.transformer import Transformer
-from effjax.moe import MoE, TopK
+from effjax.moe import Gated, Hash, MoA, MoE, MultiHash, ResidualMoE, TopK
 from effjax.peft import LoRA, adapters, experts, lora
 from effjax.peft.adapters import Bottleneck
 from effjax.quant import quantize
@@ -209,6 +209,19 @@ def first_expert(params):
   return jax.tree.map(lambda x: x[0], params["experts"])
 
 
+def one_expert_of_attention():
+  """One head expert of all heads."""
+  params = random_params(GQA, X)
+
+  def pair(params):
+    routed = {name: jax.tree.map(lambda x: x[None], params[name]) for name in ("query", "out")}
+    routed["shared"] = {name: params[name] for name in ("key", "value")}
+    routed["router"] = {"kernel": jnp.ones((D, 1))}
+    return value(MoA(TopK(1, 1), GQA), routed), value(GQA, params)
+
+  return pair, params
+
+
 def centred_rms_norm():
   def pair(scale):
     x = X - X.mean(-1, keepdims=True)
@@ -254,6 +267,8 @@ BOTH_WAYS = Attention(4, mask=Full(), **BIASED)
 LOCAL = Attention(4, kv_heads=1, qk_norm=1e-6, mask=Causal() & SlidingWindow(2, 0), rope=ROPE)
 GLOBAL = dataclasses.replace(LOCAL, mask=Causal(), rope=Rope(1e6))
 SMALL_MOE = MoE(TopK(4, 2), SWIGLU)
+PR_MOE = ResidualMoE(dataclasses.replace(SMALL_MOE, shared=Gated(SWIGLU)), SWIGLU)
+HEADS = MoA(TopK(4, 2), Attention(4, kv_heads=2, head_width=4, rope=ROPE, **BIASED))
 LLAMA = config(*[LayerSpec(GQA, SWIGLU)] * 2)
 ADAPTER = Bottleneck(MLP(4, use_bias=True))
 POINT = {"causal": True, "pointwise": True}
@@ -263,7 +278,7 @@ ROWS = [
   layer("LayerNorm", LayerNorm(), reduces=centred_rms_norm, **POINT),
   layer("MLP", MLP(24, "relu", use_bias=True), padding=True, **POINT),
   layer("SwiGLU", SWIGLU, padding=True, **POINT),
-  layer("MoE", SMALL_MOE, padding=True, **POINT,
+  layer("MoE, gated, residual", PR_MOE, padding=True, **POINT,
         reduces=same_as(MoE(TopK(1, 1), SWIGLU), SWIGLU, first_expert)),
   dataclasses.replace(layer("LoRA experts", SMALL_MOE, padding=True, **POINT),
                       init=lambda: bank(random_params(SMALL_MOE, X), KEY)),
@@ -278,6 +293,7 @@ ROWS = [
         reduces=same_as(Attention(4, mask=Full()), Attention(4, mask=SlidingWindow(T, T)))),
   layer("softcap", Attention(4, logit_softcap=1.0), **CAUSAL,
         reduces=same_as(Attention(4, logit_softcap=1e3), MHA)),
+  layer("MoA", HEADS, **CAUSAL, reduces=one_expert_of_attention),
   layer("sinks", Attention(4, sinks=True), **CAUSAL),
   layer("prefix", dataclasses.replace(GQA, prefix=TrainedPrefix(3), sinks=True), **CAUSAL),
   layer("prefix, window", Attention(4, mask=Causal() & SlidingWindow(3, 0),
@@ -315,6 +331,8 @@ ROWS = [
         SWIGLU)] * 2)),
   model("MoE every second layer", config(*[LayerSpec(GQA, SWIGLU), LayerSpec(GQA, SMALL_MOE)] * 2,
         tied=False)),
+  model("hash layers", config(LayerSpec(GQA, MoE(Hash(4, V), SWIGLU)),
+        LayerSpec(GQA, MultiHash(Hash(4, V, hashes=2), 24))), reduces=None),
   model("Llama, LoRA on Int8", LLAMA, quantised, reduces=None),
   model("Llama, adapters on Int8",
         config(*[LayerSpec(GQA, SWIGLU, after_mixer=ADAPTER, after_ffn=ADAPTER)] * 2),

@@ -186,6 +186,11 @@ NUMBERS = [
   NumberRow("experts", lambda x: router(experts=x)[0].gates, 4, (0, 1, 4.0)),
   NumberRow("top_k of a router", lambda x: router(top_k=x)[0].gates, 2, (0, 5, 2.0)),
   NumberRow("top_k_routing", lambda x: moe.top_k_routing(normal(3, 4), k=x).gates, 2, (0, 5)),
+  NumberRow("capacity", lambda x: moe.mix_experts(
+    lambda rows, _: rows, normal(3, 4), jnp.array([[0], [1], [0]]), jnp.ones((3, 1)), count=2,
+    capacity=x), 2, (0, 1.5)),
+  NumberRow("room", lambda x: parallel.Experts(
+    {"up": ("experts", "hidden")}, room=x).dealt.room, 1.5, (0, -1.0)),
   NumberRow("rank", lambda x: with_lora(rank=x), 2, (0, 5, 1.5)),
   NumberRow("rank of a path", lambda x: with_lora(rank={"": x}), 2, (0, 5, 1.5)),
   NumberRow("dropout", lambda x: with_lora(dropout=x), 0.5, (-0.1, 1)),

@@ -170,6 +170,15 @@ ROWS += [
   if name in STANDS_OVER.get(wrapper, (name,)) and (wrapper, name) != REFUSED
 ]
 ROWS += [row("LoRA with dropout", over(dropping, BASES["array"]), "array")]
+CROSSED = {  # what trains, over the bases with which it has no row of its own
+  wrapper: [
+    row(name, over(wrap, base), name)
+    for name, base in BASES.items()
+    if name not in STANDS_OVER.get(wrapper, (name,))
+  ]
+  for wrapper, wrap in WRAPPERS.items()
+  if wrapper not in ("LoRA", "InputScaled")
+}
 
 
 def in_linear(w: Any, stacked: Any, table: Any) -> jax.Array:

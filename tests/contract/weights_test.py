@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import NamedSharding
 
 from effjax.core import linear, trees, weights
@@ -16,6 +17,12 @@ from tests.contract import weights as table
 from tests.contract.weights import ROWS, D, E, F, V, WeightRow, X
 
 SHAPES = ((D, F), (E, D, F), (V, D))
+# Whose rows, and whose columns besides, stand alone.
+PICKED = (
+  {"array", "Int8", "Int8 by row", "LLMInt8Exact", "LoRA over array", "InputScaled over array",
+   "IA3 over array", "IA3 of inputs over array", "Tuned over array"},
+  {"NF4", "Int4Affine", "Palette", "GGUF", "Ternary", "DoRA over array"},
+)  # fmt: skip
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 
@@ -35,6 +42,22 @@ def test_in_every_place_it_computes_what_its_matrix_does(row):
   found, expected = table.everywhere(*given), table.everywhere(*table.plain(given))
   for place in found:
     assert_close(found[place], expected[place], 1e-4 + row.rounding)
+
+
+def test_units_are_picked_or_refused_by_name():
+  units, picked, whole = np.array([4, 21, 4, 0]), {}, {}
+  for row in [row for row in ROWS if " over " not in row.name or row.name.endswith("over array")]:
+    whole[row.name] = w = row.of(D, F)
+    for axis in (-2, -1):
+      try:
+        picked[row.name, axis] = weights.pick(w, units, axis)
+      except ValueError as error:
+        assert type(w).__name__ in str(error)
+  assert PICKED[0] <= {name for name, axis in picked if axis == -2}
+  assert PICKED[0] | PICKED[1] <= {name for name, axis in picked if axis == -1}
+  found, whole = table.plain((list(picked.values()), whole))
+  for (name, axis), matrix in zip(picked, found, strict=True):
+    assert_close(matrix, np.take(np.asarray(whole[name]), units, axis), 1e-6)
 
 
 @rows
@@ -111,6 +134,35 @@ def test_it_can_be_split_over_a_mesh(row):
   assert_close(
     jax.jit(linear)(jax.device_put(X, NamedSharding(mesh, jax.P())), placed), linear(X, w)
   )
+
+
+@pytest.mark.parametrize("wrapper", table.CROSSED)
+def test_it_stands_over_every_other_base(wrapper):
+  pairs = table.CROSSED[wrapper]
+  stacked = {row.name: row.of(E, D, F) for row in pairs}
+  paths = trees.trained(stacked)
+  chosen, rest = trees.partition(stacked, lambda path, x: path in paths)
+
+  @jax.jit
+  def scanned(chosen):
+    """The output of each layer, rematerialised, and the gradients of what trains."""
+
+    def loss(chosen):
+      more = lambda w: weights.take(w, jnp.arange(D, weights.entries(w)))
+      turn = jax.checkpoint(lambda _, w: (None, (linear(X, w), more(w))))
+      given = trees.merge(chosen, rest)
+      found = {name: lax.scan(turn, None, w)[1] for name, w in given.items()}
+      return sum(jnp.square(x).sum() for x in jax.tree.leaves(found)), found
+
+    return jax.grad(loss, has_aux=True)(chosen)
+
+  grads, found = scanned(chosen)
+  expected = {name: X[None] @ w[:, None] for name, w in table.plain(stacked).items()}
+  for row in pairs:
+    assert_close(found[row.name][0], expected[row.name], 1e-4 + row.rounding)
+  assert len(jax.tree.leaves(grads)) >= len(pairs)
+  chex.assert_tree_all_finite(grads)
+  assert all(bool(g.any()) for g in jax.tree.leaves(grads))
 
 
 def test_all_survive_a_checkpoint(tmp_path):

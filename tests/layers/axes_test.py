@@ -39,6 +39,7 @@ CONFIGS = {
     *(LayerSpec(ATTENTION.clone(qk_norm=1e-6), GATED), LayerSpec(ATTENTION, GATED)) * 2,
     arrangement="sandwich",
   ),
+  "joint": config_of(LayerSpec(ATTENTION.clone(qk_norm=1e-6, qk_norm_joint=True), GATED)),
   "opt": opt.to_config(
     {
       "vocab_size": V,

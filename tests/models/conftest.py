@@ -29,7 +29,9 @@ ENCODER = {
   "num_attention_heads": 4,
 }
 GEMMA = {"num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 4}
-TINY = {
+MIXTURE = DECODER | {"num_hidden_layers": 2, "num_experts_per_tok": 2}
+FINE: dict[str, int] = {"num_experts": 4, "moe_intermediate_size": 16}
+TINY: dict[str, dict] = {
   "llama": DECODER | {"rope_theta": 5000.0},
   "gemma3_text": DECODER | GEMMA | {"num_hidden_layers": 7},
   "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -49,6 +51,10 @@ TINY = {
   "gemma2": DECODER | GEMMA | {"num_hidden_layers": 4},
   "phi3": DECODER,
   "smollm3": DECODER | {"num_hidden_layers": 5},
+  "mixtral": MIXTURE | {"num_local_experts": 4},
+  "qwen2_moe": MIXTURE | FINE | {"shared_expert_intermediate_size": 20},
+  "qwen3_moe": MIXTURE | FINE | {"head_dim": 12},
+  "olmoe": MIXTURE | {"num_experts": 4},
 }
 ENCODERS = ("bert", "roberta", "distilbert")
 VOCABULARY = 64
@@ -115,9 +121,21 @@ def reference():
 
 @pytest.fixture(scope="session")
 def read_once():
-  """Of transformers' three readings of a GGUF file's header, each 15 s for Gemma, one."""
+  """Of transformers' three readings of a GGUF file's header one, and that from a plain array.
+
+  A slice of a `numpy.memmap` takes three times as long as one of an array, and a header of Gemma's
+  has a million.
+  """
+  mapped = np.memmap
+
+  class Reader(gguf.GGUFReader):
+    def __init__(self, *arguments):
+      with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "memmap", lambda *args, **named: np.asarray(mapped(*args, **named)))
+        super().__init__(*arguments)
+
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(gguf, "GGUFReader", functools.lru_cache(1)(gguf.GGUFReader))
+    patch.setattr(gguf, "GGUFReader", functools.lru_cache(1)(Reader))
     yield
 
 

@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from chex import assert_trees_all_equal
 
 from effjax import models, peft
@@ -25,6 +27,10 @@ TIED = TWO | {"tie_word_embeddings": True}
 def lora(*targets, **fields):
   targets = targets[0] if len(targets) == 1 and "all" in targets[0] else [*targets]
   return theirs.LoraConfig(target_modules=targets, **({"r": 4, "lora_alpha": 6} | fields))
+
+
+def parameters(*targets, modules=(), **fields):
+  return lora(*modules, target_parameters=[*targets], **fields)
 
 
 def ia3(*targets, **fields):
@@ -81,6 +87,19 @@ CASES = {
     ("phi3", TWO),
     lora("qkv_proj", "gate_up_proj", use_dora=True),
     {"target_modules": ["self_attn.qkv_proj", "mlp.gate_up_proj"]},
+  ),
+  "experts, and a router": (
+    ("mixtral", {}),
+    parameters("experts.gate_up_proj", "down_proj", "gate.weight", modules=["q_proj"]),
+    {
+      "target_modules": ["self_attn.q_proj"],
+      "target_parameters": ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+  ),
+  "some of the experts' matrices, beside shared experts": (
+    ("qwen2_moe", {"decoder_sparse_step": 2}),
+    parameters("experts.down_proj", modules=["down_proj"], rank_pattern={"experts.down_proj": 2}),
+    {"rank_pattern": {"mlp.experts.down_proj": 2}},
   ),
   "ia3 of inputs that two maps share": (
     ("phi3", TWO),
@@ -162,6 +181,28 @@ def test_folders_open_on_both_sides(published, tmp_path, case):
   again = peft.load(base, tmp_path / "ours")
   assert again.config == adapted.config
   assert_trees_all_equal(again.params, adapted.params)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_one_by_one_as_older_folders_have_them(published, tmp_path):
+  model, base = published("mixtral")
+  shapes = {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32), "gate": (4, 32)}
+  rng, tensors = np.random.default_rng(0), {}
+  for layer, (name, (outputs, inputs)) in itertools.product(range(2), shapes.items()):
+    for e in range(4) if name != "gate" else (None,):
+      start = f"base_model.model.model.layers.{layer}.block_sparse_moe."
+      start += name if e is None else f"experts.{e}.{name}"
+      for end, shape in {"A": (2, inputs), "B": (outputs, 2)}.items():
+        tensors[f"{start}.lora_{end}.weight"] = rng.normal(0, 0.3, shape).astype(np.float32)
+  safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+  lora(*shapes, r=2, task_type="CAUSAL_LM").save_pretrained(tmp_path)
+  adapted = peft.load(base, tmp_path)
+  opened = theirs.PeftModel.from_pretrained(model, tmp_path).eval()
+  np.testing.assert_allclose(adapted(TOKENS), output(opened), rtol=1e-4, atol=2e-5)
+  peft.save(adapted, tmp_path / "ours")
+  assert_trees_all_equal(peft.load(base, tmp_path / "ours").params, adapted.params)
+  opened = theirs.PeftModel.from_pretrained(published("mixtral")[0], tmp_path / "ours").eval()
+  np.testing.assert_allclose(adapted(TOKENS), output(opened), rtol=1e-4, atol=2e-5)
 
 
 def moved(params):

@@ -186,4 +186,4 @@ def test_families_have_no_field_that_is_harmless():
   from effjax.models.families.harmless import CONFIG
 
   assert not CONFIG & EVERYWHERE.keys()
-  assert len(families.FAMILIES) == 13
+  assert len(families.FAMILIES) == 18

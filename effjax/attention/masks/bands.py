@@ -21,6 +21,10 @@ class _Band(Mask):
     left, right = (None if x is None or x >= FAR else int(x) for x in (self.left, self.right))
     return left, right
 
+  @property
+  def causal(self) -> bool:
+    return self.band[1] == 0
+
   def predicate(self, q, k, q_features, k_features):
     left, right = self.band
     if left is None and right is None:
@@ -127,6 +131,10 @@ class BlockWindow(Mask):
   def __post_init__(self):
     for name, least in (("left", 0), ("right", 0), ("block", 1)):
       at_least(f"BlockWindow: {name}", getattr(self, name), least)
+
+  @property
+  def causal(self) -> bool:
+    return (self.right, self.block) == (0, 1)
 
   def features(self, q_positions, length):
     return of_positions(q_positions, length, lambda x: x // self._sizes[2])

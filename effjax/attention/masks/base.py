@@ -56,6 +56,11 @@ class Mask:
     return self.band is not None and self.band[0] is None
 
   @property
+  def causal(self) -> bool:
+    """Whether it is known that no query sees what comes after it, but for a prefix seen by all."""
+    return False
+
+  @property
   def exact(self) -> bool:
     """Whether the spans of single queries and keys hold all pairs and no other."""
     return False
@@ -241,6 +246,10 @@ class And(_Pair):
   _join = staticmethod(operator.and_)
 
   @property
+  def causal(self):
+    return self.first.causal or self.second.causal
+
+  @property
   def band(self):
     bands = self.first.band, self.second.band
     if None in bands:
@@ -257,6 +266,10 @@ class Or(_Pair):
   first: Mask
   second: Mask
   _join = staticmethod(operator.or_)
+
+  @property
+  def causal(self):
+    return self.first.causal and self.second.causal
 
 
 @jax.tree_util.register_dataclass

@@ -35,6 +35,10 @@ class PerHead(Mask):
     return len(self.index)
 
   @property
+  def causal(self) -> bool:
+    return all(self.masks[i].causal for i in self.index)
+
+  @property
   def exact(self) -> bool:
     return all(mask.exact for mask in self.masks)
 

@@ -5,10 +5,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from effjax.attention.masks.bands import Full
 from effjax.attention.masks.base import Mask
 from effjax.attention.masks.named import ByValue, Named, rebuilt
+from effjax.core.known import indices, known
+
+PROBED = 64  # positions by which the direction of a function is known
 
 
 @rebuilt("arrays", "function", "visited")
@@ -56,6 +60,28 @@ class Predicate(ByValue, Mask):
   @property
   def heads(self) -> int:
     return self.arrays.most_heads
+
+  @property
+  def causal(self) -> bool:
+    """As of every mask, as far as the first positions tell; traced arrays tell nothing."""
+    if self.visited.causal:
+      return True
+    features = self.arrays.features()
+    if any(known(x) is None for x in jax.tree.leaves(features)):
+      return False
+    lengths = [x.shape[-1] for x in jax.tree.leaves(features) if x.shape[-1] > 1]
+    first = indices(0, min([PROBED, *lengths]))
+    queries, keys = jax.tree.map(lambda x: np.asarray(x)[..., : len(first)], features)
+    rows, columns = first[None, None, :, None], first[None, None, None]
+    with jax.ensure_compile_time_eval():
+      seen = self.function(
+        rows,
+        columns,
+        **{name: x[..., :, None] for name, x in queries.items()},
+        **{name: x[..., None, :] for name, x in keys.items()},
+      )
+      seen = np.asarray(seen) & np.asarray(self.visited.dense(len(first)))
+    return not (seen & (columns > rows)).any()
 
   def features(self, q_positions, length):
     parts = self.arrays.features(), self.visited.features(q_positions, length)

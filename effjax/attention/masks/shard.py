@@ -38,6 +38,10 @@ class Shard(Mask):
     return self.mask.heads
 
   @property
+  def causal(self) -> bool:
+    return self.mask.causal
+
+  @property
   def exact(self) -> bool:
     return self.mask.exact
 

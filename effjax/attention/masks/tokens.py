@@ -153,7 +153,7 @@ class Prefix(_Given):
   """
 
   length: Any
-  exact = True
+  exact = causal = True
 
   def __post_init__(self):
     super().__post_init__()

@@ -23,6 +23,7 @@ class Rules:
     layers: numbers of the layers to adapt; None for all.
     lists: what may stand before the number of a layer, patterns; none for anything.
     whole: modules that are trained whole, by the ends of their names.
+    parameters: parameters of modules that are no `Linear` there, by the ends of their names.
   """
 
   targets: str | tuple[str, ...] | None
@@ -30,9 +31,12 @@ class Rules:
   layers: tuple[int, ...] | None = None
   lists: tuple[str, ...] = ()
   whole: tuple[str, ...] = ()
+  parameters: tuple[str, ...] = ()
 
   def adapts(self, name: str, module: Module) -> bool:
     """Whether `module`, of that full name, gets an adapter."""
+    if module.parameter is not None:
+      return _names(self.parameters, name + module.parameter)
     inside = (rf"(^|.*\.){end}($|\..*)" for end in self.whole)
     if any(re.match(pattern, name) for pattern in inside) or _names(self.exclude, name):
       return False
@@ -74,6 +78,7 @@ def read_rules(fields: Fields) -> Rules:
     None if layers is None else tuple(layers),
     (lists,) if isinstance(lists, str) else lists,
     tuple(fields.items("modules_to_save", (str,)) or ()),
+    tuple(fields.items("target_parameters", (str,)) or ()) if "target_parameters" in fields else (),
   )
 
 
@@ -108,6 +113,18 @@ def check_adapted(
         f"{archive.path}: {OURS} has {blocks} of {name!r}; allowed: some of "
         f"{sorted(paths.get(name, ()))}"
       )
+
+
+def check_parameters(fields: Fields, rules: Rules, modules: Mapping[str, Module]) -> None:
+  """Refuses parameters that this model has not, or has as a `Linear`.
+
+  Raises:
+    ValueError: naming those that there are.
+  """
+  there = {name + m.parameter: m for name, m in modules.items() if m.parameter is not None}
+  for target in rules.parameters:
+    if not any(_names((target,), name) for name in there):
+      raise fields.wrong("target_parameters", trees.some(kinds_of(there)) if there else "none")
 
 
 def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -149,7 +166,7 @@ def shortest(chosen: Iterable[str], modules: Mapping[str, Module]) -> list[str]:
   for name in names:
     local = modules[name].local
     meant = {other for other in modules if other.endswith(local)}
-    found[local if meant <= {*names} else name] = None
+    found[(local if meant <= {*names} else name) + (modules[name].parameter or "")] = None
   return list(found)
 
 
@@ -161,7 +178,7 @@ def by_pattern(values: Mapping[str, Any], modules: Mapping[str, Module], default
       continue
     local = modules[name].local
     alike = all(x == value for other, x in values.items() if other.endswith(local))
-    found[local if alike else name] = value
+    found[(local if alike else name) + (modules[name].parameter or "")] = value
   return found
 
 

@@ -26,6 +26,7 @@ class Factors(NamedTuple):
     scale: s.
     magnitude: of DoRA, [out].
     blocks: path, rank and scale of each block, in order; None where one A is that of all.
+    experts: how many matrices the factors are of.
   """
 
   a: np.ndarray
@@ -33,6 +34,11 @@ class Factors(NamedTuple):
   scale: float
   magnitude: np.ndarray | None = None
   blocks: list[Block] | None = None
+  experts: int = 1
+
+  @property
+  def rank(self) -> int:
+    return len(self.a) // self.experts
 
 
 def gathered(module: Module, adapters: Adapters, view: View) -> Factors | None:

@@ -34,7 +34,9 @@ def read(fields: Fields, archive: Archive, view: View, parts: Parts) -> Adapted:
   feedforward = choosing.read_names(fields, "feedforward_modules")
   if feedforward is None:
     raise fields.wrong("feedforward_modules", "a pattern, a list of names")
-  modules, tensors = naming.tensors_of(view.family, view.modules, archive, (VECTOR, *whole.ENDINGS))
+  modules, tensors = naming.tensors_of(
+    view.family, view.modules, archive, (VECTOR, *whole.ENDINGS), rules
+  )
   adapted = {name for name, there in tensors.items() if VECTOR in there}
   choosing.check_adapted(archive, rules, modules, adapted, parts)
   found: Adapters = {}
@@ -82,7 +84,7 @@ def _gathered(module: Module, given: list[tuple[Part, IA3]]) -> np.ndarray | Non
   """The vector of a module, [1, in] or [out, 1]; None where there is none for all of it."""
   vectors = {part.slot: np.asarray(w.scale, np.float32) for part, w in given}
   of_inputs = {x.shape == (module.inputs, 1) for x in vectors.values()}
-  if module.kind == "embedding" or len(of_inputs) > 1:
+  if module.kind == "embedding" or module.parameter is not None or len(of_inputs) > 1:
     return None
   if of_inputs == {False}:
     ones = lambda part: np.ones((1, part.shape[-1]), np.float32)

@@ -9,8 +9,9 @@ import numpy as np
 from effjax.core.typing import Number
 from effjax.models.exchange import choosing, ends, naming, whole
 from effjax.models.exchange.archive import OURS, PREFIX, Archive, Parts, Written
-from effjax.models.exchange.factors import Factors, fits, gathered, rebased, scattered
+from effjax.models.exchange.factors import Factors, fits, rebased
 from effjax.models.exchange.modules import Adapted, Adapters, Module, View
+from effjax.models.exchange.stacks import alike, divided, joined, placed
 from effjax.models.families.fields import Fields
 from effjax.peft.dora import DoRA
 from effjax.peft.low_rank import LoRA
@@ -29,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
   "init_lora_weights": True,
   "rank_pattern": None,
   "alpha_pattern": None,
+  "target_parameters": None,
 }
 # What would change the computation, and has to be as it is when left out.
 ABSENT: dict[str, tuple] = {
@@ -40,7 +42,6 @@ ABSENT: dict[str, tuple] = {
       "trainable_token_indices",
       "alora_invocation_tokens",
       "layer_replication",
-      "target_parameters",
       "velora_config",
       "monteclora_config",
       "use_bdlora",
@@ -79,22 +80,28 @@ def read(fields: Fields, archive: Archive, view: View, parts: Parts) -> Adapted:
   fields.unused("fan_in_fan_out")  # says how a module holds its matrix, and the module is known
   rules, bias = choosing.read_rules(fields), fields.choice("bias", ("none", "all", "lora_only"))
   tied = fields.flag("ensure_weight_tying")
-  modules, tensors = naming.tensors_of(view.family, view.modules, archive, ENDINGS)
+  # Of transformers 5 and peft since there are parameters among the targets, else of transformers 4.
+  there = view.modules if rules.parameters else view.one_by_one
+  modules, tensors = naming.tensors_of(view.family, there, archive, ENDINGS, rules)
+  choosing.check_parameters(fields, rules, modules)
   tied = tied and view.tied and ends.take_tied(archive, modules, tensors)
   adapted = {name for name, there in tensors.items() if {*A_AND_B, *OF_TABLES} & {*there}}
   choosing.check_adapted(archive, rules, modules, adapted, parts)
   scales, found = _Scales(fields), Adapters()
   for name in sorted(adapted):
-    factors = _read_factors(archive, name, modules[name], scales)
+    factors = _read_factors(archive, name, tensors[name], modules[name], scales)
     if start == "pissa":
+      if modules[name].experts is not None:
+        raise fields.wrong("init_lora_weights", "others than 'pissa' where experts are adapted")
       factors = rebased(modules[name], factors, view)
     blocks = parts.get(name)
-    if blocks is not None and not fits(modules[name], factors, blocks):
+    each = divided(modules[name], factors)
+    if blocks is not None and not all(fits(*one, blocks) for one in each):
       raise ValueError(
         f"{archive.path}: factors of {name!r} are not in the blocks that {OURS} says: {blocks}; "
         f"allowed: those, or no {OURS}"
       )
-    found |= scattered(modules[name], factors._replace(blocks=blocks), scales.dropout)
+    found |= placed(modules[name], factors._replace(blocks=blocks), scales.dropout)
   found |= whole.read(archive, rules, bias, modules, tensors, adapted, view.base)
   return view.adapted(found, tied)
 
@@ -103,14 +110,18 @@ def write(view: View, adapters: Adapters) -> Written | None:
   """What a folder has to hold; None where peft's layout cannot say it."""
   low_rank = {slot: w for slot, w in adapters.items() if isinstance(w, LoRA)}
   kinds = {(type(w), w.dropout) for w in low_rank.values()}
-  if len(kinds) != 1:
+  if len(kinds) != 1 or not alike(low_rank):
     return None
   (kind, dropout), modules = kinds.pop(), naming.named(view.family, view.modules)
-  every = {name: gathered(module, low_rank, view) for name, module in modules.items()}
+  every = {name: joined(module, low_rank, view) for name, module in modules.items()}
   found = {name: factors for name, factors in every.items() if factors is not None}
-  tensors: dict[str, np.ndarray] = {}
+  parameters = [name for name in found if modules[name].parameter is not None]
+  if parameters and (kind is DoRA or dropout):  # not so in peft
+    return None
+  stacks = (name for name in parameters if modules[name].experts is not None)
+  names, tensors = naming.wrapped(modules, stacks), {}
   for name, factors in found.items():
-    tensors |= _tensors(f"{PREFIX}{name}.", modules[name], factors)
+    tensors |= _tensors(f"{PREFIX}{names.get(name, name)}.", modules[name], factors)
   beside = whole.write(adapters, modules, set(found))
   if beside is None:
     return None
@@ -121,7 +132,10 @@ def write(view: View, adapters: Adapters) -> Written | None:
     "use_dora": kind is DoRA,
     "fan_in_fan_out": any(modules[name].kind == "conv1d" for name in found),
     "init_lora_weights": True,
-    "target_modules": choosing.shortest(found, modules),
+    "target_modules": choosing.shortest(
+      [name for name in found if name not in parameters], modules
+    ),
+    "target_parameters": choosing.shortest(parameters, modules) or None,
     **_numbers(found, modules),
   }
   blocks = {name: factors.blocks for name, factors in found.items() if factors.blocks is not None}
@@ -147,12 +161,16 @@ class _Scales:
     return rank, alpha / (rank**0.5 if self.rs else rank)
 
 
-def _read_factors(archive: Archive, name: str, module: Module, scales: _Scales) -> Factors:
-  rank, scale = scales.of(name)
-  take = lambda end, *shape: archive.take(f"{PREFIX}{name}.{end}", shape)
+def _read_factors(
+  archive: Archive, name: str, there: Mapping[str, str], module: Module, scales: _Scales
+) -> Factors:
+  rank, scale = scales.of(name + (module.parameter or ""))
+  held = rank * (module.experts or 1)
+  take = lambda end, *shape: archive.take(there.get(end, f"{PREFIX}{name}.{end}"), shape)
   of_a, of_b = _ends_of(module)
-  a, b = take(of_a, rank, module.inputs), take(of_b, module.outputs, rank)
-  return Factors(a, b, scale, take(MAGNITUDE, module.outputs) if scales.dora else None)
+  a, b = take(of_a, held, module.inputs), take(of_b, module.outputs, held)
+  magnitude = take(MAGNITUDE, module.outputs) if scales.dora else None
+  return Factors(a, b, scale, magnitude, experts=module.experts or 1)
 
 
 def _ends_of(module: Module) -> tuple[str, str]:
@@ -167,7 +185,7 @@ def _tensors(prefix: str, module: Module, factors: Factors) -> dict[str, np.ndar
 
 def _numbers(found: Mapping[str, Factors], modules: Mapping[str, Module]) -> dict[str, Any]:
   """The fields of ranks and α: those of most modules, and patterns for the others."""
-  ranks = {name: len(factors.a) for name, factors in found.items()}
+  ranks = {name: factors.rank for name, factors in found.items()}
   alphas = {name: _alpha(factors.scale, ranks[name]) for name, factors in found.items()}
   rank, alpha = (collections.Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
   return {

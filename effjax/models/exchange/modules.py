@@ -18,17 +18,23 @@ from effjax.core.weights import Weight
 from effjax.layers import stack
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.models import families
-from effjax.models.families.table import Entry, Family, Span
+from effjax.models.exchange.homes import Home, home_of
+from effjax.models.families.table import EXPERT, Entry, Family, Span
 from effjax.models.layout import plan_tensors
 from effjax.peft.detached import attach
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-  """A parameter: the number of its layer, or None outside the layers, and its path from there."""
+  """A parameter: the number of its layer, or None outside the layers, and its path from there.
+
+  Attributes:
+    expert: of which expert it is, where the parameter holds those of all.
+  """
 
   layer: int | None
   path: str
+  expert: int | None = None
 
 
 TABLE, HEAD = Slot(None, "embed/embedding"), Slot(None, "head/kernel")
@@ -58,11 +64,22 @@ class Module:
     name: its name as the family's table has it, "layers.3.self_attn.q_proj".
     local: the same without the layer, "self_attn.q_proj".
     tensors: "weight" and "bias", as far as it has them, → the parameters in it.
+    experts: how many matrices it has, one for each expert, or None.
+    parameter: what follows its name in that of the parameter that peft adapts, where there is no
+      `Linear`; None where there is one.
   """
 
   name: str
   local: str
   tensors: Mapping[str, tuple[Part, ...]]
+  experts: int | None = None
+  parameter: str | None = None
+
+  def one(self, expert: int | None) -> "Module":
+    """The module of one of the experts."""
+    own = lambda parts: tuple(part for part in parts if part.slot.expert == expert)
+    tensors = {kind: own(parts) for kind, parts in self.tensors.items()}
+    return dataclasses.replace(self, tensors=tensors, experts=None)
 
   @property
   def parts(self) -> tuple[Part, ...]:
@@ -74,7 +91,7 @@ class Module:
 
   @property
   def outputs(self) -> int:
-    return sum(part.shape[-1] for part in self.parts)
+    return sum(part.shape[-1] for part in self.parts) // (self.experts or 1)
 
   @property
   def kind(self) -> str:
@@ -112,19 +129,27 @@ class View:
   def base(self, slot: Slot) -> Any:
     """The parameter in a slot, an array or a `Weight`."""
     path, index = place(self.config, slot)
-    leaf = trees.items(self.params)[path]
-    return leaf if index is None else jax.tree.map(lambda x: x[index], leaf)
+    return _at(trees.items(self.params)[path], index)
+
+  @property
+  def one_by_one(self) -> Mapping[str, Module]:
+    """The modules, each expert's its own, as files of transformers 4 name them."""
+    return _modules(self.config, self.params, stacks=False)
 
   def adapted(self, adapters: Adapters, tied: bool) -> Adapted:
     """The model with adapters; where they are unlike, layers and ends come apart.
 
     Args:
       tied: whether what adapts the table is for the head as well.
+
+    Raises:
+      ValueError: where some experts of a layer have no adapters, or others.
     """
     ends = {TABLE, HEAD} & {*adapters}
     config, params = (
       self.given if not ends or (tied and HEAD not in ends) else (self.config, self.params)
     )
+    _check_experts(config, params, adapters)
     config, params = _set_apart(config, params, adapters)
     return config, attach(params, stacked(config, adapters))
 
@@ -142,15 +167,16 @@ def view(config: TransformerConfig, params: Params) -> View:
       dataclasses.replace(config, tied=False),
       {**params, "head": {"kernel": table.T}},
     )
-  return View(given, config, params, _modules(config, params))
+  return View(given, config, params, _modules(config, params, stacks=True))
 
 
-def place(config: TransformerConfig, slot: Slot) -> tuple[str, int | None]:
+def place(config: TransformerConfig, slot: Slot) -> tuple[str, tuple[int, ...]]:
   """The path of a parameter, and its index where it is stacked."""
   if slot.layer is None:
-    return slot.path, None
+    return slot.path, ()
   segment, name, index = stack.places(config)[slot.layer]
-  return f"{segment}/{name}/{slot.path}", index
+  numbers = (number for number in (index, slot.expert) if number is not None)
+  return f"{segment}/{name}/{slot.path}", tuple(numbers)
 
 
 def kinds_of(modules: Mapping[str, Module]) -> list[str]:
@@ -160,31 +186,49 @@ def kinds_of(modules: Mapping[str, Module]) -> list[str]:
   generic = lambda name, module: (
     name
     if module.parts[0].slot.layer is None
-    else re.sub(r"\.\d+\.", f".{numbers}.", name, count=1)
+    else re.sub(r"\.\d+\.", f".{numbers}.", re.sub(r"(experts)\.\d+", r"\1.{…}", name), count=1)
   )
   return [*dict.fromkeys(generic(name, module) for name, module in modules.items())]
 
 
 def unstacked(config: TransformerConfig, adapters: Mapping[str, Weight]) -> Adapters:
-  """Slot → adapter, of adapters by path, which hold those of all layers that are stacked."""
+  """Slot → adapter, of adapters by path, which hold those of stacked layers and experts."""
+  entries = families.family_of(config).layer
+  of_experts = {entry.path for entry in entries if EXPERT in entry.name}
   found = {}
   for path, adapter in adapters.items():
     for index, slot in _slots(config, path):
-      found[slot] = adapter if index is None else jax.tree.map(lambda x, i=index: x[i], adapter)
+      own = _at(adapter, () if index is None else (index,))
+      if slot.path not in of_experts:
+        found[slot] = own
+        continue
+      for e in range(len(jax.tree.leaves(own)[0])):
+        found[dataclasses.replace(slot, expert=e)] = _at(own, (e,))
   return found
 
 
 def stacked(config: TransformerConfig, adapters: Adapters) -> dict[str, Weight]:
-  """The inverse of `unstacked`, where layers that are stacked have alike adapters."""
-  groups: dict[str, dict[int | None, Weight]] = {}
+  """The inverse of `unstacked`, where layers and experts that are stacked have alike adapters."""
+  groups: dict[str, dict[tuple[int, ...], Weight]] = {}
   for slot, adapter in adapters.items():
     path, index = place(config, slot)
     groups.setdefault(path, {})[index] = adapter
-  together = lambda *layers: jax.tree.map(lambda *x: jnp.stack(x), *layers)
-  return {
-    path: of[None] if None in of else together(*(of[i] for i in range(len(of))))
-    for path, of in groups.items()
-  }
+  return {path: _together(of) for path, of in groups.items()}
+
+
+def _together(of: Mapping[tuple[int, ...], Weight]) -> Weight:
+  """One weight of those by their index along the leading axes."""
+  if () in of:
+    return of[()]
+  inner: dict[int, dict[tuple[int, ...], Weight]] = {}
+  for (first, *rest), weight in of.items():
+    inner.setdefault(first, {})[tuple(rest)] = weight
+  return jax.tree.map(lambda *x: jnp.stack(x), *(_together(inner[i]) for i in sorted(inner)))
+
+
+def _at(tree: PyTree, index: tuple[int, ...]) -> Any:
+  """What of each array lies at an index of its leading axes."""
+  return jax.tree.map(lambda x: x[index], tree) if index else tree
 
 
 def _set_apart(config: TransformerConfig, params: Params, adapters: Adapters) -> Adapted:
@@ -206,34 +250,54 @@ def _set_apart(config: TransformerConfig, params: Params, adapters: Adapters) ->
   return stack.change(config, params, tagged)
 
 
-def _modules(config: TransformerConfig, params: PyTree) -> dict[str, Module]:
-  """Name → module, of a model without adapters."""
+def _check_experts(config: TransformerConfig, params: Params, adapters: Adapters) -> None:
+  """Raises ValueError where the experts of a layer, which are stacked, have unlike adapters."""
+  leaves, groups = trees.items(params), {}
+  for slot, adapter in adapters.items():
+    if slot.expert is not None:
+      groups.setdefault(dataclasses.replace(slot, expert=None), {})[slot.expert] = adapter
+  for slot, of in groups.items():
+    path, index = place(config, slot)
+    count, forms = leaves[path].shape[len(index)], {_shapes(adapter) for adapter in of.values()}
+    if len(of) < count or len(forms) > 1:
+      raise ValueError(
+        f"layer {slot.layer}: {slot.path}: adapters of experts {sorted(of)}, of {len(forms)} "
+        f"kinds; allowed: all {count} of one kind and rank"
+      )
+
+
+def _modules(config: TransformerConfig, params: PyTree, *, stacks: bool) -> dict[str, Module]:
+  """Name → module, of a model without adapters; `stacks` as transformers 5 has experts."""
   family, leaves, layers = families.family_of(config), trees.items(params), _numbers(config)
   found: dict[str, dict[str, list[Part]]] = {}
-  locals_: dict[str, str] = {}
+  homes: dict[str, Home] = {}
   for path, pieces in plan_tensors(family, config, params).items():
     for piece in pieces:
-      slot = _slot(layers, path, piece.index)
-      shape = tuple(leaves[path].shape[0 if piece.index is None else 1 :])
-      name, _, kind = piece.tensor.rpartition(".")
-      locals_[name] = piece.entry.name.rpartition("{i}.")[2].rpartition(".")[0]
-      part = Part(slot, piece.entry, piece.span, shape)
-      found.setdefault(name, {}).setdefault(kind, []).append(part)
-  first = lambda part: part.span or (0,)
-  return {
-    name: Module(
-      name, locals_[name], {kind: tuple(sorted(parts, key=first)) for kind, parts in held.items()}
-    )
-    for name, held in found.items()
-  }
+      slot = dataclasses.replace(_slot(layers, path, piece.layer), expert=piece.expert)
+      shape = tuple(leaves[path].shape[len(piece.index) :])
+      home = home_of(family, piece, shape[-1], stacks=stacks)
+      homes[home.name] = home
+      part = Part(slot, piece.entry, home.span, shape)
+      found.setdefault(home.name, {}).setdefault(home.kind, []).append(part)
+  return {name: _module(homes[name], held) for name, held in found.items()}
+
+
+def _module(home: Home, held: Mapping[str, list[Part]]) -> Module:
+  first = lambda part: (part.slot.expert or 0, part.span or (0,))
+  tensors = {kind: tuple(sorted(parts, key=first)) for kind, parts in held.items()}
+  experts = {part.slot.expert for part in tensors.get("weight", ())}
+  count = len(experts) if home.is_stack else None
+  return Module(home.name, home.local, tensors, count, home.parameter)
 
 
 def _form(adapters: Adapters, layer: int) -> tuple:
   """What has to agree where the adapters of layers are stacked."""
   of_layer = {slot.path: adapter for slot, adapter in adapters.items() if slot.layer == layer}
-  shapes = lambda adapter: tuple(tuple(x.shape) for x in jax.tree.leaves(adapter))
-  form = lambda adapter: (jax.tree.structure(adapter), shapes(adapter))
-  return tuple((path, *form(of_layer[path])) for path in sorted(of_layer))
+  return tuple((path, *_shapes(of_layer[path])) for path in sorted(of_layer))
+
+
+def _shapes(adapter: PyTree) -> tuple:
+  return jax.tree.structure(adapter), tuple(tuple(x.shape) for x in jax.tree.leaves(adapter))
 
 
 def _numbers(config: TransformerConfig) -> dict[str, list[tuple[int | None, int]]]:

@@ -76,7 +76,8 @@ def write(adapters: Adapters, modules: Mapping[str, Module], adapted: set[str]) 
       keys = {f"{PREFIX}{name}.{end}": name for name, end in ends.items()}
       biases = {key: _joined(modules[name].tensors["bias"], tuned) for key, name in keys.items()}
       return Written({"bias": bias}, biases)
-  saved = {name for name in modules if _slots((name,), KINDS, modules) <= set(tuned)}
+  single = (name for name, module in modules.items() if module.experts is None)
+  saved = {name for name in single if _slots((name,), KINDS, modules) <= set(tuned)}
   if saved & adapted or _slots(saved, KINDS, modules) != set(tuned):
     return None
   tensors = {

@@ -7,14 +7,19 @@ from typing import Any
 from effjax.layers.spec import LayerSpec, TransformerConfig
 from effjax.models.families import (
   bert,
+  deepseek,
   distilbert,
   gemma,
   gpt2,
   llama,
   mistral,
+  mixtral,
+  mixture,
+  olmoe,
   opt,
   phi3,
   qwen,
+  qwen_moe,
   smollm3,
 )
 from effjax.models.families.table import Entry, Family
@@ -35,6 +40,11 @@ FAMILIES: dict[str, Family] = {
     gemma.GEMMA2,
     phi3.FAMILY,
     smollm3.FAMILY,
+    mixtral.FAMILY,
+    qwen_moe.QWEN2,
+    qwen_moe.QWEN3,
+    olmoe.FAMILY,
+    deepseek.FAMILY,
   )
 }
 MODEL_TYPES = {name: name for name in FAMILIES} | {"gemma3_text": "gemma3"}
@@ -95,7 +105,7 @@ def _comparable(config: TransformerConfig) -> Mapping[str, Any]:
 
 def _resolved(spec: LayerSpec, width: int) -> LayerSpec:
   # Defaults spelled out, so that None and the value it stands for are equal; a tag, as `scan`, says
-  # how parameters lie and not what is computed.
+  # how parameters lie and not what is computed, and neither do a router's losses.
   mixer: Any = spec.mixer
   head_width = mixer.head_width or width // mixer.heads
   mixer = mixer.copy(
@@ -104,7 +114,7 @@ def _resolved(spec: LayerSpec, width: int) -> LayerSpec:
     scale=head_width**-0.5 if mixer.scale is None else mixer.scale,
     implementation=None,
   )
-  return dataclasses.replace(spec, mixer=mixer, tag=None)
+  return dataclasses.replace(spec, mixer=mixer, ffn=mixture.computed(spec.ffn), tag=None)
 
 
 def _differences(name: str, wanted: Any, got: Any) -> list[str]:

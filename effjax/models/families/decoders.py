@@ -7,6 +7,8 @@ kind of each layer, and what is fixed for all of its models.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
+
 from effjax.attention.masks import Causal, SlidingWindow
 from effjax.attention.multi_head import Attention
 from effjax.layers import MLP, RMSNorm, Rope
@@ -25,12 +27,11 @@ DEFAULTS = {
   "original_max_position_embeddings": None,
 }
 # Llama's names, with its norms as they are.
-LAYER = (
+NORMS = (
   Entry("mixer_norm/scale", "layers.{i}.input_layernorm.weight"),
-  *SELF_ATTENTION,
   Entry("ffn_norm/scale", "layers.{i}.post_attention_layernorm.weight"),
-  *GATED_MLP,
 )
+LAYER = (*NORMS, *SELF_ATTENTION, *GATED_MLP)
 REST = (
   Entry("embed/embedding", "embed_tokens.weight"),
   Entry("final_norm/scale", "norm.weight"),
@@ -58,6 +59,7 @@ def read(
   attention: Mapping[str, Any],
   mlp_bias: bool = False,
   act: str = "hidden_act",
+  ffns: Callable[[int], nn.Module] | None = None,
   **others: Any,
 ) -> TransformerConfig:
   """The configuration of a model whose fields are those of Llama, except for what is given.
@@ -70,18 +72,19 @@ def read(
     attention: fields of `Attention` of all layers, besides heads, widths, masks and positions.
     mlp_bias: whether the feed-forward layers have biases.
     act: the field that names the activation.
+    ffns: number of a layer → its feed-forward layer; None where all have gated MLPs.
     **others: fields of `TransformerConfig`.
   """
   base = Attention(**heads(fields), **attention)
-  ffn = MLP(fields.integer("intermediate_size"), reading.activation(fields, act), True, mlp_bias)
+  ffns = ffns or _mlps(fields, act, mlp_bias)
   masks = {kind: _mask(fields, kind) for kind in set(kinds)}
   # Equal layers are one object, so that telling them apart takes no time.
   made: dict[tuple, LayerSpec] = {}
 
   def spec(i: int) -> LayerSpec:
-    place = kinds[i], ropes(i)
+    place = kinds[i], ropes(i), ffns(i)
     if place not in made:
-      made[place] = LayerSpec(base.copy(mask=masks[kinds[i]], rope=place[1]), ffn)
+      made[place] = LayerSpec(base.copy(mask=masks[kinds[i]], rope=place[1]), place[2])
     return made[place]
 
   layers = tuple(map(spec, range(len(kinds))))
@@ -94,6 +97,11 @@ def read(
     "family": family,
   }
   return TransformerConfig(layers=layers, **(shape | others))
+
+
+def _mlps(fields: Fields, act: str, use_bias: bool) -> Callable[[int], nn.Module]:
+  ffn = MLP(fields.integer("intermediate_size"), reading.activation(fields, act), True, use_bias)
+  return lambda i: ffn
 
 
 def heads(fields: Fields) -> dict[str, Any]:
@@ -145,9 +153,22 @@ def _mask(fields: Fields, kind: str):
   return SlidingWindow(fields.integer("sliding_window") - 1, 0) if kind == LOCAL else Causal()
 
 
-def write(config: TransformerConfig, family: str, act: str = "hidden_act") -> dict[str, Any]:
-  """The fields of Llama for a configuration; a family adds its own."""
-  attention, ffn = parts(config, family)
+def write(
+  config: TransformerConfig,
+  family: str,
+  act: str = "hidden_act",
+  given: tuple[Attention, MLP] | None = None,
+) -> dict[str, Any]:
+  """The fields of Llama for a configuration; a family adds its own.
+
+  Args:
+    config: the configuration.
+    family: its name.
+    act: the field that names the activation.
+    given: the modules that the fields are of; None is those of the first layer, and all layers
+      have such.
+  """
+  attention, ffn = parts(config, family) if given is None else given
   rotary = first_rope(config)
   return {
     "model_type": family,

@@ -7,7 +7,7 @@ from effjax.layers.spec import TransformerConfig
 from effjax.models.families import decoders
 from effjax.models.families.decoders import LOCAL
 from effjax.models.families.fields import Fields, complete
-from effjax.models.families.table import Entry
+from effjax.models.families.table import HEAD_NORMS
 
 QWEN2_DEFAULTS = decoders.DEFAULTS | {
   "num_key_value_heads": 32,
@@ -65,10 +65,6 @@ def from_qwen3(config: TransformerConfig) -> dict[str, Any]:
   return _written(config, "qwen3") | {"attention_bias": decoders.parts(config, "qwen3")[0].use_bias}
 
 
-HEAD_NORMS = (
-  Entry("mixer/query_norm/scale", "layers.{i}.self_attn.q_norm.weight"),
-  Entry("mixer/key_norm/scale", "layers.{i}.self_attn.k_norm.weight"),
-)
 QWEN2 = decoders.family("qwen2", "Qwen2ForCausalLM", qwen2_config, from_qwen2)
 QWEN3 = decoders.family(
   "qwen3", "Qwen3ForCausalLM", qwen3_config, from_qwen3, layer=(*decoders.LAYER, *HEAD_NORMS)

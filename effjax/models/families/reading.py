@@ -42,7 +42,7 @@ def width(fields: Fields, total: str, heads: str) -> int:
   return size // number
 
 
-def first_layer(config: TransformerConfig, family: str, mixer: type, ffn: type) -> tuple:
+def first_layer(config: TransformerConfig, family: str, mixer: type, *ffns: type) -> tuple:
   """Mixer and feed-forward of the first layer, of the only kinds that the family can save.
 
   Raises:
@@ -51,13 +51,18 @@ def first_layer(config: TransformerConfig, family: str, mixer: type, ffn: type) 
   if not config.layers:
     raise ValueError(f"layers: none; the layout of family {family!r} has at least one")
   for i, spec in enumerate(config.layers):
-    for place, value, kind in (("mixer", spec.mixer, mixer), ("ffn", spec.ffn, ffn)):
-      if type(value) is not kind:
-        raise ValueError(
-          f"layers[{i}].{place} is {type(value).__name__}; the layout of family {family!r} "
-          f"holds {kind.__name__} there"
-        )
+    check_kind(f"layers[{i}].mixer", spec.mixer, family, (mixer,))
+    check_kind(f"layers[{i}].ffn", spec.ffn, family, ffns)
   return config.layers[0].mixer, config.layers[0].ffn
+
+
+def check_kind(place: str, value: Any, family: str, kinds: tuple[type, ...]) -> None:
+  """Raises ValueError for a module of another kind than a family can save at a place."""
+  if type(value) not in kinds:
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise ValueError(
+      f"{place} is {type(value).__name__}; the layout of family {family!r} holds {names} there"
+    )
 
 
 def eps(config: TransformerConfig) -> Any:

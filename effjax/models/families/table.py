@@ -9,6 +9,7 @@ import numpy as np
 from effjax.layers.spec import TransformerConfig
 
 Span = tuple[int, int, int]
+EXPERT = "{e}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Entry:
 
   Attributes:
     path: our parameter, from the layer or from the top.
-    name: the tensor; "{i}" stands for the number of the layer.
+    name: the tensor; "{i}" stands for the number of the layer, "{e}" for that of the expert, where
+      each expert has a tensor and the parameter holds those of all along its first axis.
     transpose: the tensor is [out, in], ours [in, out].
     shift: ours is the tensor plus this (Gemma stores the scale of a norm less 1).
     together: the parameters whose last axes lie side by side in the tensor, in this order; none
@@ -86,6 +88,10 @@ SELF_ATTENTION = (
   *linear("mixer/value", "layers.{i}.self_attn.v_proj"),
   *linear("mixer/out", "layers.{i}.self_attn.o_proj"),
 )
+HEAD_NORMS = (
+  Entry("mixer/query_norm/scale", "layers.{i}.self_attn.q_norm.weight"),
+  Entry("mixer/key_norm/scale", "layers.{i}.self_attn.k_norm.weight"),
+)
 GATED_MLP = (
   *linear("ffn/gate", "layers.{i}.mlp.gate_proj"),
   *linear("ffn/up", "layers.{i}.mlp.up_proj"),
@@ -108,7 +114,9 @@ class Family:
     prefixes: what may stand before the names of `layer` and `rest`; the first is written.
     unprefixed: beginnings of names that stand without a prefix.
     ignored: regular expressions of tensors that are known and not used.
-    renamed: endings of names that older files have → those of today.
+    renamed: endings of names that other files have → those of the table.
+    stacked: endings of tensors that hold all experts, with matrices side by side [E, rows, …] →
+      those of the table for each, in order.
   """
 
   name: str
@@ -121,6 +129,7 @@ class Family:
   unprefixed: tuple[str, ...] = ("lm_head.",)
   ignored: tuple[str, ...] = ()
   renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  stacked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
   def canonical(self, name: str) -> str:
     """The name of a tensor as `layer` and `rest` have it."""

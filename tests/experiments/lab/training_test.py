@@ -1,5 +1,7 @@
 """Seeds trained together against one after another, and interrupted against undisturbed."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -115,3 +117,22 @@ def test_rates_are_each_seeds_own(tmp_path):
   # Adam's first step is the sign of the gradient, and a tenth of the matrix decays.
   np.testing.assert_allclose(moved, [0.1 * 1.1, 0.2 * 1.1], rtol=1e-3)
   assert metrics["losses"].tolist() == [1.0, 1.0]
+
+
+def test_what_is_watched_is_the_mean_of_a_call_by_seed_and_what_ends_a_step_is_done_for_each():
+  params = {"kernel": jnp.zeros((2, 1)), "counter": jnp.zeros((2, 1))}
+  seen = lambda batch: {"nll": batch["x"].mean(), "here/load": batch["x"], "other": batch["x"]}
+  objective = lambda params, batch, rng: (params["kernel"].sum(), seen(batch))
+  count = lambda old, metrics: old + metrics["here/load"].sum()
+  after = lambda state, metrics: dataclasses.replace(
+    state, params=state.params | {"counter": count(state.params["counter"], metrics)}
+  )
+  x = np.arange(12.0, dtype=np.float32).reshape(3, 2, 2)  # of the third step nothing is used
+  step = training.program(objective, 1, SEEDS, after=after, watch="load$")
+  batch = {"x": x, "count": jnp.int32(2)}
+  state, metrics = step(training.start(params, [0.1, 0.1], 1), batch, jax.random.key(0))
+  assert set(metrics) == {"loss", "losses", "finite", "here/load"}
+  np.testing.assert_allclose(metrics["here/load"], x[:2].mean(axis=0))
+  np.testing.assert_allclose(metrics["losses"], x[:2].mean(axis=(0, 2)))
+  # Its own gradient is zero and it is no matrix, so that only what ends a step moves it.
+  np.testing.assert_allclose(state.extra.params["counter"][:, 0], x[:2].sum(axis=(0, 2)))

@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 
-KILLS, STEPS = 10, 120
+KILLS, STEPS = 6, 80
 ALIVE_OR_NOT = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 

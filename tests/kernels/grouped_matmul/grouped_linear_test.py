@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from effjax.core import spmd
-from effjax.kernels.grouped_matmul import grouped_linear, tiles
+from effjax.kernels.grouped_matmul import Groups, grouped_linear, tiles
 from effjax.peft.lora import LoRA
 from effjax.quant.int8 import Int8
 from tests.modules import normal
@@ -315,3 +315,26 @@ def test_a_symbol_for_the_rows(implementation):
   for count in (1, 300):
     given = normal(count, 6, seed=1), jnp.array([count // 3, 0, count // 2, 0], jnp.int32)
     chex.assert_trees_all_close(call(*given), both(*given), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_groups_with_a_capacity(implementation):
+  sizes, capacity = np.array([0, 5, 1, 3]), 5
+  x, w, _, bias, dy = operands(sizes=(capacity,) * 4, spare=0)
+  full = (np.arange(capacity) < sizes[:, None]).reshape(-1)
+  spoil = lambda a: jnp.where(full[:, None], a, jnp.nan)
+  groups = Groups(jnp.asarray(sizes[None]), capacity)
+  got = jitted(spoil(x), w, groups, bias, spoil(dy), implementation)
+  y, dx, dw, db = dense(x[full], w, sizes, bias, dy[full])
+  expected = [np.zeros(a.shape) for a in (dy, x)]
+  for rows, found in zip(expected, (y, dx), strict=True):
+    rows[full] = found
+  chex.assert_trees_all_close(got, (*expected, dw, db), rtol=1e-5, atol=1e-4)
+
+
+def test_groups_that_do_not_fit_are_refused():
+  x, w, *_ = operands(sizes=(3, 0, 9), spare=0)
+  with pytest.raises(ValueError, match=r"12 rows; allowed: .* 5 rows a group"):
+    grouped_linear(x, w, Groups(jnp.array([[3, 0, 4]]), 5))
+  with pytest.raises(ValueError, match=r"\[3, 0, 5\]; allowed: .* 12 rows, 4 a group"):
+    grouped_linear(x, w, Groups(jnp.array([[3, 0, 5]]), 4))

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.moe import top_k_routing
+from effjax.moe import GroupLimit, top_k_routing
+from tests.modules import normal
+from tests.moe import brute_force
 
 LOGITS = hnp.arrays(np.float32, (6, 5), elements=st.floats(-20, 20, width=32))
 
@@ -62,3 +64,49 @@ def test_router_learns_through_unnormalised_gates_only_when_k_is_one():
 def test_k_out_of_range(k):
   with pytest.raises(ValueError, match=f"k={k}; allowed: 1 … 4"):
     top_k_routing(jnp.zeros((2, 4)), k=k)
+
+
+def test_wide_logits_keep_the_order_of_later_choices():
+  logits = jnp.array([[-400.0, 0.0, -200.0, -300.0], [-1e30, -1e20, 1e30, -1e10]])
+  routing = jax.jit(lambda logits: top_k_routing(logits, k=4, renormalize=False))(logits)
+  assert routing.experts.tolist() == [[1, 2, 3, 0], [2, 3, 1, 0]]
+  chex.assert_trees_all_equal(routing.gates, jnp.eye(4)[jnp.zeros(2, int)])
+  gates = top_k_routing(logits, k=2).gates
+  assert gates.tolist() == [[1, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_a_token_chooses_from_its_best_groups(best):
+  logits, limit = normal(32, 12), GroupLimit(4, 2, best)
+  routing = jax.jit(lambda logits: top_k_routing(logits, k=3, renormalize=False, limit=limit))(
+    logits
+  )
+  probs = brute_force.softmax(logits)
+  each = probs.reshape(32, 4, 3)
+  kept = brute_force.best(np.sort(each, axis=-1)[..., -best:].sum(-1), 2)
+  allowed = np.where((np.arange(4) == kept[..., None]).any(1)[..., None], each, -1).reshape(32, 12)
+  expected = brute_force.best(allowed, 3)
+  chex.assert_trees_all_equal(np.asarray(routing.experts), expected)
+  chex.assert_trees_all_close(routing.gates, np.take_along_axis(probs, expected, -1), atol=1e-6)
+
+
+def test_all_groups_are_no_limit():
+  logits = normal(5, 6)
+  for k in (1, 6):
+    chex.assert_trees_all_equal(
+      top_k_routing(logits, k=k, limit=GroupLimit(3, 3)), top_k_routing(logits, k=k)
+    )
+
+
+@pytest.mark.parametrize(
+  ("limit", "k"), [((4, 1), 1), ((3, 1), 3), ((3, 1, 3), 1), ((3, 4), 1), ((0, 1), 1)]
+)
+def test_groups_that_do_not_fit(limit, k):
+  with pytest.raises(ValueError, match=r"GroupLimit: .*; allowed: "):
+    top_k_routing(jnp.zeros((2, 6)), k=k, limit=GroupLimit(*limit))
+
+
+def test_one_expert_and_no_rows():
+  routing = top_k_routing(jnp.zeros((0, 1)), k=1)
+  assert routing.experts.shape == routing.gates.shape == (0, 1)
+  assert top_k_routing(jnp.full((2, 1), -5.0), k=1).gates.tolist() == [[1.0], [1.0]]

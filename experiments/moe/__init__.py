@@ -1,0 +1,1 @@
+"""Mixtures of experts: what they are made of, and what they learn."""
