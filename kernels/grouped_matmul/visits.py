@@ -39,7 +39,9 @@ def of_rows(group_sizes: Int[Array, "E"], rows: int, height: int, aligned: bool)
       has rows in it; else where a group begins, or another tile of it ends.
 
   Example:
-    >>> of_rows(jnp.array([3, 0, 2]), 6, 4, False)[:4]
+    >>> found = of_rows(jnp.array([3, 0, 2]), 6, 4, False)
+    >>> [x.tolist() for x in (found.group[:3], found.begin[:3], found.end[:3], found.count)]
+    [[0, 2, 3], [0, 3, 5], [3, 5, 6], [3]]
   """
   begins, ends = spans(group_sizes.astype(jnp.int32), rows)
   begins = jnp.concatenate([begins, ends[-1:]])
@@ -65,5 +67,7 @@ def _listed(begins, ends, there, rows, height, aligned) -> Visits:
   begin = begins[of_group] if aligned else tile
   end = ends[of_group] if aligned else jnp.minimum(ends[of_group], tile + height)
   none = lambda x: jnp.where(used, x, rows).astype(jnp.int32)
-  tile = jnp.where(used, tile // height if aligned else tile, 0).astype(jnp.int32)
+  if aligned:  # a group without rows may be past all tiles
+    tile = jnp.minimum(tile // height, (rows - 1) // height)
+  tile = jnp.where(used, tile, 0).astype(jnp.int32)
   return Visits(of_group, tile, none(begin), none(end), past[-1:].astype(jnp.int32))
