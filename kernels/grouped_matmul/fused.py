@@ -37,7 +37,8 @@ def product(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(name: str, format: Format, table: bool, x, matrices, group_sizes):
-  return KERNELS[name].products(x, Lying(format, *matrices, table), group_sizes)
+  codes, constants = matrices
+  return KERNELS[name].products(x, Lying(format, codes, constants, table), group_sizes)
 
 
 def _forward(name, format, table, *operands):

@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from effjax.core.typing import Array, Bool, DTypeLike, Float, Int
 from effjax.kernels.grouped_matmul import visits
+from effjax.kernels.grouped_matmul.groups import spans
 from effjax.kernels.grouped_matmul.sizes import Size, choose
 from effjax.kernels.grouped_matmul.steps import dot
 from effjax.kernels.quantized_matmul.lying import Lying
@@ -173,14 +174,15 @@ def sums(
   shape = like(x, (len(group_sizes), lines, outputs), interpret, dtype)
   grid = pl.cdiv(lines, size.rows), pl.cdiv(outputs, size.columns), len(group_sizes)
   run = _call(kernel, "grouped_sums", grid, size, shape, interpret)
-  return run(x, y, *visits.spans(group_sizes, rows))
+  return run(x, y, *spans(group_sizes.astype(jnp.int32), rows))
 
 
 def _steps(w: Lying, size: Size) -> tuple[int, int]:
-  """What is summed at once, and outputs of a tile: within what constants of a line are for."""
+  """What is summed at once and outputs of a tile, in each plane: within a constant's codes."""
   runs = [w.codes.shape[2] // c.shape[2] for c in w.constants if c.shape[2] > 1]
   most = min((run & -run for run in runs if run > 1), default=size.columns)
-  return (size.step, min(size.columns, most)) if w.table else (min(size.step, most), size.columns)
+  columns = max(LEAST, size.columns // w.planes)
+  return (size.step, min(columns, most)) if w.table else (min(size.step, most), columns)
 
 
 def _planes(w: Lying, codes: Any, constants: Any, e: Any, a: _Cut, b: _Cut) -> Any:
@@ -208,8 +210,9 @@ def _store(ref: Any, value: Array, a: Array | None, b: Array | None) -> None:
 
 
 def _both(a: Array | None, b: Array | None) -> Array | None:
-  masks = [mask[at] for mask, at in ((a, (slice(None), None)), (b, None)) if mask is not None]
-  return masks[0] & masks[1] if len(masks) == 2 else (masks or [None])[0]
+  if a is None or b is None:
+    return a[:, None] if a is not None else b if b is None else b[None]
+  return a[:, None] & b[None]
 
 
 def _call(

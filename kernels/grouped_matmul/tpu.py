@@ -23,6 +23,7 @@ from effjax.kernels.quantized_matmul.tiles import known, like
 from effjax.kernels.quantized_matmul.tpu import TYPES, VMEM, spread
 
 LANES = 128
+MOST = VMEM * 3 // 4  # bytes for what is known of a tile
 FEW = (32, LANES)  # lines and codes of a matrix whose numbers are made at once
 LINES, CODES = (128, 64, 32, 16, 8), (256, LANES)  # whose constants are spread at once
 
@@ -30,7 +31,8 @@ LINES, CODES = (128, 64, 32, 16, 8), (256, LANES)  # whose constants are spread 
 def fits(x: Array, w: Lying) -> bool:
   """Whether `products` can."""
   known_to_it = known(w.format, w.constants) and x.dtype in TYPES
-  return known_to_it and _columns(x, w, choose("tpu", x.dtype, 1, 1).products) is not None
+  size = choose("tpu", x.dtype, 1, 1).products
+  return known_to_it and _held(x, w, size, _columns(x, w, size)) <= MOST
 
 
 def products(
@@ -219,23 +221,24 @@ def _side(length: int, most: int) -> int:
   return length if length <= LANES else min(most, pl.cdiv(length, LANES) * LANES)
 
 
-def _columns(x: Array, w: Lying, size: Size) -> int | None:
-  """Outputs of a tile, as many as there is room for; None where that is for none."""
-  _, lines, length = w.codes.shape
-  summed, outputs = (lines, length) if w.table else (length, lines)
-  columns, width = _side(outputs, size.columns), x.dtype.itemsize
-  unpacked = width * w.planes if w.constants or w.codes.dtype != x.dtype else 0
-  held = lambda columns: (
-    2 * width * summed * size.rows * w.planes
-    + (2 * w.codes.dtype.itemsize + unpacked) * summed * columns
-    + (2 * width + 4) * size.rows * columns * w.planes
-  )
-  while held(columns) > VMEM * 3 // 4 and columns > LANES:
+def _columns(x: Array, w: Lying, size: Size) -> int:
+  """Outputs of a tile, as many as there is room for."""
+  columns = _side(w.codes.shape[2 if w.table else 1], size.columns)
+  while _held(x, w, size, columns) > MOST and columns > LANES:
     columns = max(LANES, columns // 2 // LANES * LANES)
-  return columns if held(columns) <= VMEM * 3 // 4 else None
+  return columns
 
 
-def _room(w: Lying, dtype: DTypeLike, shape: tuple[int, int]) -> list[Any]:
+def _held(x: Array, w: Lying, size: Size, columns: int) -> int:
+  """Bytes of VMEM for operands, which are fetched ahead, numbers and results of tiles."""
+  summed, width = w.codes.shape[1 if w.table else 2], x.dtype.itemsize
+  unpacked = width * w.planes if w.constants or w.codes.dtype != x.dtype else 0
+  matrix = (2 * w.codes.dtype.itemsize + unpacked) * summed * columns
+  results = (2 * width + 4) * size.rows * columns * w.planes
+  return 2 * width * summed * size.rows * w.planes + matrix + results
+
+
+def _room(w: Lying, dtype: Any, shape: tuple[int, ...]) -> list[Any]:
   """Where numbers of a tile lie, and constants that are spread over its codes."""
   part = tuple(_part(n, sizes) for n, sizes in zip(shape, (LINES, CODES), strict=True))
   return [

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from effjax.core.typing import Array, Int
+from effjax.kernels.grouped_matmul.groups import spans
 
 
 class Visits(NamedTuple):
@@ -29,17 +30,6 @@ class Visits(NamedTuple):
     return Visits(*map(more, self[:-1]), self.count)
 
 
-def spans(group_sizes: Int[Array, "E"], rows: int) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
-  """Where the rows of each group begin and end.
-
-  Example:
-    >>> [x.tolist() for x in spans(jnp.array([2, 0, 1]), 4)]
-    [[0, 2, 2], [2, 2, 3]]
-  """
-  ends = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), rows)
-  return jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]]), ends
-
-
 def of_rows(group_sizes: Int[Array, "E"], rows: int, height: int, aligned: bool) -> Visits:
   """Visits that cover each of the rows once, those past the last group as a group's too.
 
@@ -49,9 +39,11 @@ def of_rows(group_sizes: Int[Array, "E"], rows: int, height: int, aligned: bool)
       has rows in it; else where a group begins, or another tile of it ends.
 
   Example:
-    >>> of_rows(jnp.array([3, 0, 2]), 6, 4, False)[:4]
+    >>> found = of_rows(jnp.array([3, 0, 2]), 6, 4, False)
+    >>> [x.tolist() for x in (found.group[:3], found.begin[:3], found.end[:3], found.count)]
+    [[0, 2, 3], [0, 3, 5], [3, 5, 6], [3]]
   """
-  begins, ends = spans(group_sizes, rows)
+  begins, ends = spans(group_sizes.astype(jnp.int32), rows)
   begins = jnp.concatenate([begins, ends[-1:]])
   ends = jnp.concatenate([ends, jnp.full_like(ends[:1], rows)])
   return _listed(begins, ends, ends > begins, rows, height, aligned)
@@ -59,7 +51,7 @@ def of_rows(group_sizes: Int[Array, "E"], rows: int, height: int, aligned: bool)
 
 def of_groups(group_sizes: Int[Array, "E"], rows: int, height: int) -> Visits:
   """Visits of aligned tiles that cover the rows of each group; one of a group without rows."""
-  begins, ends = spans(group_sizes, rows)
+  begins, ends = spans(group_sizes.astype(jnp.int32), rows)
   return _listed(begins, ends, ends >= begins, rows, height, True)
 
 
@@ -75,5 +67,7 @@ def _listed(begins, ends, there, rows, height, aligned) -> Visits:
   begin = begins[of_group] if aligned else tile
   end = ends[of_group] if aligned else jnp.minimum(ends[of_group], tile + height)
   none = lambda x: jnp.where(used, x, rows).astype(jnp.int32)
-  tile = jnp.where(used, tile // height if aligned else tile, 0).astype(jnp.int32)
+  if aligned:  # a group without rows may be past all tiles
+    tile = jnp.minimum(tile // height, (rows - 1) // height)
+  tile = jnp.where(used, tile, 0).astype(jnp.int32)
   return Visits(of_group, tile, none(begin), none(end), past[-1:].astype(jnp.int32))

@@ -60,7 +60,8 @@ class Case:
   def lying(self, product: str, matrices: Any) -> Lying:
     """The matrices as they lie, or as their transposes do."""
     table = (self.format in ("array", "int8")) == (product == "products")
-    return Lying(_FORMATS[self.format], *matrices, table)
+    codes, constants = matrices
+    return Lying(_FORMATS[self.format], codes, constants, table)
 
   def draw(self, product: str, seed: int = 0) -> tuple[Any, ...]:
     """Random `arguments`: uneven groups, the first without rows, and NaN in the last rows."""
@@ -74,7 +75,7 @@ class Case:
 
     *arrays, sizes = self.arguments(product)
     spare = min(3, self.rows - 1)
-    shares = rng.dirichlet(np.full(self.groups - 1, 2.0)) if self.groups > 1 else []
+    shares = rng.dirichlet(np.full(self.groups - 1, 2.0))
     sizes = np.array([0, *rng.multinomial(self.rows - spare, shares)], np.int32)
     x, other = jax.tree.map(of, tuple(arrays))
     end = int(sizes.sum())

@@ -162,6 +162,12 @@ def test_visits_cover_every_row_once_for_its_group(aligned):
     assert (np.asarray(found.begin)[count:] >= np.asarray(found.end)[count:]).all()
 
 
+def test_visits_of_groups_without_rows_stay_within_the_tiles():
+  found = visits.of_groups(jnp.array([0, 32, 0]), 32, 16)
+  assert found.group.tolist()[: int(found.count[0])] == [0, 1, 1, 2]
+  assert max(found.tile.tolist()) == 1
+
+
 def test_a_tile_has_no_more_rows_than_groups_have():
   many, few = (choose("gpu", jnp.bfloat16, rows, 8, "NVIDIA H100") for rows in (8192, 16))
   assert (few.products.rows, many.products.rows) == (16, 128)
