@@ -172,7 +172,7 @@ def printed() -> list[Design]:
   for line in PRINTED.strip().splitlines():
     reference, model, counts, *sizes, activation, shared = line.split()
     numbers = map(int, (*counts.split("/"), *sizes))
-    values = (reference, model, *numbers, activation, int(shared))
+    values: tuple[Any, ...] = (reference, model, *numbers, activation, int(shared))
     facts = FACTS.get(reference, {}) | FACTS.get(model, {})
     designs.append(Design(**dict(zip(_FIELDS, values, strict=False)) | facts))
   return designs

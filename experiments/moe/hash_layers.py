@@ -246,7 +246,7 @@ def measured(subject: Subject, teacher: Subject | None, text: HeldOut) -> list[h
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _measured(module, teacher, params: Params, teachers: Params | None, batch: dict) -> Any:
   def one(params: Params, teachers: Params | None) -> tuple[Array, Array]:
-    given = batch if teacher is None else told(batch, teacher, teachers)
+    given = batch if teacher is None or teachers is None else told(batch, teacher, teachers)
     logits, sown = forward(module, params, given)
     nats = cross_entropy(logits, batch["targets"], batch["weights"]).sum()
     loads = [x for name, x in sown_values(sown).items() if name.endswith("/load")]

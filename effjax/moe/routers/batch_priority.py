@@ -4,6 +4,7 @@ Riquelme et al., arXiv 2106.05974, section 4.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ class BatchPriority(TopK):
 
   def _choose(self, rows, logits, mask, key) -> Routing:
     noise = number("noise", self.noise, of="BatchPriority", least=0)
-    routing = self._best(noisy(logits, noise / self.experts, key))
+    routing: Any = self._best(noisy(logits, noise / self.experts, key))  # with logits
     counted = lambda: variation(expert_shares(routing.experts, self.experts, mask=mask))
     expected = lambda: load_loss(
       logits, routing.logits, noise / self.experts, k=self.top_k, mask=mask, estimator="v_moe"

@@ -132,7 +132,8 @@ def drop_overflow(
   if renormalize:
     total = gates.sum(axis=-1, keepdims=True)
     gates = gates / jnp.where(total == 0, 1, total)
-  return routing.replace(experts=jnp.where(kept, experts, count), gates=gates, capacity=capacity)
+  experts = jnp.where(kept, experts, count)
+  return dataclasses.replace(routing, experts=experts, gates=gates, capacity=capacity)
 
 
 @spmd.on_any_mesh

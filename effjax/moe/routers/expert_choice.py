@@ -1,6 +1,7 @@
 """Expert choice: each expert takes the tokens that suit it best (Zhou et al., arXiv 2202.09368)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ class ExpertChoice(Scored):
       experts=self.experts,
       training=key is not None or self.capacity.evaluation is None,
     )
-    routing = expert_choice_routing(logits, capacity=limit, mask=mask)
+    routing: Any = expert_choice_routing(logits, capacity=limit, mask=mask)
     self._sow_scores(routing.probs, logits, mask)
     taken = is_id(routing.rows, rows.shape[0])
     sizes = taken.sum(axis=-1, dtype=jnp.float32)

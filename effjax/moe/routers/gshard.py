@@ -77,7 +77,7 @@ def second_at_random(routing: Routing, key: Key | None, *, threshold: Scalar = 0
   sent = jnp.stack([jnp.ones_like(sent), sent], axis=-1)
   none = routing.logits.shape[-1]
   experts = jnp.where(sent, routing.experts, none)
-  return routing.replace(experts=experts, gates=zero_unless(sent, routing.gates))
+  return dataclasses.replace(routing, experts=experts, gates=zero_unless(sent, routing.gates))
 
 
 class GShard(TokenChoice):

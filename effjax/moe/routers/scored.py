@@ -1,8 +1,10 @@
 """What routers with scores x W have in common: the product, the losses and their health."""
 
 import dataclasses
+import functools
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -147,7 +149,7 @@ class TokenChoice(Scored):
     return wanted
 
   def _decide(self, rows, logits, mask, key) -> Routing:
-    wanted = self._choose(rows, logits, mask, key)
+    wanted: Any = self._choose(rows, logits, mask, key)  # with probs and logits
     sent = self._dispatched(wanted, key)
     routing = self._limited(sent, mask, training=key is not None)
     self._sow_scores(wanted.probs, logits, mask)
@@ -176,7 +178,10 @@ class TokenChoice(Scored):
     """Who comes first where an expert is full; None is the earlier row."""
     return None
 
-  _renormalizes_after = False
+  @property
+  def _renormalizes_after(self) -> bool:
+    """Whether what a row keeps is divided by its sum."""
+    return False
 
   def _dropped(self, sent: Int[Array, "M k"], kept: Int[Array, "M k"], mask: Array | None):
     if kept is sent:
@@ -184,9 +189,14 @@ class TokenChoice(Scored):
     there = is_id(sent, self.experts) if mask is None else is_id(sent, self.experts) & mask[:, None]
     return weighted_mean((~is_id(kept, self.experts)).astype(jnp.float32), there)
 
-  def _sow_balance(self, wanted: Routing, logits: Array, mask: Array | None) -> None:
-    form = {"mask": mask, "normalization": self.normalization}
-    balance = lambda **more: load_balance_loss(wanted.probs, wanted.experts, **form, **more)
+  def _sow_balance(self, wanted: Any, logits: Array, mask: Array | None) -> None:
+    balance = functools.partial(
+      load_balance_loss,
+      wanted.probs,
+      wanted.experts,
+      mask=mask,
+      normalization=self.normalization,
+    )
     self._sow("load_balance", self.load_balance, balance, always=True)
     devices = self.devices
     self._sow("device_balance", self.device_balance, lambda: balance(devices=devices))

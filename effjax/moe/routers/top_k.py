@@ -95,7 +95,7 @@ class TopK(TokenChoice):
   def _limited(self, sent: Routing, mask: Array | None, *, training: bool) -> Routing:
     routing = super()._limited(sent, mask, training=training)
     scale = number("scale", self.scale, of=type(self).__name__)
-    return routing.replace(gates=scale * routing.gates)
+    return dataclasses.replace(routing, gates=scale * routing.gates)
 
   @property
   def _renormalizes_after(self) -> bool:
