@@ -174,7 +174,8 @@ def printed() -> list[Design]:
     numbers = map(int, (*counts.split("/"), *sizes))
     values: tuple[Any, ...] = (reference, model, *numbers, activation, int(shared))
     facts = FACTS.get(reference, {}) | FACTS.get(model, {})
-    designs.append(Design(**dict(zip(_FIELDS, values, strict=False)) | facts))
+    given: dict[str, Any] = dict(zip(_FIELDS, values, strict=False))
+    designs.append(Design(**given | facts))
   return designs
 
 
