@@ -15,6 +15,7 @@ from effjax.moe import (
   load_balance_loss,
   load_loss,
   mutual_information_loss,
+  noisy_top_k_routing,
   smooth_load,
   top_k_routing,
   z_loss,
@@ -245,6 +246,18 @@ def test_the_smooth_load_is_the_probability_that_new_noise_of_one_expert_leaves_
     threshold = np.sort(others, axis=-1)[..., -k]
     found = smooth_load(clean, noisy, stddev, k=k, estimator=estimator)
     np.testing.assert_allclose(found, (drawn > threshold[..., None]).mean(-1), atol=0.015)
+
+
+def test_the_smooth_load_of_logits_that_are_drawn_beside_it():
+  clean, stddev = normal(64, 5), jnp.abs(normal(64, 5, seed=1)) + 0.3
+
+  @jax.jit
+  def run(key):
+    noisy = noisy_top_k_routing(clean, stddev, key, k=2).logits
+    return smooth_load(clean, noisy, stddev, k=2), noisy
+
+  found, noisy = run(jax.random.key(0))
+  chex.assert_trees_all_close(found, smooth_load(clean, noisy, stddev, k=2), atol=1e-6)
 
 
 def test_the_load_loss_leaves_padding_out_and_has_a_gradient_in_clean_logits():

@@ -11,19 +11,14 @@ import pytest
 
 from effjax.core import trees
 from effjax.layers import MLP, LayerSpec, TransformerConfig
+from effjax.layers.forward import forward, sown_values
 from effjax.models import Transformer
 from effjax.moe import GroupLimit, MoE, SigmoidTopK, move_bias, sigmoid_routing
 from effjax.train import init_state, make_train_step
-from effjax.train.objectives import next_token
-from tests.modules import normal, random_params
+from tests.modules import normal
 from tests.moe import brute_force
 
 ROUTER = "segments_0/layers_0/ffn/router"
-SKEW = jnp.array([[1.0, 1.0, 0.0, 0.0]])
-
-
-def bias_of(params):
-  return trees.items(params)[f"{ROUTER}/bias"]
 
 
 E, K = 8, 3
@@ -77,25 +72,40 @@ def test_bad_arguments():
 
 
 def test_the_bias_evens_the_load_in_a_training_step_without_a_loss_or_a_gradient():
-  layers = (LayerSpec(None, MoE(SigmoidTopK(4, 2), MLP(4))),) * 2
-  module = Transformer(TransformerConfig(64, 8, layers, final_norm=False, context=64))
-  tokens = np.arange(128).reshape(2, 64) % 64
-  params = random_params(module, tokens)
-  skewed = trees.update(params, "router/bias", lambda _, b: jnp.zeros_like(b) + SKEW)
-  optimizer = optax.sgd(0.0)
+  router, rows = SigmoidTopK(4, 2), normal(64, 8)
+  params = {"kernel": normal(8, 4, seed=1) / 3, "bias": jnp.array([1.0, 1.0, 0.0, 0.0])}
+
+  def objective(params, batch, rng):
+    routing, sown = router.apply({"params": params}, batch["rows"], mutable=["statistics"])
+    return routing.gates.sum(), sown_values(sown)
+
+  optimizer = optax.adam(1e-9)
   after = functools.partial(move_bias, speed=0.02)
-  step = make_train_step(next_token(module), optimizer, microbatches=2, after=after)
-  state, loads = init_state(skewed, optimizer), []
-  for _ in range(60):
-    before = np.asarray(bias_of(state.params))
-    state, metrics = step(state, {"tokens": tokens, "targets": tokens}, jax.random.key(0))
-    load = np.asarray(metrics[f"{ROUTER}/load"])
-    moved = np.asarray(bias_of(state.params)) - before
-    expected = 0.02 * np.sign(load.mean(1, keepdims=True) - load)
-    chex.assert_trees_all_close(moved, expected, atol=1e-6)
+  step = make_train_step(objective, optimizer, microbatches=2, after=after)
+  state, loads = init_state(params, optimizer), []
+  for _ in range(80):
+    before = np.asarray(state.params["bias"])
+    state, metrics = step(state, {"rows": rows}, jax.random.key(0))
+    load = np.asarray(metrics["load"])
+    moved = np.asarray(state.params["bias"]) - before
+    chex.assert_trees_all_close(moved, 0.02 * np.sign(load.mean() - load), atol=1e-6)
     loads.append(load)
-  assert loads[0].shape == (2, 4) and loads[0].max() == 0.5
-  assert np.mean(loads[-10:], axis=0).max() < 0.3
+  assert loads[0].max() == 0.5 and np.mean(loads[-10:], axis=0).max() < 0.3
+
+
+def test_each_router_of_a_scanned_segment_has_a_bias_of_its_own():
+  layers = (LayerSpec(None, MoE(SigmoidTopK(4, 2), MLP(4))),) * 2
+  module, tokens = Transformer(TransformerConfig(9, 8, layers)), jnp.arange(8)[None]
+  shapes = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+  run = lambda params: forward(module, params, {"tokens": tokens})[1]
+  metrics = jax.eval_shape(lambda params: sown_values(run(params)), shapes)
+  load = jnp.array([[0.4, 0.2, 0.2, 0.2], [0.1, 0.3, 0.3, 0.3]])
+  assert metrics[f"{ROUTER}/load"].shape == load.shape
+  state = init_state({"router": {"bias": jnp.zeros((2, 4))}, "bias": jnp.ones(3)}, optax.sgd(1.0))
+  moved = move_bias(state, {"router/load": load}).params
+  expected = 1e-3 * np.array([[-1, 1, 1, 1], [1, -1, -1, -1]])
+  chex.assert_trees_all_close(moved["router"]["bias"], expected, atol=1e-8)
+  assert trees.items(shapes)[f"{ROUTER}/bias"].shape == (2, 4) and (moved["bias"] == 1).all()
 
 
 def test_a_step_that_is_not_finite_moves_no_bias():

@@ -132,8 +132,8 @@ def move_bias(state: State, metrics: dict[str, Array], *, speed: Scalar = 1e-3) 
 
   def move(path: str, leaf: Any) -> Any:
     nonlocal moved
-    router, _, name = path.rpartition("/")
-    load = metrics.get(f"{router}/load") if name == "bias" else None
+    *router, name = path.split("/")
+    load = metrics.get("/".join([*router, "load"])) if name == "bias" else None
     if load is None:
       return leaf
     moved += 1
