@@ -155,7 +155,7 @@ class Weight(abc.ABC):
     """
     axes: list[Any] = [None] * self.ndim
     axes[axis] = _PICKED
-    split, fields = self.specs(axes), {}
+    split, fields = self.specs(axes), dict[str, Any]()
     for name, value in ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self)):
       if isinstance(value, Weight) and value.shape == self.shape:
         fields[name] = value.pick(units, axis)

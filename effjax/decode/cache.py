@@ -84,7 +84,7 @@ def prefill(
     tokens,
     positions=positions,
     segment_ids=segment_ids,
-    previous=Context(tokens, segment_ids=segment_ids).previous_ids(),
+    previous=Context(jnp.asarray(tokens), segment_ids=segment_ids).previous_ids(),
     cache=cache,
   )
   return filled

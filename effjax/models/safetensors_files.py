@@ -97,17 +97,22 @@ class SafetensorsFolder:
     Args:
       ending: of the names.
       parts: the endings of as many equal parts of the R rows, with "{e}" for each of the E.
+
+    Raises:
+      ValueError: when there is such a name already.
     """
     for name in [name for name in self._tensors if name.endswith(ending)]:
       info, start = self._tensors[name], name.removesuffix(ending)
-      if len(info.shape) < 2 or info.shape[1] % len(parts):
+      if len(info.shape) < 2 or info.shape[1] % len(parts) or not math.prod(info.shape):
         continue
       shape = (info.shape[1] // len(parts), *info.shape[2:])
       size = math.prod(shape) * info.dtype.itemsize
       del self._tensors[name]
       for i, (e, part) in enumerate(itertools.product(range(info.shape[0]), parts)):
-        own = dataclasses.replace(info, shape=shape, start=info.start + i * size)
-        self._tensors[start + part.format(e=e)] = own
+        own = start + part.format(e=e)
+        if own in self._tensors:
+          raise ValueError(f"{self.path}: tensors {name!r} and {own!r} are one; allowed: either")
+        self._tensors[own] = dataclasses.replace(info, shape=shape, start=info.start + i * size)
 
   def _info(self, name: str) -> TensorInfo:
     if name not in self._tensors:

@@ -18,6 +18,7 @@ from effjax.moe.losses import (
 )
 from effjax.moe.merging import merge_experts
 from effjax.moe.multi_hash import MultiHash
+from effjax.moe.plots import plot_load
 from effjax.moe.routers import (
   BatchPriority,
   Capacity,
@@ -80,6 +81,7 @@ __all__ = [
   "move_bias",
   "mutual_information_loss",
   "noisy_top_k_routing",
+  "plot_load",
   "sigmoid_routing",
   "smooth_load",
   "split_ffn",

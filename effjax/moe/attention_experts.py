@@ -6,6 +6,8 @@ what comes out of the latter. JetMoE (Shen et al., arXiv 2404.07413, section 2.2
 several heads of each.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -60,7 +62,7 @@ class MoA(nn.Module):
     kv_heads, width = self._kv_shape(x.shape[-1])
     groups = (kv_heads, heads // kv_heads, width)
     copies = jnp.broadcast_to(rows[:, None], (rows.shape[0], choices, rows.shape[1]))
-    whole = routing.replace(gates=jnp.ones_like(routing.gates))
+    whole = dataclasses.replace(routing, gates=jnp.ones_like(routing.gates))
     query = self._each("query", copies, heads * width, self.attention.use_bias, whole, mask)
     # Heads that share keys are neighbours: [M, k, K, N/K, H] → [M, K, k, N/K, H].
     query = query.reshape(-1, choices, *groups).swapaxes(1, 2)
@@ -79,7 +81,7 @@ class MoA(nn.Module):
   def _each(self, name, rows, features, use_bias, routing, mask) -> Float[Array, "M k F"]:
     """Each choice's rows [M, k, _] by its expert's linear map, times its gate; zero for none."""
     flat = lambda a: a.reshape(-1, 1)
-    each = routing.replace(experts=flat(routing.experts), gates=flat(routing.gates))
+    each = dataclasses.replace(routing, experts=flat(routing.experts), gates=flat(routing.gates))
     mask = None if mask is None else jnp.repeat(mask, rows.shape[1])
     count, rows = self.router.experts, rows.reshape(-1, rows.shape[-1])
     sow_dropped(self, each, count, mask)
@@ -141,12 +143,14 @@ class MoA(nn.Module):
   @property
   def axes(self) -> dict[str, tuple[str, ...]]:
     """The roles of its parameters' axes, see `effjax.layers.axes`."""
-    whole = ask(self.attention, "axes", "MoA: attention")
+    stated = lambda name: ask(getattr(self, name), "axes", f"MoA: {name}")
+    whole = stated("attention")
     routed = {path: roles for path, roles in whole.items() if path.startswith(("query/", "out/"))}
     rest = {path: roles for path, roles in whole.items() if path not in routed}
     bias = {"out_bias": routed.pop("out/bias")} if "out/bias" in routed else {}
-    router = under("router", ask(self.router, "axes", "MoA: router"))
-    return router | lead("experts", routed) | bias | under("shared", rest)
+    return (
+      under("router", stated("router")) | lead("experts", routed) | bias | under("shared", rest)
+    )
 
   @property
   def units(self) -> dict[str, int]:

@@ -42,8 +42,8 @@ def merge_experts(
 
   Args:
     config: a model with `MoE` layers whose experts, and what is shared, are `MLP`s.
-    params: its parameters; arrays, or for a single expert without a shared one anything.
-    by: see above; an expert's number counts from 0.
+    params: its parameters, arrays; where one expert is taken and none is shared, any weights.
+    by: see above; e counts from 0.
     layers: indices of the layers to change, negative ones from the end; None means every layer
       whose ffn is an `MoE`.
 
@@ -82,7 +82,8 @@ def merge_experts(
 
 def _merged(layer: MoE, params: Params, by: str | Size) -> tuple[MLP, dict]:
   """The MLP that the experts, and what is shared, become."""
-  expert, shared = layer.expert, layer.shared
+  expert: Any = layer.expert
+  shared: Any = layer.shared
   for name, module in (("expert", expert), ("shared", shared or expert)):
     if not isinstance(module, MLP):
       raise ValueError(f"{name} is {type(module).__name__}; allowed: MLP")
@@ -110,7 +111,7 @@ def _one(mlp: MLP, experts: Params, count: int, by: str | Size) -> dict:
 def _together(path: str, leaves: Any, axis: int | None) -> Array:
   """Hidden units one after the other, or without an axis of these the sum."""
   plain = _plain(path, leaves)
-  return sum(plain) if axis is None else jnp.concatenate(plain, axis)
+  return jnp.stack(plain).sum(axis=0) if axis is None else jnp.concatenate(plain, axis)
 
 
 def _mean(path: str, leaf: Any, axis: int | None) -> Array:

@@ -1,5 +1,7 @@
 """MultiHash: several hashes choose the segments of one layer (Roller et al., arXiv 2106.04426)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -50,7 +52,7 @@ class MultiHash(nn.Module):
     return self._segments("down", hidden, x.shape[-1], routing, mask).reshape(x.shape)
 
   def _segments(
-    self, name: str, rows: Float[Array, "M D"], width: int, routing: Routing, mask: Array | None
+    self, name: str, rows: Float[Array, "M D"], width: int, routing: Any, mask: Array | None
   ) -> Float[Array, "M F"]:
     """The concatenation of N maps of each row, each into a part of `width`."""
     hashes, count = self.router.hashes, self.router.hashes * self.router.experts

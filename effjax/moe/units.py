@@ -47,7 +47,8 @@ class Site:
   def of(cls, config: TransformerConfig, index: int, spec: LayerSpec, tree: Params) -> "Site":
     """The ffn of a layer, as `layers.stack.change` gives it."""
     segment, name, repeat = places(config)[index]
-    return cls(index, spec.ffn, tree["ffn"], f"{segment}/{name}/ffn", repeat)
+    mlp: Any = spec.ffn
+    return cls(index, mlp, tree["ffn"], f"{segment}/{name}/ffn", repeat)
 
   def statistic(self, name: str, found: Mapping[str, Any]) -> np.ndarray:
     """The values, of this layer, of what `layers.capture` found of what goes into "down".

@@ -130,7 +130,10 @@ def upcycle_ffn(
   else:
     width = number("width", width, of="upcycle", integer=True, least=1)
     units = shuffled(jax.random.fold_in(key, 0), hidden, experts=experts, width=width)
-    made = parts(mlp, params, units)
+    try:
+      made = parts(mlp, params, units)
+    except ValueError as error:
+      raise ValueError(f"upcycle: width={width}: {error}") from error
   if redrawn:
     made = _redrawn(mlp, made, jax.random.fold_in(key, 1), redrawn, stddev)
   return {"experts": made, "router": router}

@@ -143,7 +143,7 @@ def _mixtures(design: Design) -> Iterator[nn.Module]:
   expert = _mlp(design.expert, design.expert_activation or design.activation)
   always = design.shared if design.counted else 0
   choices = design.active - (design.shared if design.residual else always)
-  shared = None
+  shared: nn.Module | None = None
   if design.shared and not design.residual:
     shared = _mlp(design.shared * design.expert, design.activation)
     shared = Gated(shared) if design.gated else shared
@@ -163,7 +163,8 @@ def _shapes(stacks: Mapping[str, TransformerConfig]) -> dict[str, Params]:
   key, tokens = jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32)
   if len(stacks) == 1:
     return {"": jax.eval_shape(Transformer(stacks[""]).init, key, tokens)["params"]}
-  return jax.eval_shape(EncoderDecoder(**stacks).init, key, tokens, tokens)["params"]
+  module = EncoderDecoder(stacks["encoder"], stacks["decoder"])
+  return jax.eval_shape(module.init, key, tokens, tokens)["params"]
 
 
 def _experts(config: TransformerConfig, params: Params) -> tuple[int, float]:

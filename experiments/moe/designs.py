@@ -7,6 +7,7 @@ out, as vocabularies and shared key-value heads, comes from the papers or publis
 
 import dataclasses
 import re
+from typing import Any
 
 # Reference, model, activated/all experts, model width, FFN, expert, layers, heads, head width,
 # every how many-th layer is sparse, activation, shared experts.
@@ -118,7 +119,7 @@ _UNITS = {"M": 1e6, "B": 1e9, "T": 1e12}
 _FIELDS = [field.name for field in dataclasses.fields(Design)]
 
 # What is not in the table, of all models of a reference or of one.
-FACTS = {
+FACTS: dict[str, dict[str, Any]] = {
   "GShard": {"vocab": 32_000, "stacks": 2},
   "Switch": {"vocab": 32_128, "stacks": 2},
   "GLaM": {"vocab": 256_000},
@@ -141,7 +142,7 @@ FACTS = {
 }
 
 # What is printed and is not so: the right values, and how that is known.
-CORRECTIONS: dict[str, tuple[dict[str, object], str]] = {
+CORRECTIONS: dict[str, tuple[dict[str, Any], str]] = {
   "GShard": ({"layers": 18}, "#L counts encoder and decoder together, that of Switch each"),
   "GShard 200B": ({"layers": 6}, "#L counts encoder and decoder together, that of Switch each"),
   "Switch 395B": ({"experts": 128}, "128 experts, as the published checkpoint has"),
@@ -171,9 +172,10 @@ def printed() -> list[Design]:
   for line in PRINTED.strip().splitlines():
     reference, model, counts, *sizes, activation, shared = line.split()
     numbers = map(int, (*counts.split("/"), *sizes))
-    values = (reference, model, *numbers, activation, int(shared))
+    values: tuple[Any, ...] = (reference, model, *numbers, activation, int(shared))
     facts = FACTS.get(reference, {}) | FACTS.get(model, {})
-    designs.append(Design(**dict(zip(_FIELDS, values, strict=False)) | facts))
+    given: dict[str, Any] = dict(zip(_FIELDS, values, strict=False))
+    designs.append(Design(**given | facts))
   return designs
 
 

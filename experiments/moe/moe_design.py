@@ -98,7 +98,7 @@ def model(design: Design) -> harness.Row:
   """What is claimed of a design, what it is as it is printed, and what it is in truth."""
   truth, why = right(design)
   as_printed, counted = count(design, TOKENS), count(truth, TOKENS)
-  figures = {}
+  figures: harness.Row = {}
   for what, claimed in zip(("active", "total"), design.claimed, strict=True):
     sizes = {"": counted, "printed_": as_printed}
     figures |= {f"{kind}{what}_B": getattr(x, what) / BILLION for kind, x in sizes.items()}
@@ -198,7 +198,7 @@ def panels(rows: list[harness.Row]) -> list[Panel]:
   """Counts over claims, of totals and of what a token uses; and what a sequence costs."""
   models = [row for row in rows if "total_B" in row]
   cost_of_token = [
-    Series(reference, *zip(*points, strict=True))
+    Series(reference, [x for x, _ in points], [y for _, y in points])
     for reference, points in _by_reference(models, "active_B", "train_TFLOPs").items()
   ]
   return [

@@ -11,27 +11,19 @@ token visits; "inner", experts that share units. Texts are groups of training ro
 embeddings are alike, one for each expert.
 
 Perplexity on held-out text is that of k experts of all, the k of training and others; what is
-shared counts as one of the k. Routers start at random and gates sum to the number of experts.
+shared counts as one of the k. Routers start at random, and gates sum to the number of experts.
 Then all is trained, in equal steps over equal batches. Differences to the random split are paired
 by seed; a seed draws routers, the order of the text, and the random splits.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from effjax import moe
-from effjax.core import trees
-from effjax.core.typing import Int, Key, Size
-from effjax.layers import capture
-from effjax.moe import splitting
-from effjax.moe.splitting import Parts, Way
-from effjax.moe.units import Site
-from effjax.train import next_token, perplexity
+from effjax.train import perplexity
 from effjax.train import workdir as files
 from experiments import harness
 from experiments.lab import provenance
@@ -40,14 +32,22 @@ from experiments.lab.subject import Subject, costs
 from experiments.lab.verdicts import Verdict
 from experiments.moe import continued
 from experiments.moe.continued import BEFORE, NATS
+from experiments.moe.ways import (
+  AS_IT_IS,
+  INNER,
+  RANDOM,
+  WAYS,
+  Statistics,
+  all_on,
+  variants,
+  with_k,
+)
 from experiments.peft.methods import Method
 from experiments.peft.tasks import Continuing
 from experiments.peft.trials import Trials
 
-DENSE, RANDOM, RESIDUAL, INNER = "dense", "random", "residual", "inner"
-WAYS = (RANDOM, "clusters", "graph", "gradient", RESIDUAL, INNER)
 SAME = 1e-5  # of the largest logit
-RATE = 1e-4
+DENSE = AS_IT_IS.name
 
 
 @dataclasses.dataclass
@@ -59,6 +59,7 @@ class Config:
     text: a source of `data.text`.
     ways: of the six, comma-separated, or all; the random one is always there.
     experts, top_k: E, and the k of training.
+    scale: what the gates of a token sum to; 0 is the number of experts that it chooses from.
     ks: other numbers of experts, comma-separated, with which perplexity is measured, besides all.
     calibration: rows of training text for statistics, a multiple of the experts.
     rows, length, batch: rows that are held out; tokens of a row; rows of a step.
@@ -72,12 +73,13 @@ class Config:
   ways: str = "random,clusters,graph,gradient"
   experts: int = 8
   top_k: int = 2
+  scale: float = 0.0
   ks: str = "4"
   calibration: int = 16
   rows: int = 4
   length: int = 64
   batch: int = 2
-  steps: int = 6
+  steps: int = 4
   rates: str = "1"
   seeds: int = 2
 
@@ -93,7 +95,9 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
   sizes: Any = {"rows": config.rows, "length": config.length, "batch": config.batch}
   task = Split(config.model, config.text, ks=ks, top_k=config.top_k, **sizes)
   provenance.write(folder, task.corpus)
-  known = variants(config, Statistics(task, config))
+  statistics = Statistics(task, rows=config.calibration, groups=config.experts, batch=config.batch)
+  sizes = {"experts": config.experts, "top_k": config.top_k}
+  known = variants(statistics, **sizes, scale=config.scale or None)
   compared = [known[name] for name in dict.fromkeys([RANDOM, *chosen])]
   options: Any = {"multiples": multiples, "seeds": config.seeds, "folder": folder}
   before = functools.partial(_before, task, config.length)
@@ -132,117 +136,16 @@ class Split(Continuing):
     return {NATS: found[f"k={self._top_k}"], **found}
 
 
-class Statistics:
-  """What ways to split look at, of some rows of the training text; computed when asked for."""
-
-  def __init__(self, task: Split, config: Config):
-    self._task, self._config = task, config
-
-  @functools.cached_property
-  def _rows(self) -> dict[str, np.ndarray]:
-    method = Method("calibration", "", 0.0, lambda config, params, key: (config, params))
-    batches = self._task.batches(method, self._task.subject.params, seed=0)
-    count = -(-self._config.calibration // self._config.batch)
-    drawn = [next(batches) for _ in range(count)]
-    joined = jax.tree.map(lambda *x: np.concatenate(x), *drawn)
-    return {name: x[: self._config.calibration] for name, x in joined.items()}
-
-  @functools.cached_property
-  def co_activation(self) -> dict[str, Any]:
-    subject, rows = self._task.subject, self._rows
-    read = {name: x for name, x in rows.items() if name not in ("targets", "weights")}
-    options: Any = {"reduce": splitting.co_activation, "select": r"ffn/down$"}
-    return capture(subject.module, subject.params, _parts(read, self._config.batch), **options)
-
-  @functools.cached_property
-  def importance(self) -> list[dict[str, Any]]:
-    """Of each group of rows that are alike."""
-    subject, experts = self._task.subject, self._config.experts
-    table = trees.select(subject.params, r"^embed/embedding$")["embed/embedding"]
-    vectors = np.asarray(table)[self._rows["tokens"]].mean(axis=1)
-    group = splitting.equal_clusters(vectors @ vectors.T, experts)
-    objective = next_token(subject.module)
-    rows = [{name: x[group == g] for name, x in self._rows.items()} for g in range(experts)]
-    return [splitting.importance(objective, subject.params, [each]) for each in rows]
-
-
-def _parts(batch: Mapping[str, np.ndarray], rows: int) -> list[dict[str, np.ndarray]]:
-  count = len(batch["tokens"])
-  cuts = range(0, count - count % rows or count, rows)
-  return [{name: x[start : start + rows] for name, x in batch.items()} for start in cuts]
-
-
-class Once:
-  """A way to split that goes through each layer once, from one key, whatever it is given."""
-
-  def __init__(self, way: Any):
-    self._way, self._found = way, dict[int, Parts]()
-
-  def __call__(self, site: Site, among: Int[np.ndarray, "F"], experts: Size, key: Key) -> Parts:
-    if site.index not in self._found:
-      self._found[site.index] = self._way()(site, among, experts, jax.random.key(0))
-    return self._found[site.index]
-
-
-def variants(config: Config, statistics: Statistics) -> dict[str, Method]:
-  """Name → what is trained."""
-  inner = lambda: splitting.SharingInner(statistics.importance)
-
-  def residual(site: Site, among: Any, experts: Size, key: Key) -> Parts:
-    shared = len(among) // (experts + 1)
-    way = splitting.Residual(splitting.Random(), statistics.importance, shared)
-    return way(site, among, experts, key)
-
-  ways: dict[str, Way] = {
-    RANDOM: splitting.Random(),
-    "clusters": Once(splitting.Clusters),
-    "graph": Once(lambda: splitting.Graph(statistics.co_activation)),
-    "gradient": Once(lambda: splitting.Important(statistics.importance)),
-    RESIDUAL: residual,
-    INNER: Once(inner),
-  }
-
-  def split(name: str):
-    apart = name == RESIDUAL
-    options: Any = {"experts": config.experts - apart, "top_k": config.top_k - apart}
-    return lambda shape, params, key: moe.split_ffn(shape, params, key, by=ways[name], **options)
-
-  return {name: Method(name, "full", RATE, split(name)) for name in ways}
-
-
-def with_k(subject: Subject, k: int) -> Subject:
-  """The model with k experts for each token, of which what is shared is one."""
-
-  def change(_: int, spec):
-    if not isinstance(spec.ffn, moe.MoE):
-      return spec
-    router = spec.ffn.router.clone(top_k=k - (spec.ffn.shared is not None))
-    return dataclasses.replace(spec, ffn=spec.ffn.clone(router=router))
-
-  return subject.with_layers(change)
-
-
-def _all_on(subject: Subject, experts: int) -> Subject:
-  """The model with all experts, and gates of one: those of routers that know no difference."""
-  everyone = with_k(subject, experts)
-  zero = lambda path, x: jax.numpy.zeros_like(x)
-  return Subject(everyone.config, trees.update(everyone.params, r"ffn/router/kernel$", zero))
-
-
 def _dense(task: Split, length: int) -> harness.Row:
-  found = Continuing.score(task, _as_it_is(), task.subject)
+  found = Continuing.score(task, AS_IT_IS, task.subject)
   return {"variant": DENSE, "kind": BEFORE, **costs(task.subject, length), NATS: found[NATS]}
-
-
-def _as_it_is() -> Method:
-  return Method(DENSE, "", 0.0, lambda config, params, key: (config, params))
 
 
 def _before(task: Split, length: int, variant: Method) -> harness.Row:
   """What it costs, how far all experts are from the dense model, and what it pays."""
   subject = variant(task.subject, jax.random.key(0))
   batch = task.held_out.batches[0]
-  everyone = _all_on(subject, max(task.ks))
+  everyone = all_on(subject, max(task.ks))
   dense, own = (continued.logits(each, batch) for each in (task.subject, everyone))
   return {
     **costs(subject, length),
@@ -286,9 +189,9 @@ def claims(measured: list[harness.Row]) -> dict[str, bool | Verdict]:
   for name in continued.names(measured):
     (before,) = continued.of(measured, name, BEFORE)
     if name != INNER:
-      said[f"{name}: all experts with gates of one are the dense model to 1e-5 of a logit"] = (
-        before["logits off"] <= SAME
-      )
+      said[
+        f"{name}: all experts with gates of one are the dense model to 1e-5 of the largest logit"
+      ] = before["logits off"] <= SAME
     said[f"{name} is better than before training"] = continued.learned(measured, name)
   for name in continued.names(measured):
     if name != RANDOM:

@@ -92,12 +92,13 @@ def run(config: Config, workdir: str) -> list[harness.Row]:
       raise ValueError(f"{name}={given}; allowed: from 1")
   folder = files.claim(workdir, config, free=("variants", "seeds"))
   sizes: Any = {"rows": config.rows, "length": config.length, "batch": config.batch}
-  trials = Trials(Continuing(config.model, config.text, **sizes), config.steps)
-  provenance.write(folder, trials.task.corpus)
+  task = Continuing(config.model, config.text, **sizes)
+  provenance.write(folder, task.corpus)
   compared = [known[name] for name in dict.fromkeys([DENSE, *chosen])]
-  before = functools.partial(_before, trials.task, config.length)
+  before = functools.partial(_before, task, config.length)
   options: Any = {"multiples": multiples, "seeds": config.seeds, "folder": folder}
-  harness.compute(folder, continued.planned(trials, compared, before, **options), label="runs")
+  planned = continued.planned(Trials(task, config.steps), compared, before, **options)
+  harness.compute(folder, planned, label="runs")
   measured = files.read_rows(folder / files.METRICS)
   rows = summary(measured)
   harness.plot(folder, panels)
@@ -117,8 +118,9 @@ def variants(every: int) -> dict[str, Method]:
     return change
 
   def qwen(config: TransformerConfig, params: Params, key: Key):
-    width = config.layers[0].ffn.width // 2
-    return upcycled(experts=8, top_k=4, width=width, redrawn=0.5)(config, params, key)
+    mlp: Any = config.layers[0].ffn
+    change = upcycled(experts=8, top_k=4, width=mlp.width // 2, redrawn=0.5)
+    return change(config, params, key)
 
   found = {
     DENSE: full,

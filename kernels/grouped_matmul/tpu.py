@@ -113,7 +113,7 @@ def products(
   found = _call(
     kernel,
     "grouped_products",
-    (pl.cdiv(outputs, columns), where.count[0]),
+    (pl.cdiv(outputs, columns), where.visited[0]),
     [
       [pl.BlockSpec((height, p.shape[1]), lambda j, v, *s: (Visits(*s).tile[v], 0)) for p in parts],
       matrix,
@@ -171,7 +171,7 @@ def sums(
   return _call(
     kernel,
     "grouped_sums",
-    (pl.cdiv(lines, a), pl.cdiv(outputs, b), where.count[0]),
+    (pl.cdiv(lines, a), pl.cdiv(outputs, b), where.visited[0]),
     [
       pl.BlockSpec((height, a), lambda i, j, v, *s: (Visits(*s).tile[v], i)),
       pl.BlockSpec((height, b), lambda i, j, v, *s: (Visits(*s).tile[v], j)),

@@ -15,19 +15,19 @@ class Visits(NamedTuple):
     group: its number; that of groups is for rows past the last group.
     tile: the tile's number, where tiles are aligned; else its first row.
     begin, end: the rows that are both in the tile, or beyond it, and of the group.
-    count: [1], how many visits there are.
+    visited: [1], how many visits there are.
   """
 
   group: Int[Array, "V"]
   tile: Int[Array, "V"]
   begin: Int[Array, "V"]
   end: Int[Array, "V"]
-  count: Int[Array, "1"]
+  visited: Int[Array, "1"]
 
   def padded(self, length: int) -> "Visits":
     """As many visits, those that are added without rows."""
     more = lambda x: jnp.pad(x, (0, length - len(x)))
-    return Visits(*map(more, self[:-1]), self.count)
+    return Visits(more(self.group), more(self.tile), more(self.begin), more(self.end), self.visited)
 
 
 def of_rows(group_sizes: Int[Array, "E"], rows: int, height: int, aligned: bool) -> Visits:
@@ -40,7 +40,7 @@ def of_rows(group_sizes: Int[Array, "E"], rows: int, height: int, aligned: bool)
 
   Example:
     >>> found = of_rows(jnp.array([3, 0, 2]), 6, 4, False)
-    >>> [x.tolist() for x in (found.group[:3], found.begin[:3], found.end[:3], found.count)]
+    >>> [x.tolist() for x in (found.group[:3], found.begin[:3], found.end[:3], found.visited)]
     [[0, 2, 3], [0, 3, 5], [3, 5, 6], [3]]
   """
   begins, ends = spans(group_sizes.astype(jnp.int32), rows)

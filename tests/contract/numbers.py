@@ -85,6 +85,11 @@ def balance(probs, _, mask):
   return moe.load_balance_loss(probs, jnp.asarray(IDS)[..., None], mask=mask)
 
 
+def informed(logits, _, mask):
+  probs = jnp.where(logits > 0.1, logits, 0.1)  # whose derivative does not multiply
+  return moe.mutual_information_loss(probs, mask=mask)
+
+
 LOSSES = [
   LossRow("weighted mean", lambda x, _, w: weighted_mean(x[..., 0], w), weighted_mean, ids=False),
   LossRow("cross entropy", lambda x, t, w: weighted_mean(cross_entropy(x, t, w), w), cross_entropy),
@@ -96,6 +101,11 @@ LOSSES = [
   LossRow("of each token", through(per_token(Given(), last_logit)), per_token),
   LossRow("z-loss", lambda x, _, w: moe.z_loss(x, mask=w), moe.z_loss, ids=False, masks=True),
   LossRow("load balance", balance, moe.load_balance_loss, ids=False, masks=True),
+  LossRow("importance", lambda x, _, w: moe.importance_loss(x, mask=w),
+          moe.importance_loss, ids=False, masks=True),
+  LossRow("load", lambda x, _, w: moe.load_loss(x, x[..., ::-1], 1.0, k=2, mask=w),
+          moe.load_loss, ids=False, masks=True),
+  LossRow("mutual information", informed, moe.mutual_information_loss, ids=False, masks=True),
 ]  # fmt: skip
 
 

@@ -257,6 +257,8 @@ def test_representations_are_split_or_refused_by_name():
     ("shared=12; allowed: 1 … 11", Residual(Random(), GROUPS, 12), {}),
     ("affinity has nothing; allowed: 'segments_0/layers_0/ffn/down'", Graph({}), {}),
     ("groups of shape", Important([AFFINITY] * E), {}),
+    ("by gives experts .*2, 6.; allowed", lambda *_: Parts(np.arange(F).reshape(2, 6)), {}),
+    ("by gives experts: id 12", lambda *_: Parts(np.arange(1, F + 1).reshape(E, -1)), {}),
   ],
 )  # fmt: skip
 def test_bad_arguments_are_named(match, by, options):

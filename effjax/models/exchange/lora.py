@@ -119,7 +119,8 @@ def write(view: View, adapters: Adapters) -> Written | None:
   if parameters and (kind is DoRA or dropout):  # not so in peft
     return None
   stacks = (name for name in parameters if modules[name].experts is not None)
-  names, tensors = naming.wrapped(modules, stacks), {}
+  names = naming.wrapped(modules, stacks)
+  tensors: dict[str, np.ndarray] = {}
   for name, factors in found.items():
     tensors |= _tensors(f"{PREFIX}{names.get(name, name)}.", modules[name], factors)
   beside = whole.write(adapters, modules, set(found))

@@ -252,7 +252,8 @@ def _set_apart(config: TransformerConfig, params: Params, adapters: Adapters) ->
 
 def _check_experts(config: TransformerConfig, params: Params, adapters: Adapters) -> None:
   """Raises ValueError where the experts of a layer, which are stacked, have unlike adapters."""
-  leaves, groups = trees.items(params), {}
+  leaves = trees.items(params)
+  groups: dict[Slot, dict[int, Any]] = {}
   for slot, adapter in adapters.items():
     if slot.expert is not None:
       groups.setdefault(dataclasses.replace(slot, expert=None), {})[slot.expert] = adapter

@@ -118,7 +118,8 @@ def _nearest(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.nd
     squares = np.square(centres).sum(axis=1)[None] - 2 * x @ centres.T
     nearest = squares.argmin(axis=1)
     parts.append((nearest, np.square(x - centres[nearest]).sum(axis=1)))
-  return tuple(map(np.concatenate, zip(*parts, strict=True)))
+  nearest, squares = zip(*parts, strict=True)
+  return np.concatenate(nearest), np.concatenate(squares)
 
 
 def _fill(nearest: np.ndarray, distance: np.ndarray, clusters: int) -> None:

@@ -4,6 +4,7 @@ Riquelme et al., arXiv 2106.05974, section 4.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,7 @@ class BatchPriority(TopK):
   losses and metrics are those of `Scored`. It is refused in causal models, see `layers.peeking`.
 
   Attributes:
+    top_k, renormalize, scale, limit: as in `TopK`.
     noise: standard deviation of the noise, times E.
     capacity: factors below 1 skip the tokens that matter least.
     importance: coefficient of CV² of the sums of softmax(x W).
@@ -85,7 +87,7 @@ class BatchPriority(TopK):
 
   def _choose(self, rows, logits, mask, key) -> Routing:
     noise = number("noise", self.noise, of="BatchPriority", least=0)
-    routing = self._best(noisy(logits, noise / self.experts, key))
+    routing: Any = self._best(noisy(logits, noise / self.experts, key))  # with logits
     counted = lambda: variation(expert_shares(routing.experts, self.experts, mask=mask))
     expected = lambda: load_loss(
       logits, routing.logits, noise / self.experts, k=self.top_k, mask=mask, estimator="v_moe"

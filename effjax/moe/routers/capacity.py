@@ -82,7 +82,8 @@ class Capacity:
     elif self.rounding == "nearest" and (rest > parts or (rest == parts and size % 2)):
       size += 1
     size = -(-size // self.multiple) * self.multiple
-    return min(max(size, self.least), max(rows, 1)) if is_size(rows) else size
+    most, least = jax.core.max_dim, jax.core.min_dim  # of sizes, symbols too
+    return least(most(size, self.least), most(rows, 1))
 
 
 def drop_overflow(
@@ -131,7 +132,8 @@ def drop_overflow(
   if renormalize:
     total = gates.sum(axis=-1, keepdims=True)
     gates = gates / jnp.where(total == 0, 1, total)
-  return routing.replace(experts=jnp.where(kept, experts, count), gates=gates, capacity=capacity)
+  experts = jnp.where(kept, experts, count)
+  return dataclasses.replace(routing, experts=experts, gates=gates, capacity=capacity)
 
 
 @spmd.on_any_mesh

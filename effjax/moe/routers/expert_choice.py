@@ -1,6 +1,7 @@
 """Expert choice: each expert takes the tokens that suit it best (Zhou et al., arXiv 2202.09368)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from effjax.core import spmd
 from effjax.core.known import is_id, is_size, number
 from effjax.core.numerics import weighted_mean, zero_unless
-from effjax.core.typing import Array, Bool, Dim, Float, Number
+from effjax.core.typing import Array, Bool, Dim, Float
 from effjax.layers import ExpertRouting
 from effjax.moe.routers.capacity import Capacity
 from effjax.moe.routers.health import sow_health
@@ -64,7 +65,7 @@ def expert_choice_routing(
 class ExpertChoice(Scored):
   """A router of which each expert chooses its tokens, by `expert_choice_routing`.
 
-  The load is even by itself. Parameters and losses are those of `Scored`, but no balance losses;
+  The load is even by itself. Parameters, losses and metrics are those of `Scored`, where
   "dropped_share" is the share of tokens that no expert takes. It is refused in causal models, see
   `layers.peeking`.
 
@@ -77,8 +78,6 @@ class ExpertChoice(Scored):
 
   _: dataclasses.KW_ONLY
   capacity: Capacity = Capacity(2.0)
-  load_balance: Number = 0.0
-  z: Number = 0.0
 
   def _decide(self, rows, logits, mask, key) -> ExpertRouting:
     limit = self.capacity.of(
@@ -86,7 +85,7 @@ class ExpertChoice(Scored):
       experts=self.experts,
       training=key is not None or self.capacity.evaluation is None,
     )
-    routing = expert_choice_routing(logits, capacity=limit, mask=mask)
+    routing: Any = expert_choice_routing(logits, capacity=limit, mask=mask)
     self._sow_scores(routing.probs, logits, mask)
     taken = is_id(routing.rows, rows.shape[0])
     sizes = taken.sum(axis=-1, dtype=jnp.float32)

@@ -77,7 +77,7 @@ def second_at_random(routing: Routing, key: Key | None, *, threshold: Scalar = 0
   sent = jnp.stack([jnp.ones_like(sent), sent], axis=-1)
   none = routing.logits.shape[-1]
   experts = jnp.where(sent, routing.experts, none)
-  return routing.replace(experts=experts, gates=zero_unless(sent, routing.gates))
+  return dataclasses.replace(routing, experts=experts, gates=zero_unless(sent, routing.gates))
 
 
 class GShard(TokenChoice):
@@ -93,8 +93,8 @@ class GShard(TokenChoice):
   renormalize: bool | str = True
   _: dataclasses.KW_ONLY
   capacity: Capacity | None = Capacity(2.0, evaluation=2.0, per_choice=False)
+  load_balance: Number = 0.01
   normalization: str = "gshard"
-  z: Number = 0.0
 
   def _choose(self, rows, logits, mask, key) -> Routing:
     choose = lambda logits, _: top_k_routing(logits, k=2, renormalize=bool(self.renormalize))

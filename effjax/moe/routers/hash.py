@@ -101,9 +101,10 @@ class Hash(nn.Module):
     context: Context = Context(),
     mask: Bool[Array, "M"] | None = None,
   ) -> Routing:
-    key, bounds = self._key, {"of": "Hash", "integer": True, "least": 1}
+    key = self._key
     experts, entries, hashes = (
-      number(name, getattr(self, name), **bounds) for name in ("experts", "entries", "hashes")
+      number(name, getattr(self, name), of="Hash", integer=True, least=1)
+      for name in ("experts", "entries", "hashes")
     )
     draw = lambda key, shape, _: jax.random.randint(key, shape, 0, experts)
     table = materialize(weight(self, "table", draw, (entries, hashes)))

@@ -1,6 +1,7 @@
 """Noisy top-k gating, whose noise has a size that is learned (Shazeer et al., arXiv 1701.06538)."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -62,6 +63,7 @@ class NoisyTopK(TopK):
   balance losses are those of H; without noise the load is counted, and has no gradient.
 
   Attributes:
+    top_k, renormalize, scale, limit: as in `TopK`.
     importance: coefficient of CV² of the sums of gates (0.1 in the paper).
     load: coefficient of `load_loss`.
   """
@@ -77,7 +79,7 @@ class NoisyTopK(TopK):
   def _choose(self, rows, logits, mask, key) -> Routing:
     size = self._product("noise", nn.initializers.zeros, rows, mask)
     stddev = jax.nn.softplus(size) + LEAST_STDDEV
-    routing = self._best(noisy(logits, stddev, key))
+    routing: Any = self._best(noisy(logits, stddev, key))  # with logits
     counted = lambda: variation(expert_shares(routing.experts, self.experts, mask=mask))
     expected = lambda: load_loss(logits, routing.logits, stddev, k=self.top_k, mask=mask)
     self._sow("load", self.load, counted if key is None else expected)

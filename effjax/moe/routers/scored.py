@@ -1,6 +1,7 @@
 """What routers with scores x W have in common: the product, the losses and their health."""
 
 import dataclasses
+import functools
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -34,10 +35,7 @@ class Scored(nn.Module):
 
   Attributes:
     experts: number of experts E.
-    load_balance, normalization: coefficient and form of `load_balance_loss`.
-    devices, device_balance: groups of experts, and the coefficient of their `load_balance_loss`.
     z: coefficient of `z_loss`, under "router_z".
-    importance: coefficient of `importance_loss`.
     mutual_information: coefficient of `mutual_information_loss`.
 
   Sown, one scalar a call; a loss with coefficient 0 is not, but for two that are always measured:
@@ -55,12 +53,7 @@ class Scored(nn.Module):
 
   experts: Size
   _: dataclasses.KW_ONLY
-  load_balance: Number = 0.01
-  normalization: str = "deepseek"
-  devices: Size | None = None
-  device_balance: Number = 0.0
-  z: Number = 0.001
-  importance: Number = 0.0
+  z: Number = 0.0
   mutual_information: Number = 0.0
 
   @nn.compact
@@ -69,7 +62,7 @@ class Scored(nn.Module):
     rows: Float[Array, "M D"],
     context: Context = Context(),
     mask: Bool[Array, "M"] | None = None,
-  ) -> Any:
+  ) -> Routing | ExpertRouting:
     self._check()
     rows = zero_unless(mask, rows).astype(jnp.float32)
     key = self.make_rng("router") if self.has_rng("router") else None
@@ -133,10 +126,18 @@ class TokenChoice(Scored):
   """A `Scored` router of which each token chooses its experts.
 
   Attributes:
+    load_balance, normalization: coefficient and form of `load_balance_loss`.
+    devices, device_balance: groups of experts, and the coefficient of their `load_balance_loss`.
+    importance: coefficient of `importance_loss`.
     capacity: what an expert takes at most, see `Capacity`; None is no limit.
   """
 
   _: dataclasses.KW_ONLY
+  load_balance: Number = 0.0
+  normalization: str = "deepseek"
+  devices: Size | None = None
+  device_balance: Number = 0.0
+  importance: Number = 0.0
   capacity: Capacity | None = None
 
   @abstractmethod
@@ -148,7 +149,7 @@ class TokenChoice(Scored):
     return wanted
 
   def _decide(self, rows, logits, mask, key) -> Routing:
-    wanted = self._choose(rows, logits, mask, key)
+    wanted: Any = self._choose(rows, logits, mask, key)  # with probs and logits
     sent = self._dispatched(wanted, key)
     routing = self._limited(sent, mask, training=key is not None)
     self._sow_scores(wanted.probs, logits, mask)
@@ -177,7 +178,10 @@ class TokenChoice(Scored):
     """Who comes first where an expert is full; None is the earlier row."""
     return None
 
-  _renormalizes_after = False
+  @property
+  def _renormalizes_after(self) -> bool:
+    """Whether what a row keeps is divided by its sum."""
+    return False
 
   def _dropped(self, sent: Int[Array, "M k"], kept: Int[Array, "M k"], mask: Array | None):
     if kept is sent:
@@ -185,9 +189,14 @@ class TokenChoice(Scored):
     there = is_id(sent, self.experts) if mask is None else is_id(sent, self.experts) & mask[:, None]
     return weighted_mean((~is_id(kept, self.experts)).astype(jnp.float32), there)
 
-  def _sow_balance(self, wanted: Routing, logits: Array, mask: Array | None) -> None:
-    form = {"mask": mask, "normalization": self.normalization}
-    balance = lambda **more: load_balance_loss(wanted.probs, wanted.experts, **form, **more)
+  def _sow_balance(self, wanted: Any, logits: Array, mask: Array | None) -> None:
+    balance = functools.partial(
+      load_balance_loss,
+      wanted.probs,
+      wanted.experts,
+      mask=mask,
+      normalization=self.normalization,
+    )
     self._sow("load_balance", self.load_balance, balance, always=True)
     devices = self.devices
     self._sow("device_balance", self.device_balance, lambda: balance(devices=devices))

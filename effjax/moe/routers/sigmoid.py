@@ -4,6 +4,7 @@ DeepSeek-V3 (arXiv 2412.19437, section 2.1.2); loss-free balancing, Wang et al.,
 """
 
 import dataclasses
+import functools
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -70,6 +71,7 @@ def sigmoid_routing(
   return Routing(experts, gates, jax.nn.softmax(size), logits)
 
 
+@spmd.on_any_mesh
 def _largest(first: Array, second: Array, k: int) -> Array:
   """Places of the k largest by the first, then by the second, then by place."""
   places = jax.lax.broadcasted_iota(jnp.int32, first.shape, first.ndim - 1)
@@ -93,8 +95,9 @@ class SigmoidTopK(TopK):
 
   def _choose(self, rows, logits, mask, key) -> Routing:
     bias = materialize(weight(self, "bias", nn.initializers.zeros, (self.experts,)))
-    options = {"k": self.top_k, "renormalize": bool(self.renormalize), "limit": self.limit}
-    choose = lambda logits, bias: sigmoid_routing(logits, bias, **options)
+    choose = functools.partial(
+      sigmoid_routing, k=self.top_k, renormalize=bool(self.renormalize), limit=self.limit
+    )
     return spmd.map_rows(choose, logits, jax.lax.stop_gradient(bias))
 
   @property

@@ -56,7 +56,7 @@ class Switch(TokenChoice):
   _: dataclasses.KW_ONLY
   jitter: Number = 1e-2
   capacity: Capacity | None = Capacity(1.25, evaluation=2.0)
-  z: Number = 0.0
+  load_balance: Number = 0.01
 
   def _seen(self, rows: Float[Array, "M D"], key: Key | None) -> Float[Array, "M D"]:
     jitter = number("jitter", self.jitter, of="Switch", least=0, below=1)

@@ -4,6 +4,7 @@ Shazeer et al., arXiv 1701.06538, section 2.1, without the noise; with the gates
 the chosen experts it is that of Mixtral (arXiv 2401.04088, section 2.1).
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -78,6 +79,9 @@ class TopK(TokenChoice):
   renormalize: bool | str = True
   scale: Number = 1.0
   limit: GroupLimit | None = None
+  _: dataclasses.KW_ONLY
+  load_balance: Number = 0.01
+  z: Number = 0.001
 
   def _choose(self, rows, logits, mask, key) -> Routing:
     return self._best(logits)
@@ -91,7 +95,7 @@ class TopK(TokenChoice):
   def _limited(self, sent: Routing, mask: Array | None, *, training: bool) -> Routing:
     routing = super()._limited(sent, mask, training=training)
     scale = number("scale", self.scale, of=type(self).__name__)
-    return routing.replace(gates=scale * routing.gates)
+    return dataclasses.replace(routing, gates=scale * routing.gates)
 
   @property
   def _renormalizes_after(self) -> bool:

@@ -32,7 +32,7 @@ def equal_assignment(cost: Float[np.ndarray, "F E"]) -> Int[np.ndarray, "F"]:
   surplus = np.bincount(label, minlength=parts) - points // parts
   moved = np.empty((parts, parts), np.int64)  # from part to part, the point that is moved for least
   price = np.full((parts, parts), np.inf)
-  stale = range(parts)
+  stale = list(range(parts))
   while (surplus > 0).any():
     for part in stale:
       inside = np.flatnonzero(label == part)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core.known import number
+from effjax.core.known import check_ids, number
 from effjax.core.typing import Key, Number, Params, PyTree, Size
 from effjax.core.weights import is_weight
 from effjax.layers import MLP, LayerSpec, TransformerConfig
@@ -51,8 +51,8 @@ def split_ffn(
       `Residual(…)` over one of them; or `SharingInner(…)`, whose experts are not the MLP.
     experts: number of experts E.
     top_k: experts a token visits.
-    scale: what the gates of a token sum to. None is `experts`, as LLaMA-MoE's 8 for 2 of 8: each
-      is then E / k on average, and the k experts stand for all.
+    scale: what the gates of a token sum to. None is `experts`: each is then E / k on average, and
+      the k experts stand for all. LLaMA-MoE has 8, and in its published models 4, for 2 of 8.
     layers: indices of the layers to change, negative ones from the end; None means every layer
       whose ffn is an `MLP`.
     load_balance, z: coefficients of the losses, see `TopK`.
@@ -87,17 +87,29 @@ def split_ffn(
     own, drawn = jax.random.split(keys[index])
     try:
       found = by(site, np.arange(site.mlp.width), experts, drawn)
+      _check(found, experts, site.mlp.width)
       ffn = _split(site, found)
     except ValueError as error:
       raise ValueError(f"split_ffn: layer {index}: {error}") from error
     width = site.params["up"]["kernel"].shape[0]
     ffn["router"] = {"kernel": stddev * jax.random.normal(own, (width, experts), jnp.float32)}
-    of = lambda units: None if units is None else site.mlp.clone(width=units.shape[-1])
-    layer = MoE(router, of(found.experts), of(found.shared))
+    of = lambda units: site.mlp.clone(width=units.shape[-1])
+    shared = None if found.shared is None else of(found.shared)
+    layer = MoE(router, of(found.experts), shared)
     return dataclasses.replace(spec, ffn=layer), {**tree, "ffn": ffn}
 
   changed, params = change(config, params, of_layer)
   return dataclasses.replace(changed, family=None), params
+
+
+def _check(found: Parts, experts: Size, units: Size) -> None:
+  """Refuses what a way must not give."""
+  shape = tuple(found.experts.shape)
+  if len(shape) != 2 or shape[0] != experts or not shape[1]:
+    raise ValueError(f"by gives experts {shape}; allowed: {(experts, 'n')}, units of each expert")
+  for name, ids in (("experts", found.experts), ("shared", found.shared)):
+    if ids is not None:
+      check_ids(f"by gives {name}", ids, units)
 
 
 def _split(site: Site, found: Parts) -> dict[str, Any]:

@@ -10,17 +10,18 @@ from effjax.moe import MoE
 from effjax.train import perplexity
 from experiments.lab.subject import load
 from experiments.moe import splitting as study
+from experiments.moe import ways
 
 TINY = study.Config(
   model="tiny", text="stdlib", ways="gradient", experts=2, top_k=2, ks="2", calibration=4, rows=1,
-  length=16, batch=1, steps=1, seeds=1,
+  length=16, batch=1, steps=1, seeds=1, scale=1.5,
 )  # fmt: skip
 
 
 def test_a_run_says_what_parts_of_the_mlp_cost(tmp_path):
-  dense, *ways = study.run(TINY, str(tmp_path))
-  assert [row["variant"] for row in ways] == [study.RANDOM, "gradient"]
-  for row in ways:
+  dense, *split = study.run(TINY, str(tmp_path))
+  assert [row["variant"] for row in split] == [study.RANDOM, "gradient"]
+  for row in split:
     assert row["logits off"] <= study.SAME and row["parameters"] > dense["parameters"]
     assert row["before k=2"] == pytest.approx(perplexity(row["before"]))
     assert row["after k=2"] == pytest.approx(perplexity(row["after"]))
@@ -29,13 +30,13 @@ def test_a_run_says_what_parts_of_the_mlp_cost(tmp_path):
 
 def test_what_is_shared_is_one_of_the_experts():
   subject, _ = load("tiny")
-  variants = study.variants(dataclasses.replace(TINY, experts=4), FakeStatistics(subject))
-  split = variants[study.RESIDUAL](subject, jax.random.key(0))
+  variants = ways.variants(FakeStatistics(subject), experts=4, top_k=2)
+  split = variants[ways.RESIDUAL](subject, jax.random.key(0))
   ffn = split.config.layers[0].ffn
   whole = subject.config.layers[0].ffn.width
   assert isinstance(ffn, MoE) and ffn.shared.width == ffn.expert.width == whole // 4
   assert (ffn.router.experts, ffn.router.top_k) == (3, 1)
-  assert study.with_k(split, 4).config.layers[0].ffn.router.top_k == 3
+  assert ways.with_k(split, 4).config.layers[0].ffn.router.top_k == 3
 
 
 class FakeStatistics:

@@ -7,14 +7,14 @@ from effjax.kernels.flash_attention import cases
 from scripts.checks import fuzz
 
 
-@pytest.mark.parametrize("seed", [2, 10])
+@pytest.mark.parametrize("seed", [2])
 def test_a_few_random_problems(seed):
   _, failures = fuzz.fuzz(3, 3, seed)
   assert not failures
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20, 32))
+@pytest.mark.parametrize("seed", range(20, 26))
 def test_random_problems(seed):
   worst, failures = fuzz.fuzz(10, 10, seed)
   assert not failures and {label.split()[0] for label in worst} >= {"xla", "gpu"}
