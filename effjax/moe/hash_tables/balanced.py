@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from effjax.core.known import number
-from effjax.core.typing import Array, Int, Num, Size
+from effjax.core.typing import Array, Int, Num, Number, Size
 
-Counts = Num[Array | np.ndarray, "V"] | Sequence[float]
+Counts = Num[Array | np.ndarray, "V"] | Sequence[Number]
 NOISE = 0.5  # standard deviation of log counts, in the order of visits of a balanced table
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from effjax.core.known import check_ids, number
-from effjax.core.typing import Array, Float, Integer, Num, Size
+from effjax.core.typing import Array, Float, Integer, Num, Number, Size
 from effjax.moe.hash_tables.balanced import checked_counts
 
 
@@ -29,7 +29,7 @@ class TableStatistics:
 
 def statistics(
   table: Integer[Array | np.ndarray, "V *N"],
-  counts: Num[Array | np.ndarray, "_"] | Sequence[float] | None = None,
+  counts: Num[Array | np.ndarray, "_"] | Sequence[Number] | None = None,
   *,
   experts: Size,
 ) -> TableStatistics:
