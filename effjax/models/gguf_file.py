@@ -21,6 +21,7 @@ SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=T
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 MOST_NESTED = 4
+BLOCK = 1 << 20  # bytes of a list of texts that are read at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,22 @@ def _typed(raw: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
   return raw.view(plain[kind]) if kind in plain else raw
 
 
+def _texts(block: bytes, most: int) -> tuple[list[str], int]:
+  """The texts that a block of bytes begins with, as far as it holds them, and their size."""
+  texts: list[str] = []
+  at = 0
+  while len(texts) < most and at + 8 <= len(block):
+    end = at + 8 + int.from_bytes(block[at : at + 8], "little")
+    if end > len(block):
+      break
+    try:
+      texts.append(block[at + 8 : end].decode())
+    except UnicodeDecodeError:
+      break
+    at = end
+  return texts, at
+
+
 class _Header:
   """Reads the header front to back; every read checks that the file is long enough."""
 
@@ -168,10 +185,21 @@ class _Header:
     if depth > MOST_NESTED:
       raise ValueError(f"{self.path}: damaged: arrays nested too deeply at byte {self.at}")
     kind, count = self._number("I"), self._number("Q")
-    if kind in (STRING, ARRAY):
-      return [self._value(kind, depth) for _ in range(count)]
+    if kind == STRING:
+      return self._strings(count)
+    if kind == ARRAY:
+      return [self._array(depth + 1) for _ in range(count)]
     code = self._code(kind)
     return list(struct.unpack(f"<{count}{code}", self._take(count * struct.calcsize(code))))
+
+  def _strings(self, count: int) -> list[str]:
+    """So many texts, such as a vocabulary's, by blocks, and one by itself where a block ends."""
+    found: list[str] = []
+    while len(found) < count:
+      texts, size = _texts(self.data[self.at : self.at + BLOCK], count - len(found))
+      self.at += size
+      found += texts if len(found) + len(texts) == count else [*texts, self._string()]
+    return found
 
   def _code(self, kind: int) -> str:
     if kind not in SCALARS:

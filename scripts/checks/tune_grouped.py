@@ -1,6 +1,6 @@
 """Times tile sizes of the grouped products' kernels on the device that is here.
 
-    python -m scripts.checks.tune_grouped --case=bfloat16-2048-array-4096-8-8192
+    python -m scripts.checks.tune_grouped --product=bfloat16-2048-array-4096-8-8192
 
 Each kernel runs alone; `ragged` is `jax.lax.ragged_dot`. What does not compile, or needs more
 memory than there is, is left out. The last line is a row for the table of `grouped_matmul.sizes`.
@@ -23,7 +23,7 @@ from scripts.checks import grouped
 from scripts.checks.gpu_times import compiled, medians
 from scripts.checks.interpret import INTERPRET
 
-CASE = flags.DEFINE_string("case", "bfloat16-2048-array-4096-8-8192", "See `grouped.Case`.")
+PRODUCT = flags.DEFINE_string("product", "bfloat16-2048-array-4096-8-8192", "See `grouped.Case`.")
 GRIDS = {
   "gpu": [(64, 128, 256), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)],
   "tpu": [(256, 512), (256, 512, 1024), (128, 256)],
@@ -65,7 +65,7 @@ def main(_) -> None:
   platform = "gpu" if INTERPRET.value else jax.default_backend()
   if platform not in GRIDS:
     sys.exit("error: neither a GPU nor a TPU here; see --interpret")
-  case, grid = grouped.Case.of(CASE.value), itertools.product(*GRIDS[platform])
+  case, grid = grouped.Case.of(PRODUCT.value), itertools.product(*GRIDS[platform])
   sizes = [_SMALL] if INTERPRET.value else [Size(*x) for x in grid]
   times = {}
   for product in case.products:

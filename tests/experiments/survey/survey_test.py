@@ -19,6 +19,9 @@ from experiments.survey import survey, table, techniques
 RUNG = Rung("tiny", 32, 2, 2, batch=2, learning_rate=1e-2, vocab=300, length=32)
 SMOKE = {"model": "tiny", "rows": 1, "length": 64, "decode": 2, "seeds": 2, "trained_rows": 4}
 SMOKE |= {"tokens_per_parameter": 0.008, "text": "embedded"}
+# Mixtures train in the tests of their own experiments; here they are made.
+MIXTURES = ("trained-moe-8x2", "trained-switch-4x1", "trained-hash-4x1", "trained-fine-15x3+1")
+RUN = [t for t in techniques.TECHNIQUES if t.name not in MIXTURES]
 
 
 def smoke(**changes) -> survey.Config:
@@ -44,17 +47,16 @@ def subject(study):
 
 
 @pytest.mark.slow
-def test_a_selection_runs_resumes_and_grows(tmp_path, capsys, small):
+def test_a_selection_runs_and_grows(tmp_path, capsys, small):
   rows = survey.run(smoke(techniques="lora-r8"), str(tmp_path))
   assert [row["technique"] for row in rows] == ["dense", "lora-r8"]
   assert abs(rows[1]["change %"]) < 1e-3
   before = (tmp_path / "metrics.jsonl").read_text()
-  rows = survey.run(smoke(techniques="lora-r8,trained-window-16"), str(tmp_path))
+  rows = survey.run(smoke(techniques=",".join(t.name for t in RUN)), str(tmp_path))
   assert (tmp_path / "metrics.jsonl").read_text().startswith(before)
-  names = ["dense", "lora-r8", "trained-dense", "trained-window-16"]
-  assert [row["technique"] for row in rows] == names
-  assert rows[3]["± seeds"] > 0
-  assert rows[3]["± 95 %"] > 0
+  assert [row["technique"] for row in rows] == [t.name for t in RUN]
+  window = next(row for row in rows if row["technique"] == "trained-window-16")
+  assert window["± seeds"] > 0 and window["± 95 %"] > 0
   for name in ("config.json", "result.csv", "plot.png", "table.md"):
     assert (tmp_path / name).stat().st_size > 0
   printed = capsys.readouterr().out
@@ -63,13 +65,7 @@ def test_a_selection_runs_resumes_and_grows(tmp_path, capsys, small):
   source = json.loads((tmp_path / "provenance.json").read_text())
   assert source["text_sha256"] == survey.data.text("embedded").fingerprint
   assert {"python", "jax", "effjax", "commit", "processor"} <= source.keys()
-
-
-@pytest.mark.slow
-def test_every_technique_runs(tmp_path, small):
-  rows = survey.run(smoke(), str(tmp_path))
-  assert [row["technique"] for row in rows] == [t.name for t in techniques.TECHNIQUES]
-  for technique, row in zip(techniques.TECHNIQUES, rows, strict=True):
+  for technique, row in zip(RUN, rows, strict=True):
     assert row["decode ×"] > 0
     if technique.trained:
       # So little training leaves the uniform guess over the vocabulary.
@@ -84,6 +80,16 @@ def test_every_technique_runs(tmp_path, small):
   apart = half["flops_token"] * half["tokens"] - dense["flops_token"] * dense["tokens"]
   step = RUNG.batch * RUNG.length * (half["flops_token"] + dense["flops_token"])
   assert abs(apart) <= step / 2  # both are rounded to whole steps
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_use_as_much_as_the_dense_model(name, study):
+  made = techniques.NAMED[name].make(study).subject
+  dense = cost.flops(study.dense, RUNG.length)
+  assert cost.flops(made.config, RUNG.length) == pytest.approx(dense, rel=0.1)
+  assert cost.parameters(made.at(0).params) > 1.5 * cost.parameters(
+    study.fresh(study.dense).at(0).params
+  )
 
 
 @pytest.mark.parametrize(
