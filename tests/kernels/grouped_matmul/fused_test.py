@@ -164,7 +164,7 @@ def test_visits_cover_every_row_once_for_its_group(aligned):
 
 def test_visits_of_groups_without_rows_stay_within_the_tiles():
   found = visits.of_groups(jnp.array([0, 32, 0]), 32, 16)
-  assert found.group.tolist()[: int(found.count[0])] == [0, 1, 1, 2]
+  assert found.group.tolist()[: int(found.visited[0])] == [0, 1, 1, 2]
   assert max(found.tile.tolist()) == 1
 
 
