@@ -140,7 +140,7 @@ class Context:
     if self.tokens is None:
       raise ValueError("Context: tokens=None and previous=None; allowed: one of them [B, T]")
     shift = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    before, ids = shift(self.tokens), self.segment_ids
+    before, ids = shift(self.tokens.astype(jnp.int32)), self.segment_ids
     return before if ids is None else jnp.where((ids >= 0) & (shift(ids) == ids), before, -1)
 
   def blanked(self) -> "Context":

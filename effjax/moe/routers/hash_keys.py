@@ -64,7 +64,7 @@ def next_ids(context: Context) -> Int[Array, "B T"]:
     [[-1, 6, -1, -1]]
   """
   shift = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-  after, ids = shift(_given(context, "tokens")), context.segment_ids
+  after, ids = shift(_given(context, "tokens").astype(jnp.int32)), context.segment_ids
   return after if ids is None else jnp.where((ids >= 0) & (shift(ids) == ids), after, -1)
 
 

@@ -107,5 +107,5 @@ def test_places_and_differences_are_of_the_rows_that_were_measured():
   found = {line["row"]: line for line in hash_layers.summarize(rows({DENSE: 3.0, "random": 2.9}))}
   assert (found[DENSE]["place"], found["random"]["place"]) == (2, 1)
   assert (found[DENSE]["its place"], found["random"]["its place"]) == (2, 1)
-  assert found["random"]["− dense, nats"] == pytest.approx(-0.1006, abs=1e-5)
+  assert found["random"]["− dense, nats"] == pytest.approx(-0.1006)
   assert "− dense, nats" not in found[DENSE] and "max_load" not in found[DENSE]
