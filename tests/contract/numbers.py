@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from effjax import cost, decode, moe, parallel
 from effjax.core import weights
@@ -22,7 +23,14 @@ from effjax.layers import Embed, Rope, TransformerConfig, sinusoidal_positions
 from effjax.models import Transformer
 from effjax.peft import lora, ranking, retrieval
 from effjax.quant import basics
-from effjax.train import LoopConfig, OptimizerConfig, make_optimizer, next_token, per_token
+from effjax.train import (
+  LoopConfig,
+  OptimizerConfig,
+  init_state,
+  make_optimizer,
+  next_token,
+  per_token,
+)
 from tests.contract.weights import ROWS as REPRESENTATIONS
 from tests.contract.weights import D as WIDTH
 from tests.contract.weights import V as ENTRIES
@@ -195,6 +203,11 @@ NUMBERS = [
   NumberRow("keep", loop("keep"), 3, (0,)),
   NumberRow("experts", lambda x: router(experts=x)[0].gates, 4, (0, 1, 4.0)),
   NumberRow("top_k of a router", lambda x: router(top_k=x)[0].gates, 2, (0, 5, 2.0)),
+  NumberRow("capacity factor", lambda x: moe.Capacity(x).of(9, experts=4), 1.5, (0, -1.0)),
+  NumberRow("kept groups", lambda x: moe.GroupLimit(4, x).kept, 2, (0, 5, 1.5)),
+  NumberRow("bias speed", lambda x: moe.move_bias(
+    init_state({"bias": jnp.zeros(2)}, optax.sgd(1.0)), {"load": jnp.array([1.0, 0.0])}, speed=x
+  ).params, 0.5, (-1.0,)),
   NumberRow("top_k_routing", lambda x: moe.top_k_routing(normal(3, 4), k=x).gates, 2, (0, 5)),
   NumberRow("capacity", lambda x: moe.mix_experts(
     lambda rows, _: rows, normal(3, 4), jnp.array([[0], [1], [0]]), jnp.ones((3, 1)), count=2,

@@ -181,6 +181,9 @@ def test_bad_arguments():
   for function in (switch_routing, lambda x, **more: gshard_routing(x, None, **more)):
     with pytest.raises(ValueError, match="capacity=0; allowed: from 1"):
       function(x, capacity=0)
+  with pytest.raises(ValueError, match="capacity is traced; allowed: a size that is known"):
+    jax.jit(lambda capacity: switch_routing(x, capacity=capacity))(2)
+  assert switch_routing(x, capacity=jnp.int32(2)).capacity == 2
   with pytest.raises(ValueError, match="k=2; allowed: 1 … 1"):
     gshard_routing(x[:, :1], None, capacity=1)
   with pytest.raises(ValueError, match="threshold=0; allowed: above 0"):

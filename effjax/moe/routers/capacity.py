@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import spmd
-from effjax.core.known import is_id, is_size, number
+from effjax.core.known import is_id, number
 from effjax.core.numerics import zero_unless
 from effjax.core.typing import Array, Bool, Dim, Float, Int, Number, Size
 from effjax.layers import Routing
@@ -118,8 +118,7 @@ def drop_overflow(
     >>> limited.experts.tolist(), limited.gates.tolist()
     ([[0, 1], [0, 2], [1, 2]], [[0.5, 0.5], [0.5, 0.0], [0.5, 0.0]])
   """
-  if is_size(capacity):
-    number("capacity", capacity, of="drop_overflow", integer=True, least=1)
+  capacity = checked("drop_overflow", capacity)
   experts, gates = routing.experts, routing.gates
   for name, x in {"mask": mask, "priority": priority}.items():
     if x is not None and x.shape != experts.shape[:-1]:
@@ -134,6 +133,16 @@ def drop_overflow(
     gates = gates / jnp.where(total == 0, 1, total)
   experts = jnp.where(kept, experts, count)
   return dataclasses.replace(routing, experts=experts, gates=gates, capacity=capacity)
+
+
+def checked(of: str, capacity: Dim) -> Dim:
+  """A capacity as a size; ValueError for one below 1, and for one that is not known."""
+  if jax.export.is_symbolic_dim(capacity):
+    return capacity
+  size = number("capacity", capacity, of=of, integer=True, least=1)
+  if isinstance(size, jax.Array):
+    raise ValueError(f"{of}: capacity is traced; allowed: a size that is known when tracing")
+  return size
 
 
 @spmd.on_any_mesh

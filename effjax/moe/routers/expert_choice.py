@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core import spmd
-from effjax.core.known import is_id, is_size, number
+from effjax.core.known import is_id
 from effjax.core.numerics import weighted_mean, zero_unless
 from effjax.core.typing import Array, Bool, Dim, Float
 from effjax.layers import ExpertRouting
-from effjax.moe.routers.capacity import Capacity
+from effjax.moe.routers.capacity import Capacity, checked
 from effjax.moe.routers.health import sow_health
 from effjax.moe.routers.scored import Scored
 
@@ -43,8 +43,7 @@ def expert_choice_routing(
     >>> routing.rows.tolist(), routing.gates.round(3).tolist()
     ([[0, 1], [2, 1]], [[0.9..., 0.8...], [0.7..., 0.2...]])
   """
-  if is_size(capacity):
-    number("capacity", capacity, of="expert_choice_routing", integer=True, least=1)
+  capacity = checked("expert_choice_routing", capacity)
   if mask is not None and mask.shape != logits.shape[:-1]:
     given = f"expert_choice_routing: mask {mask.shape}"
     raise ValueError(f"{given}; allowed: {logits.shape[:-1]}, one of each token")
@@ -53,8 +52,7 @@ def expert_choice_routing(
   shares = jax.nn.log_softmax(logits, axis=-1)
   there = jnp.ones(logits.shape[:-1], bool) if mask is None else mask
   wish = jnp.where(there[..., None], shares, -jnp.inf).swapaxes(-1, -2)
-  size = min(capacity, tokens) if is_size(capacity, tokens) else capacity
-  _, rows = jax.lax.top_k(wish, size)
+  _, rows = jax.lax.top_k(wish, jax.core.min_dim(capacity, tokens))
   taken = jnp.take_along_axis(there[..., None, :], rows, axis=-1)
   gates = jnp.take_along_axis(jnp.exp(shares).swapaxes(-1, -2), rows, axis=-1)
   return ExpertRouting(

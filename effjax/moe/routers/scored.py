@@ -44,11 +44,8 @@ class Scored(nn.Module):
   |---|---|---|
   | "losses" | "load_balance", "router_z", … | the loss times its coefficient |
   | "metrics" | "load_balance_raw", "router_z_raw", … | without it; these two always |
-  | "metrics" | "max_load" | the busiest expert's choices over the mean expert's, 1 … E / k |
-  | "metrics" | "load_entropy" | −Σ f log f of the shares f of all choices, in nats, up to log E |
-  | "metrics" | "dead_experts" | how many no token chose |
-  | "metrics" | "dropped_share" | the share of choices that found their expert full |
-  | "statistics" | "load" | the shares f of all choices, before any capacity, [E] |
+
+  and what `health.sow_health` sows of the choices.
   """
 
   experts: Size
