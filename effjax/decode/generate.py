@@ -68,8 +68,8 @@ def generate(
   and loop are one jitted program that stops when every row has ended, without a host round trip
   between tokens. It is compiled for a batch size and for buckets of the prompt length and of the
   total length (`cache.bucket`), not for their values, nor for temperature, top_k, top_p or end
-  tokens. A row's tokens do not depend on the rows beside it, unless a router limits in evaluation how
-  many an expert takes (`Capacity.evaluation`).
+  tokens. A row's tokens do not depend on the rows beside it, unless a router limits how many an
+  expert takes in evaluation (`Capacity.evaluation`).
 
   Args:
     module: a decoder with a causal mixer in each layer, as `Transformer`, which is given tokens,
